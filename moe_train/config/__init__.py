@@ -1,0 +1,1 @@
+"""Typed configuration: dataclasses, Hydra composition, validation. Imports no torch."""

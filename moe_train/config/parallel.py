@@ -1,0 +1,59 @@
+"""How the model is spread over ranks, and how its activations are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of the parallel dimensions; data parallelism is what the world leaves."""
+
+    auto: bool = False
+    """Choose every size below from the world size; sizes given explicitly are kept."""
+    tensor: int | None = None
+    """Tensor-parallel ranks of the dense parts; above 1, sequence parallelism is on."""
+    pipeline: int | None = None
+    """Pipeline stages."""
+    virtual_pipeline: int | None = None
+    """Model chunks per stage (interleaved 1F1B); None or 1 is plain 1F1B."""
+    context: int | None = None
+    """Context-parallel ranks: each holds part of every sequence."""
+    expert: int | None = None
+    """Expert-parallel ranks: each hosts experts/expert of a layer's experts."""
+    expert_tensor: int | None = None
+    """Tensor-parallel ranks inside each expert."""
+    placement: str | None = None
+    """Where experts live: stage (inside their pipeline stage) | span (over all stages)."""
+    dispatcher: str = "alltoall"
+    """Token dispatcher: alltoall | allgather | flex (DeepEP, CUDA only)."""
+    overlap_expert_comm: bool = False
+    """Hide expert all-to-all behind compute (Megatron's combined 1F1B; bf16)."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs (optim.distributed)."""
+
+
+@dataclass
+class RecomputeConfig:
+    """Which activations are recomputed in the backward pass instead of kept."""
+
+    layers: str = "none"
+    """Layers recomputed whole: none | all | 1-based ranges such as 2-15 or 1,4-6."""
+    modules: list[str] = field(default_factory=list)
+    """Megatron's selective modules: core_attn, moe_act, layernorm, mlp, moe, shared_experts."""
+
+
+@dataclass
+class BatchConfig:
+    """How many sequences make a micro-batch and an optimizer step."""
+
+    micro: int = 1
+    """Sequences per micro-batch and data-parallel replica."""
+    microbatches: int = 8
+    """Micro-batches in flight per accumulation round and replica."""
+    accumulation: int = 1
+    """Rounds per optimizer step; micro-batches per step = microbatches x accumulation."""
+    global_: int | None = field(default=None, metadata={"key": "global"})
+    """Sequences per optimizer step over all replicas; when set it fixes the product."""

@@ -1,0 +1,58 @@
+"""The whole configuration of a run, as one typed object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_train.config.model import ModelConfig
+from moe_train.config.parallel import BatchConfig, ParallelConfig, RecomputeConfig
+from moe_train.config.training import (
+    BackendConfig,
+    CheckpointConfig,
+    DataConfig,
+    HardwareConfig,
+    LogConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+
+@dataclass
+class MegatronConfig:
+    """Fields of Megatron's own dataclasses, set verbatim over what we derive."""
+
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Fields of megatron.core TransformerConfig."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """Fields of megatron.core DistributedDataParallelConfig."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Fields of megatron.core OptimizerConfig."""
+
+
+@dataclass
+class Config:
+    """Root of the configuration; one attribute per Hydra group."""
+
+    experiment: str = "custom"
+    """Name of the experiment file that this config came from."""
+    experiment_reason: str = ""
+    """Why that experiment was chosen, when experiment=auto chose it."""
+    device: str = "auto"
+    """auto | cpu | cuda."""
+    dtype: str = "fp32"
+    """Compute dtype: fp32 | bf16 | fp8 (CUDA with TransformerEngine)."""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)

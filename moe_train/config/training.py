@@ -1,0 +1,151 @@
+"""How the run goes: data, optimizer, loop, checkpoints, logs, machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RunConfig:
+    """Identity of a run; its folder is ``<dir>/<name>``."""
+
+    name: str | None = None
+    """Folder name; None derives it from experiment and layout."""
+    dir: str = "runs"
+    """Parent folder of all runs."""
+    seed: int = 1234
+    """Seed of weights, data order and dropout, whatever the layout."""
+
+
+@dataclass
+class DataConfig:
+    """Tokens: prepared Megatron indexed datasets, blended and packed."""
+
+    train: list[str] = field(default_factory=list)
+    """Prepared dataset prefixes, each `path` or `weight:path`; empty is the embedded corpus."""
+    valid: list[str] = field(default_factory=list)
+    """Prepared prefixes for validation; empty takes the split's second part of `train`."""
+    tokenizer: str | None = None
+    """Tokenizer: byte, or a tokenizer.json file; None takes what the data was prepared with."""
+    sequence: int = 128
+    """Tokens per training sequence."""
+    split: str = "98,2,0"
+    """Train, valid and test shares when `valid` is empty."""
+    cache: str | None = None
+    """Folder of prepared corpora and index caches; None is the user's cache folder."""
+
+
+@dataclass
+class OptimConfig:
+    """Adam with decoupled weight decay, and its schedule."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    schedule: str = "cosine"
+    """Decay shape: cosine | linear | wsd | constant."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: int | None = None
+    """Step at which min_lr is reached; None is train.steps."""
+    wsd_decay_steps: int | None = None
+    """Length of WSD's final decay; None is a tenth of decay_steps."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices (norms, biases: none)."""
+    beta1: float = 0.9
+    """Adam's first-moment decay."""
+    beta2: float = 0.95
+    """Adam's second-moment decay."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip: float = 1.0
+    """Global gradient-norm clip; 0 switches it off."""
+    distributed: bool = False
+    """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+    precision_aware: bool = False
+    """Keep moments in `moment_dtype` and gradients in `dtype` (needs distributed)."""
+    moment_dtype: str = "fp32"
+    """Dtype of Adam's moments when precision_aware: fp32 | bf16."""
+    grad_dtype: str = "fp32"
+    """Dtype in which gradients are accumulated and reduced: fp32 | bf16."""
+    offload: bool = False
+    """Keep optimizer state and its step on the host CPU (CUDA only)."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    eval_every: int = 0
+    """Validate every so many steps, and at the end; 0 switches validation off."""
+    eval_batches: int = 4
+    """Global batches per validation."""
+    log_every: int = 1
+    """Console line every so many steps (metrics.jsonl has every step)."""
+    non_finite: str = "stop"
+    """On a non-finite loss or gradient: stop."""
+    trace: bool = False
+    """Write a Chrome trace of one step."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Where the run can be taken up again."""
+
+    every: int = 0
+    """Save every so many steps, and at the end; 0 switches saving off."""
+    keep: int = 2
+    """Committed checkpoints kept; older ones are deleted."""
+    resume: str = "auto"
+    """auto (newest in the run folder) | never | PATH of a checkpoint."""
+
+
+@dataclass
+class LogConfig:
+    """Who hears about the run; metrics.jsonl is always written."""
+
+    wandb: str = "auto"
+    """Weights & Biases: auto (online with a key, else offline) | online | offline | disabled."""
+    wandb_project: str = "moe_train"
+    """Weights & Biases project."""
+    console: str = "auto"
+    """Progress: auto (bar on a terminal, else lines) | bar | lines | none."""
+
+
+@dataclass
+class BackendConfig:
+    """The machine's communication and threads."""
+
+    timeout_seconds: int = 600
+    """A collective that takes longer counts as hung."""
+    host_threads: int = 1
+    """CPU threads per rank on the host backend; 1 is bitwise reproducible."""
+    cuda_device_max_connections: int = 1
+    """CUDA_DEVICE_MAX_CONNECTIONS; Megatron's overlap of TP with compute relies on 1."""
+    nccl: dict[str, str] = field(default_factory=dict)
+    """NCCL_* environment settings by their short name, e.g. {IB_QPS_PER_CONNECTION: 2}."""
+
+
+@dataclass
+class HardwareConfig:
+    """The machine that a plan is made for. Every number has a source or says assumed."""
+
+    name: str = "cpu"
+    """Profile name."""
+    devices_per_node: int = 8
+    """Devices that share a node's fast links."""
+    memory_gb: float = 24.0
+    """Memory of one device in GB (1e9 bytes)."""
+    peak_tflops: dict[str, float] = field(default_factory=dict)
+    """Dense peak per dtype (fp32, bf16, fp8) in TFLOP/s."""
+    memory_gbps: float = 0.0
+    """Device memory bandwidth in GB/s."""
+    intra_node_gbps: float = 0.0
+    """Bandwidth between two devices of a node, one direction, GB/s."""
+    inter_node_gbps: float = 0.0
+    """Bandwidth per device between nodes, one direction, GB/s."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where each number comes from, or the word assumed."""
