@@ -1,0 +1,52 @@
+# Every target sets the environment up first; nothing is installed outside ./.venv.
+SHELL := bash
+PY := .venv/bin/python
+STAMP := .venv/.installed
+# Ranks of `make train`, and overrides or options handed on: make train ARGS="train.steps=20"
+NPROC ?= 8
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-full lint format plan clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(STAMP) ## create ./.venv and install the project with pinned versions
+	@:
+
+$(STAMP): pyproject.toml constraints.txt setup.py launch/setup.sh launch/find_python.sh
+	@launch/setup.sh
+
+train: $(STAMP) ## the main job on NPROC ranks: the 30B where 8 GPUs fit it, else its small twin
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) train.py $(ARGS)
+
+test: $(STAMP) ## the default test-suite
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(ARGS)
+
+test-full: $(STAMP) ## the default suite and the long grids
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m '' $(ARGS)
+
+lint: $(STAMP) ## ruff, formatting, types, shell scripts
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/shellcheck launch/*.sh .ci/run
+
+format: $(STAMP) ## rewrite the sources in the one format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+plan: $(STAMP) ## layout, parameters and legality of a configuration, without starting it
+	@.venv/bin/moe-train plan $(ARGS)
+
+ifneq ($(wildcard benchmarks/__main__.py),)
+.PHONY: bench
+# Compares with other implementations; writes benchmarks/results/latest.json
+bench: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks $(ARGS)
+endif
+
+clean: ## remove caches and build products; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find moe_train tests -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Creates .venv in the checkout and installs the project with its pinned versions.
+# EXTRAS (default: dev) chooses the extras; with EXTRAS=dev,gpu TransformerEngine is added.
+# Safe to repeat: the stamp is written last, and `make` calls this only when it is out of date.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf '[setup] %s\n' "$*"; }
+
+# An environment that was moved or whose interpreter is gone cannot be repaired, only replaced.
+if ! .venv/bin/python -c 'import pip' >/dev/null 2>&1; then
+  python=$(launch/find_python.sh)
+  say "creating .venv with $("$python" --version)"
+  "$python" -m venv --clear .venv
+fi
+
+say "installing torch, Megatron-Core and the rest (the first time: 2-3 GB, a few minutes)"
+log=.venv/setup.log
+started=$SECONDS
+pip=(.venv/bin/python -m pip --disable-pip-version-check --no-input)
+# Every tenth package as a sign of life instead of pip's own flood; the whole log is kept.
+progress() {
+  local line count=0
+  while IFS= read -r line; do
+    case $line in
+      Collecting\ *)
+        count=$((count + 1))
+        if [ $((count % 10)) -eq 1 ]; then say "  package $count: ${line#Collecting }"; fi
+        ;;
+      Installing\ collected*) say "  unpacking $count packages" ;;
+      "  Building wheel"*) say "  ${line#  }" ;;
+    esac
+  done
+}
+if ! "${pip[@]}" install --progress-bar off --constraint constraints.txt \
+  --editable ".[${EXTRAS:-dev}]" 2>&1 | tee "$log" | progress; then
+  say "pip failed; the end of $log:"
+  tail -n 25 "$log"
+  exit 1
+fi
+touch .venv/.installed
+say "done in $((SECONDS - started)) s"

@@ -1,0 +1,12 @@
+"""Settings of the whole suite."""
+
+from __future__ import annotations
+
+import os
+
+# Ranks and BLAS must not fight for cores; also what the bitwise comparisons assume.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test may reach for the network: a mirror or tokenizer that wants to is told so at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["WANDB_MODE"] = "offline"
+os.environ.pop("WANDB_API_KEY", None)
