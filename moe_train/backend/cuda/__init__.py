@@ -1,0 +1,1 @@
+"""Megatron-Core on NVIDIA GPUs with NCCL and TransformerEngine; nothing is patched."""

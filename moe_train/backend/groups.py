@@ -1,0 +1,77 @@
+"""Process groups: the one file that touches Megatron's global ``parallel_state``."""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from moe_train.backend.protocol import Backend
+
+
+def open_world(
+    backend: Backend, rank: int, world: int, timeout_seconds: int, init_method: str | None = None
+) -> None:
+    """Join the world: ``torchrun``'s environment, or a world of one without it.
+
+    Args:
+        init_method: rendezvous URL; None uses the environment, or an in-process store when
+            ``world`` is 1 and no environment is set.
+    """
+    options: dict[str, Any] = dict(
+        backend=backend.communication, timeout=datetime.timedelta(seconds=timeout_seconds)
+    )
+    if init_method is None and world == 1:
+        options.update(store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        options.update(init_method=init_method or "env://", rank=rank, world_size=world)
+    if backend.name != "host":
+        options["device_id"] = backend.device
+    dist.init_process_group(**options)
+
+
+def open_groups(
+    *,
+    tensor: int,
+    pipeline: int,
+    virtual_pipeline: int,
+    context: int,
+    expert: int,
+    expert_tensor: int,
+    timeout_seconds: int,
+    gloo: bool,
+) -> ProcessGroupCollection:
+    """Create every process group of a layout; the world must be open.
+
+    Args:
+        gloo: also create Megatron's gloo twins of the data-parallel groups (CUDA only: on the
+            host every group is gloo already).
+    """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        context_parallel_size=context,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
+        distributed_timeout_minutes=max(1, timeout_seconds // 60),
+        create_gloo_process_groups=gloo,
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def close_world() -> None:
+    """Destroy all groups, so that another run may start in this process."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,72 @@
+"""The host backend: CPU tensors, gloo, Megatron patched where it asks for CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_train.backend.host import patches
+from moe_train.config.training import BackendConfig
+
+if TYPE_CHECKING:
+    from megatron.core.models.backends import BackendSpecProvider
+
+
+class HostBackend:
+    """See :class:`moe_train.backend.protocol.Backend`."""
+
+    name = "host"
+    communication = "gloo"
+    transformer_impl = "local"
+
+    def __init__(self, config: BackendConfig) -> None:
+        self._threads = config.host_threads
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def prepare(self) -> None:
+        """Fix threads and determinism, then patch."""
+        torch.set_num_threads(self._threads)
+        torch.use_deterministic_algorithms(True)
+        # Determinism would otherwise fill every empty() with NaN, which costs bandwidth.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        patches.apply()
+
+    def spec_provider(self) -> BackendSpecProvider:
+        """Host modules."""
+        from moe_train.backend.host.provider import HostSpecProvider
+
+        return HostSpecProvider()
+
+    def transformer_overrides(self) -> dict[str, Any]:
+        """No fused CUDA kernels; everything else as on CUDA."""
+        return dict(
+            transformer_impl="local",
+            gradient_accumulation_fusion=False,
+            persist_layer_norm=False,
+            masked_softmax_fusion=False,
+            moe_permute_fusion=False,
+            cross_entropy_loss_fusion=False,
+            batch_p2p_sync=False,
+        )
+
+    def optimizer_overrides(self) -> dict[str, Any]:
+        """Nothing to fix."""
+        return {}
+
+    def peak_memory_bytes(self) -> int:
+        """Peak resident set of this process."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def synchronize(self) -> None:
+        """Host work is in order."""
+
+    def optimizer_construction(self) -> contextlib.AbstractContextManager[None]:
+        """Let OptimizerConfig find a FusedAdam: ours."""
+        return patches.fused_adam_visible()

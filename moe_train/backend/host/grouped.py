@@ -1,0 +1,146 @@
+"""Grouped experts: one matrix product for all local experts of a layer.
+
+Megatron's local provider falls back to one small GEMM per expert. Here Megatron's own
+``TEGroupedMLP`` (activation, probabilities, selective recompute) runs on stacked weights and
+``torch._grouped_mm``. Checkpoint keys, global shapes and offsets are those of TE's provider.
+
+Shape letters: E local experts, T routed tokens of this rank, I input and O output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+
+class HostGroupedLinear(torch.nn.Module):
+    """E linear maps with stacked weights [E, O, I]; ``partition_dim`` is split over ETP.
+
+    The communication of expert tensor parallelism is the token dispatcher's, as with TE's
+    grouped linear, so this is a local product.
+    """
+
+    partition_dim: int
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        input_size: int,
+        output_size: int,
+        /,
+        *,
+        config: TransformerConfig,
+        init_method: Callable[[torch.Tensor], Any],
+        bias: bool,
+        skip_bias_add: bool,
+        is_expert: bool,
+        tp_comm_buffer_name: str | None = None,
+        pg_collection: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        assert is_expert and not bias
+        assert not config.delay_wgrad_compute, "weight gradients cannot be delayed on the host"
+        tp_size = pg_collection.expt_tp.size()
+        shape = [num_local_experts, output_size, input_size]
+        shape[self.partition_dim] //= tp_size
+        weight = torch.empty(*shape, dtype=config.params_dtype)
+        self.weight = torch.nn.Parameter(weight)
+        if config.perform_initialization:
+            for expert in range(num_local_experts):
+                init_method(self.weight.data[expert])
+        set_tensor_model_parallel_attributes(self.weight, True, self.partition_dim, 1)
+        # Same rule as Megatron's own linear layers: an expert's gradient is reduced over the
+        # expert-data-parallel group only where that differs from the data-parallel group.
+        self.weight.allreduce = not (  # type: ignore[attr-defined]
+            config.expert_model_parallel_size > 1
+            or config.tensor_model_parallel_size != config.expert_tensor_parallel_size
+        )
+
+    def forward(
+        self, x_TI: torch.Tensor, tokens_per_expert: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return [T, O] and no bias; rows of ``x_TI`` are sorted by expert."""
+        ends_E = torch.tensor(tokens_per_expert, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return torch._grouped_mm(x_TI, self.weight.transpose(-2, -1), offs=ends_E), None
+
+    def backward_dw(self) -> None:
+        """Nothing was delayed."""
+
+
+class HostColumnGroupedLinear(HostGroupedLinear):
+    """First expert matrix: output rows are split over expert tensor parallelism."""
+
+    partition_dim = 1
+
+
+class HostRowGroupedLinear(HostGroupedLinear):
+    """Second expert matrix: input columns are split over expert tensor parallelism."""
+
+    partition_dim = 2
+
+
+class HostGroupedMLP(TEGroupedMLP):
+    """Megatron's grouped SwiGLU experts over stacked host weights."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Sharded tensors with TE's keys: ``experts.linear_fc{1,2}.weight``, [.., E, O, I]."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        axes = len(sharded_offsets)
+        experts = (axes, self.ep_group.rank(), self.ep_group.size())
+        replica = (0, 0, self.expert_data_rank)
+        state: dict[str, Any] = {}
+        for name, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            key = f"{prefix}experts.{name}.weight"
+            split = axes + linear.partition_dim
+            tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+
+            def shard(
+                key: str, data: torch.Tensor, part: int, parts: int, split: int = split
+            ) -> ShardedTensor:
+                return ShardedTensor.from_rank_offsets(
+                    key,
+                    data,
+                    *sharded_offsets,
+                    experts,
+                    (split, part, parts),
+                    replica_id=replica,
+                    prepend_axis_num=axes,
+                )
+
+            if name == "linear_fc1" and self.config.gated_linear_unit:
+
+                def gate_and_up(
+                    key: str, data: torch.Tensor, replica_id: Any, flattened_range: Any,
+                    shard: Any = shard, tp_rank: int = tp_rank, tp_size: int = tp_size,
+                ) -> list[ShardedTensor]:
+                    gate, up = data.chunk(2, dim=1)
+                    return [
+                        shard(key, gate, tp_rank, 2 * tp_size),
+                        shard(key, up, tp_size + tp_rank, 2 * tp_size),
+                    ]
+
+                state[f"{prefix}{name}.weight"] = ShardedTensorFactory(
+                    key,
+                    linear.weight,
+                    gate_and_up,
+                    lambda parts: torch.cat(parts, dim=1),
+                    replica,
+                )
+            else:
+                state[f"{prefix}{name}.weight"] = shard(key, linear.weight, tp_rank, tp_size)
+        return state
+
+    def __init__(self, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, pg_collection=pg_collection, **kwargs)
+        self.expert_data_rank = pg_collection.expt_dp.rank()

@@ -1,0 +1,211 @@
+"""Every patch that lets Megatron-Core run on a CPU with gloo, each with its reason.
+
+``apply_early`` must run before Megatron is imported, ``apply_late`` after. On CUDA neither
+runs. ``HANDLED`` is the list that ``tests/test_host_patches.py`` holds against the CUDA uses
+in Megatron's installed source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from moe_train.backend.host import streams
+
+CPU = torch.device("cpu")
+
+# torch.cuda attributes replaced on the host: name -> (replacement, reason).
+CUDA_CALLS: dict[str, tuple[Any, str]] = {
+    "current_device": (lambda: CPU, "factories are called with device=current_device()"),
+    "set_device": (lambda device: None, "one host, nothing to select"),
+    "synchronize": (lambda device=None: None, "host work is in order"),
+    "empty_cache": (lambda: None, "the host allocator has no cache to return"),
+    "Stream": (streams.HostStream, "dispatcher, shared experts and DDP own side streams"),
+    "Event": (streams.HostEvent, "combined 1F1B orders its two streams by events"),
+    "current_stream": (streams.current_stream, "waited on before and after side streams"),
+    "default_stream": (streams.current_stream, "as current_stream"),
+    "stream": (streams.stream_context, "side streams run at once"),
+    "get_rng_state": (lambda device=None: torch.get_rng_state(), "one generator on the host"),
+    "set_rng_state": (
+        lambda state, device=None: torch.set_rng_state(state),
+        "one generator on the host",
+    ),
+    # torch.manual_seed itself calls torch.cuda.manual_seed_all, so calling it here would recurse.
+    "manual_seed": (
+        lambda seed: torch.default_generator.manual_seed(int(seed)),
+        "the RNG tracker seeds its states through CUDA",
+    ),
+    "is_current_stream_capturing": (lambda: False, "no graphs on the host"),
+    "memory_allocated": (lambda device=None: 0, "no device allocator"),
+    "max_memory_allocated": (lambda device=None: 0, "no device allocator"),
+    "memory_reserved": (lambda device=None: 0, "no device allocator"),
+    "max_memory_reserved": (lambda device=None: 0, "no device allocator"),
+    "memory_stats": (lambda device=None: {}, "no device allocator"),
+    "reset_peak_memory_stats": (lambda device=None: None, "no device allocator"),
+}
+
+# torch factories whose device argument may be the literal "cuda" inside Megatron.
+FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+TENSOR_METHODS = ("cuda", "record_stream", "type")
+HANDLED = frozenset(CUDA_CALLS) | {"nvtx", "random", "is_available", "device_count"}
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and str(device).startswith("cuda")
+
+
+def _on_host(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def apply_early() -> None:
+    """Replace torch's CUDA surface; call once, before Megatron is imported."""
+    for name, (replacement, _) in CUDA_CALLS.items():
+        setattr(torch.cuda, name, replacement)
+    torch.cuda.random.get_rng_state = CUDA_CALLS["get_rng_state"][0]
+    torch.cuda.random.set_rng_state = CUDA_CALLS["set_rng_state"][0]
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, lambda *args, **kwargs: None)
+    for name in FACTORIES:
+        setattr(torch, name, _on_host(getattr(torch, name)))
+
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+
+    plain_type, plain_to = torch.Tensor.type, torch.Tensor.to
+
+    # Megatron's optimizers sort parameters by comparing type() with torch.cuda names.
+    def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return plain_type(self).replace("torch.", "torch.cuda.", 1)
+        return plain_type(self, dtype, *args, **kwargs)
+
+    def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and isinstance(args[0], (str, torch.device)) and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return plain_to(self, *args, **kwargs)
+
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign,assignment]
+    torch.Tensor.to = tensor_to  # type: ignore[method-assign,assignment]
+
+
+@contextlib.contextmanager
+def lean_imports() -> Iterator[None]:
+    """Import Megatron without what a host rank never uses.
+
+    ``jit_fuser`` is ``torch.compile``, whose import alone (torch._dynamo, torch._inductor) is
+    about half of a rank's start-up; Megatron's timers import wandb, which our mirror does
+    later and elsewhere.
+    """
+    compile_, blocked = torch.compile, [m for m in ("wandb",) if m not in sys.modules]
+
+    def identity(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else identity
+
+    torch.compile = identity
+    for module in blocked:
+        sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+        for module in blocked:
+            del sys.modules[module]
+
+
+def apply_late() -> None:
+    """Patch Megatron's own modules; call once, inside :func:`lean_imports`."""
+    from megatron.core import optimizer
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    from moe_train.backend.host.adam import HostAdam
+
+    # On CUDA the splits become numpy arrays on their way off the device; without a device
+    # they would stay tensors, which all_to_all_single refuses.
+    def splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = splits_to_host
+    token_dispatcher.maybe_move_tensor_to_cpu = splits_to_host
+
+    # The tracker goes through torch's lazy CUDA initialisation otherwise.
+    random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
+
+    # torch's AdamW keeps `step` per parameter and has no precision-aware mode; Megatron is
+    # written for TransformerEngine's FusedAdam.
+    optimizer.Adam = HostAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+
+
+def apply() -> None:
+    """All patches, in order; the second call does nothing."""
+    if getattr(torch, "_moe_train_host", False):
+        return
+    torch._moe_train_host = True  # type: ignore[attr-defined]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    apply_early()
+    with lean_imports():
+        importlib.import_module("megatron.core")
+        importlib.import_module("megatron.core.models.gpt.gpt_model")
+        apply_late()
+
+
+@contextlib.contextmanager
+def fused_adam_visible() -> Iterator[None]:
+    """OptimizerConfig refuses the precision-aware optimizer unless TransformerEngine's
+    FusedAdam can be imported and has certain arguments; HostAdam has them."""
+    from moe_train.backend.host.adam import HostAdam
+
+    name = "transformer_engine.pytorch.optimizers"
+    stand_in = types.ModuleType(name)
+    stand_in.FusedAdam = HostAdam  # type: ignore[attr-defined]
+    packages = ["transformer_engine", "transformer_engine.pytorch"]
+    added = {package: types.ModuleType(package) for package in packages} | {name: stand_in}
+    before = {module: sys.modules.get(module) for module in added}
+    sys.modules.update(added)
+    try:
+        yield
+    finally:
+        for module, previous in before.items():
+            if previous is None:
+                del sys.modules[module]
+            else:
+                sys.modules[module] = previous

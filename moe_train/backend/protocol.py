@@ -1,0 +1,46 @@
+"""What the rest of the program may ask of a machine."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.models.backends import BackendSpecProvider
+
+
+class Backend(Protocol):
+    """One kind of machine. Built by :func:`moe_train.backend.select.select_backend`."""
+
+    name: str
+    """``host`` or ``cuda``."""
+    communication: str
+    """torch.distributed backend name."""
+    transformer_impl: str
+    """Megatron's ``transformer_impl`` that the spec provider belongs to."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device that holds this rank's tensors."""
+
+    def prepare(self) -> None:
+        """Set up the process (environment, threads, patches) before Megatron is imported."""
+
+    def spec_provider(self) -> BackendSpecProvider:
+        """Megatron module classes for this machine."""
+
+    def transformer_overrides(self) -> dict[str, Any]:
+        """TransformerConfig fields that this machine fixes (fusions it has or lacks)."""
+
+    def optimizer_overrides(self) -> dict[str, Any]:
+        """OptimizerConfig fields that this machine fixes."""
+
+    def optimizer_construction(self) -> AbstractContextManager[None]:
+        """Context in which Megatron's OptimizerConfig is constructed."""
+
+    def peak_memory_bytes(self) -> int:
+        """Peak memory of this process: device allocator's, or resident set on the host."""
+
+    def synchronize(self) -> None:
+        """Wait until queued device work is done."""

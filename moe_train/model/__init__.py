@@ -1,0 +1,1 @@
+"""The model: Megatron's GPTModel from our config, on any backend, in any layout."""

@@ -1,0 +1,72 @@
+"""Megatron module specs, assembled from the backend's provider."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from moe_train.model.layer import Layer
+
+if TYPE_CHECKING:
+    from megatron.core.models.backends import BackendSpecProvider
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def layer_spec(
+    provider: BackendSpecProvider, config: TransformerConfig, recomputed: frozenset[int]
+) -> ModuleSpec:
+    """One MoE transformer layer on the provider's modules.
+
+    Args:
+        recomputed: 1-based global numbers of the layers that are recomputed whole.
+    """
+    fused = provider.fuse_layernorm_and_linear()
+    norm = provider.layer_norm(rms_norm=True, has_residual=True)
+    qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    qkv = (
+        provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
+    )
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=IdentityOp if fused else norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=qkv,
+                core_attention=provider.core_attention(),
+                linear_proj=provider.row_parallel_linear(),
+                q_layernorm=qk_norm,
+                k_layernorm=qk_norm,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=get_mlp_module_spec_for_backend(
+            backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
+        ),
+        mlp_bda=get_bias_dropout_add,
+        # TE fuses the input norm into the QKV linear and keeps pre_mlp_layernorm by itself
+        # before an MoE: with this map both providers write the same keys.
+        sharded_state_dict_keys_map=(
+            {} if fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+        ),
+    )
+    return ModuleSpec(module=Layer, submodules=submodules, params={"recomputed": recomputed})
+
+
+def block_spec(
+    provider: BackendSpecProvider, config: TransformerConfig, layers: int, recomputed: frozenset[int]
+) -> TransformerBlockSubmodules:
+    """The ``layers`` layers of one pipeline stage (or chunk of one), and the final norm."""
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(provider, config, recomputed)] * layers,
+        layer_norm=provider.layer_norm(rms_norm=True),
+    )

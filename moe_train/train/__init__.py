@@ -1,0 +1,1 @@
+"""Training: the loop says when, the step says what, callbacks listen."""

@@ -1,0 +1,129 @@
+"""Everything that a step needs, built once: groups, model, optimizer, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from moe_train.config.layers import parse_layers
+from moe_train.model.build import build_model, padded_vocab_size
+from moe_train.model.transformer_config import optimizer_config, transformer_config
+from moe_train.train.routing import RoutingRecorder
+from moe_train.train.schedule import build_scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from moe_train.backend.protocol import Backend
+    from moe_train.config.root import Config
+
+
+@dataclass
+class Engine:
+    """One rank's training machinery. Its only mutable state is in model and optimizer."""
+
+    config: Config
+    backend: Backend
+    groups: ProcessGroupCollection
+    megatron: TransformerConfig
+    chunks: list[DistributedDataParallel]
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+    forward_backward: Callable[..., Any]
+    routing: RoutingRecorder
+    microbatches: int
+    """Micro-batches per replica and optimizer step."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return bool(self.groups.pp.rank() == self.groups.pp.size() - 1)
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's loss is the one of its replica that is counted."""
+        return self.is_last_stage and self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0
+
+
+def build_engine(
+    config: Config,
+    backend: Backend,
+    groups: ProcessGroupCollection,
+    *,
+    vocab: int,
+    microbatches: int,
+) -> Engine:
+    """Build model, optimizer and schedule of this rank.
+
+    Args:
+        config: resolved: every parallel size filled.
+        vocab: entries of the tokenizer; the embedding has that many rows, padded.
+        microbatches: micro-batches per replica and optimizer step.
+    """
+    seed_everything(config.run.seed)
+    megatron = transformer_config(config, backend)
+    assert config.parallel.tensor
+    chunks = build_model(
+        config,
+        megatron,
+        backend,
+        groups,
+        padded_vocab=padded_vocab_size(vocab, config.model.vocab_multiple, config.parallel.tensor),
+        recomputed=frozenset(parse_layers(config.recompute.layers, config.model.layers)),
+    )
+    optimizer = get_megatron_optimizer(
+        optimizer_config(config, backend),
+        chunks,
+        use_gloo_process_groups=backend.name != "host",
+        pg_collection=None,
+    )
+    _connect(megatron, config, chunks, optimizer)
+    return Engine(
+        config=config,
+        backend=backend,
+        groups=groups,
+        megatron=megatron,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optim, config.train.steps),
+        forward_backward=get_forward_backward_func(),
+        routing=RoutingRecorder(chunks, config.model.layers, config.model.experts),
+        microbatches=microbatches,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch and Megatron's tracker of tensor-parallel and expert states."""
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _connect(
+    megatron: TransformerConfig,
+    config: Config,
+    chunks: list[DistributedDataParallel],
+    optimizer: Any,
+) -> None:
+    """Give the schedules their hooks into DDP and the optimizer (as Megatron's training does)."""
+    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.grad_scale_func = optimizer.scale_loss
+    if config.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        starts = [chunk.start_grad_sync for chunk in chunks]
+        single = len(chunks) == 1
+        megatron.no_sync_func = no_sync[0] if single else no_sync
+        if config.megatron.ddp.get("align_grad_reduce", True) and not single:
+            megatron.grad_sync_func = starts
+    if config.parallel.overlap_param_gather and len(chunks) > 1:
+        megatron.param_sync_func = [partial(chunk.start_param_sync) for chunk in chunks]

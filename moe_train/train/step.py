@@ -1,0 +1,118 @@
+"""One optimizer step, and one validation: free functions over an Engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from moe_train.errors import NonFiniteError
+from moe_train.train.engine import Engine
+from moe_train.train.forward import MicroBatch, forward_step
+from moe_train.train.routing import RoutingStats
+from moe_train.train.schedule import set_step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, the same on every rank."""
+
+    loss: float
+    """Mean token loss over the global batch, nats."""
+    grad_norm: float
+    """Global L2 norm of the gradients before clipping."""
+    lr: float
+    routing: RoutingStats
+
+
+def train_step(engine: Engine, batches: Sequence[MicroBatch], step: int) -> StepResult:
+    """Forward and backward over all micro-batches, the non-finite gate, then the optimizer.
+
+    Args:
+        batches: this replica's micro-batches, ``engine.microbatches`` of them.
+        step: 1-based number of this step.
+
+    Raises:
+        NonFiniteError: loss or gradient norm is not finite; raised on all ranks, before any
+            weight has changed.
+    """
+    for chunk in engine.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    engine.optimizer.zero_grad()
+    engine.routing.clear()
+    losses = _run(engine, batches, forward_only=False)
+    engine.optimizer.prepare_grads()
+    grad_norm = float(engine.optimizer.get_grad_norm())
+    loss, stats = _agree(engine, losses, len(batches))
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NonFiniteError(
+            f"step {step}",
+            f"loss is {loss}, gradient norm is {grad_norm}; no weight was changed",
+            "resume from the last checkpoint with a lower optim.lr or other data",
+        )
+    lr = set_step(engine.scheduler, step)
+    _clip(engine.optimizer, grad_norm)
+    engine.optimizer.step_with_ready_grads()
+    return StepResult(loss, grad_norm, lr, stats)
+
+
+@torch.no_grad()
+def validate(engine: Engine, steps: Sequence[Sequence[MicroBatch]]) -> float:
+    """Mean token loss over ``steps`` global batches, nats, the same on every rank."""
+    for chunk in engine.chunks:
+        chunk.eval()
+    total = 0.0
+    for batches in steps:
+        losses = _run(engine, batches, forward_only=True)
+        total += _agree(engine, losses, len(batches))[0]
+    for chunk in engine.chunks:
+        chunk.train()
+    return total / len(steps)
+
+
+def _run(engine: Engine, batches: Sequence[MicroBatch], forward_only: bool) -> list[Any]:
+    chunks = engine.chunks
+    # Each virtual stage walks the same micro-batches at its own pace.
+    iterators = [iter(batches) for _ in chunks]
+    output: list[Any] = engine.forward_backward(
+        forward_step_func=partial(forward_step, engine.groups, engine.backend.device),
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=engine.config.data.sequence,
+        micro_batch_size=engine.config.batch.micro,
+        forward_only=forward_only,
+    )
+    return output
+
+
+def _agree(engine: Engine, losses: list[Any], microbatches: int) -> tuple[float, RoutingStats]:
+    """Sum loss and routing over the world in one reduction; every rank sees the same numbers."""
+    data_size = engine.groups.dp.size()
+    loss = torch.zeros(1, dtype=torch.float64)
+    if engine.counts_loss:
+        loss += torch.stack([entry["loss"] for entry in losses]).double().sum().cpu()
+    vector = torch.cat([loss, engine.routing.vector(data_size)]).to(engine.backend.device)
+    dist.all_reduce(vector)
+    vector = vector.cpu()
+    mean = float(vector[0]) / (microbatches * data_size)
+    return mean, engine.routing.stats(vector[1:], microbatches)
+
+
+def _clip(optimizer: Any, grad_norm: float) -> None:
+    """Scale all gradients by one factor (Megatron's ChainedOptimizer.step, without its norm)."""
+    for part in optimizer.chained_optimizers:
+        if part.config.clip_grad > 0.0 and (params := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(
+                params,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
