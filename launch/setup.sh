@@ -25,7 +25,8 @@ progress() {
     case $line in
       Collecting\ *)
         count=$((count + 1))
-        if [ $((count % 10)) -eq 1 ]; then say "  package $count: ${line#Collecting }"; fi
+        line=${line#Collecting } line=${line%% (from*}
+        if [ $((count % 10)) -eq 1 ]; then say "  package $count: $line"; fi
         ;;
       Installing\ collected*) say "  unpacking $count packages" ;;
       "  Building wheel"*) say "  ${line#  }" ;;
