@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from moe_train.errors import DataError
 from moe_train.monitor.files import write_atomically
@@ -35,7 +35,8 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._rewrite(read(path))
+        self._last_step = -1
+        self._file = self._rewrite(read(path))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record, adding the exact twins of HEX_TWINS.
@@ -63,7 +64,7 @@ class MetricsLog:
         kept = [record for record in records if record["step"] <= step]
         if len(kept) < len(records):
             self._file.close()
-            self._rewrite(kept)
+            self._file = self._rewrite(kept)
         return len(records) - len(kept)
 
     def close(self) -> None:
@@ -81,14 +82,14 @@ class MetricsLog:
     ) -> None:
         self.close()
 
-    def _rewrite(self, records: list[dict[str, Any]]) -> None:
-        """Make the file hold exactly `records`, and open it for appending."""
+    def _rewrite(self, records: list[dict[str, Any]]) -> TextIO:
+        """Make the file hold exactly `records`; returns it open for appending."""
         text = "".join(json.dumps(record) + "\n" for record in records)
         if not self.path.exists() or self.path.read_text(encoding="utf-8") != text:
             write_atomically(self.path, text)
         self._last_step = max((r["step"] for r in records if "loss" in r), default=-1)
         # Line-buffered: a kill between two steps loses nothing.
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        return self.path.open("a", encoding="utf-8", buffering=1)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
