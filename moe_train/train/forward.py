@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 
 MicroBatch = dict[str, torch.Tensor]
 
@@ -47,7 +47,7 @@ def forward_step(
     batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
     if groups.cp.size() > 1:
         batch = get_batch_on_this_cp_rank(batch, False, cp_group=groups.cp)
-    run = model.module.build_schedule_plan if return_schedule_plan else model  # type: ignore[union-attr]
+    run = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
     output = run(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],

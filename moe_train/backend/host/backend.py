@@ -57,8 +57,8 @@ class HostBackend:
         )
 
     def optimizer_overrides(self) -> dict[str, Any]:
-        """Nothing to fix."""
-        return {}
+        """Master weights are stored whole: HostAdam has no 16-bit remainders."""
+        return dict(store_param_remainders=False)
 
     def peak_memory_bytes(self) -> int:
         """Peak resident set of this process."""

@@ -148,6 +148,7 @@ def lean_imports() -> Iterator[None]:
 def apply_late() -> None:
     """Patch Megatron's own modules; call once, inside :func:`lean_imports`."""
     from megatron.core import optimizer
+    from megatron.core.optimizer import optimizer_config
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -168,6 +169,11 @@ def apply_late() -> None:
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
         state
     )
+
+    # The precision-aware optimizer asks for TransformerEngine's version; HostAdam has the
+    # interface of its newest.
+    for module in (optimizer, optimizer_config):
+        module.is_te_min_version = lambda version, check_equality=True: True
 
     # torch's AdamW keeps `step` per parameter and has no precision-aware mode; Megatron is
     # written for TransformerEngine's FusedAdam.
