@@ -1,0 +1,1 @@
+"""Tokens: tokenizers, prepared datasets, blends and layout-invariant batches."""

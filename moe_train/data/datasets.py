@@ -1,0 +1,196 @@
+"""Training, validation and test datasets through Megatron's packing and blending."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+from moe_train.config.training import DataConfig
+from moe_train.data.blend import Corpus, Part, open_corpus
+from moe_train.data.cache import cache_folder, lock
+from moe_train.data.packing import EndlessGPTDataset
+from moe_train.errors import DataError
+
+NAMES = ("train", "valid", "test")
+SURPLUS = 0.5
+"""Samples that a blend may take of a part beyond its share; free, since parts are endless."""
+
+
+class Datasets(NamedTuple):
+    """Datasets of packed samples; None where no sample was asked for.
+
+    An item has ``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32),
+    each of shape [sequence].
+    """
+
+    train: Any
+    valid: Any
+    test: Any
+
+
+class _MegatronTokenizer:
+    """The members that Megatron's datasets read; the ids themselves are prepared already."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.vocab_size = corpus.vocab_size
+        self.eod = corpus.eod
+        name = corpus.tokenizer.fingerprint if corpus.tokenizer else "unknown"
+        self.unique_identifiers = {"fingerprint": name}
+
+
+def build_datasets(
+    config: DataConfig,
+    *,
+    sequence: int,
+    seed: int,
+    train_samples: int,
+    valid_samples: int = 0,
+    test_samples: int = 0,
+    vocab_limit: int | None = None,
+    corpus: Corpus | None = None,
+) -> Datasets:
+    """Build the datasets of a run.
+
+    Without a process group every process builds or loads alone (a file lock keeps them
+    apart, and the cache may be local to a node); with one, all ranks must call this
+    together, and must share the cache folder.
+
+    Args:
+        config: the data section.
+        sequence: tokens per sample.
+        seed: seed of the order.
+        train_samples: samples that training takes; the order does not depend on it.
+        valid_samples: samples per validation; 0 builds none.
+        test_samples: the same for the test split.
+        vocab_limit: ids that the model has; None skips this check.
+        corpus: what `open_corpus(config)` gave, if it was called before.
+
+    Raises:
+        DataError: unusable data, or a split too short for one sample.
+    """
+    corpus = corpus or open_corpus(config)
+    if vocab_limit is not None:
+        corpus.check_vocabulary(vocab_limit)
+    sizes = [train_samples, valid_samples, test_samples]
+    folder = _index_folder(config, corpus)
+    settings: dict[str, Any] = {
+        "random_seed": seed,
+        "sequence_length": sequence,
+        "path_to_cache": str(folder),
+        "tokenizer": _MegatronTokenizer(corpus),
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "eod_mask_loss": False,
+        "create_attention_mask": False,
+        "mid_level_dataset_surplus": SURPLUS,
+    }
+    if corpus.valid:
+        _check_length(corpus.train, (0.0, 1.0), sequence, "train")
+        _check_length(corpus.valid, (0.0, 1.0), sequence, "valid")
+        if test_samples:
+            raise DataError("data.valid", "leaves no test split", "use data.split instead")
+        per_split = [
+            _blend(p) if n else None
+            for p, n in ((corpus.train, train_samples), (corpus.valid, valid_samples))
+        ]
+        if not any(per_split):
+            return Datasets(None, None, None)
+        built = GPTDatasetConfig(blend_per_split=[*per_split, None], **settings)
+    else:
+        bounds = split_bounds(config.split)
+        built = GPTDatasetConfig(blend=_blend(corpus.train), split=config.split, **settings)
+        for index, size in enumerate(sizes):
+            if size:
+                _check_length(corpus.train, bounds[index], sequence, NAMES[index])
+            else:
+                built.split_matrix[index] = None
+    with _building(folder):
+        builder = BlendedMegatronDatasetBuilder(EndlessGPTDataset, sizes, lambda: True, built)
+        return Datasets(*builder.build())
+
+
+def split_bounds(split: str) -> list[tuple[float, float]]:
+    """Begin and end share of train, valid and test of a split string such as ``98,2,0``.
+
+    Raises:
+        DataError: not one to three non-negative numbers with a positive sum.
+    """
+    if not re.fullmatch(r"\s*[0-9.]+\s*(,\s*[0-9.]+\s*){0,2}", split):
+        raise DataError("data.split", f"{split!r} is no split", "such as 98,2,0")
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError as error:
+        raise DataError("data.split", f"{split!r} has no numbers", "such as 98,2,0") from error
+    shares += [0.0] * (3 - len(shares))
+    if sum(shares) <= 0:
+        raise DataError("data.split", f"{split!r} has no positive share", "such as 98,2,0")
+    ends = (np.cumsum(shares) / sum(shares)).tolist()
+    return list(zip([0.0, *ends[:-1]], ends, strict=True))
+
+
+def _blend(parts: Sequence[Part]) -> tuple[list[str], list[float] | None]:
+    """Megatron's form of a blend; parts without weights count by their tokens."""
+    prefixes = [str(part.prefix.resolve()) for part in parts]
+    if len(parts) == 1:
+        return prefixes, None
+    weights = [float(part.facts.tokens) if part.weight is None else part.weight for part in parts]
+    return prefixes, weights
+
+
+def _check_length(
+    parts: Sequence[Part], bounds: tuple[float, float], sequence: int, name: str
+) -> None:
+    """Refuse a split that does not hold one sample (and the token after it)."""
+    for part in parts:
+        lengths = part.facts.lengths
+        begin, end = (int(round(bound * float(lengths.size))) for bound in bounds)
+        tokens = int(lengths[begin:end].sum(dtype=np.int64))
+        if tokens < sequence + 1:
+            raise DataError(
+                str(part.prefix),
+                f"its {name} split has {end - begin} of {lengths.size} documents and {tokens} "
+                f"tokens, too short for one sample of {sequence} + 1",
+                "more data, a shorter data.sequence, another data.split"
+                + (", or data.valid with its own data" if name == "valid" else ""),
+            )
+
+
+def _index_folder(config: DataConfig, corpus: Corpus) -> Path:
+    """Cache folder bound to the state of the files: Megatron's own key is their path only."""
+    state = []
+    for part in (*corpus.train, *corpus.valid):
+        stat = part.facts.bin_path.stat()
+        manifest = part.facts.manifest
+        digest = manifest.idx_sha256 if manifest else stat.st_mtime_ns
+        state.append([str(part.prefix.resolve()), stat.st_size, digest])
+    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:20]
+    return cache_folder(config.cache) / "indices" / key
+
+
+@contextmanager
+def _building(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock while indices are built in it, and drop what a killed build left.
+
+    With a process group Megatron writes on rank 0 alone and has the others wait for it.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        yield
+        return
+    with lock(folder):
+        unfinished = folder.with_name(folder.name + ".building")
+        if unfinished.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        unfinished.touch()
+        yield
+        unfinished.unlink()
