@@ -4,8 +4,8 @@
 #
 # torch, NCCL and TransformerEngine are pinned by constraints.txt (torch's wheel brings its own NCCL);
 # the CUDA toolkit of the base image only compiles TransformerEngine and Apex, whose major version
-# has to be torch's.
-ARG CUDA_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
+# has to be torch's. It carries the cuDNN and NCCL headers that TransformerEngine is built with.
+ARG CUDA_IMAGE=nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
 
 # hadolint ignore=DL3006
 FROM ${CUDA_IMAGE}
