@@ -29,7 +29,7 @@ RUN apt-get update \
 
 RUN useradd --create-home --uid 10001 trainer \
     && install --directory --owner trainer --group trainer /opt/moe_train
-USER trainer
+USER 10001
 WORKDIR /opt/moe_train
 
 ENV VIRTUAL_ENV=/opt/moe_train/.venv \

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv in the checkout and installs the project with its pinned versions.
-# EXTRAS (default: dev) chooses the extras; with EXTRAS=dev,gpu TransformerEngine is added.
+# EXTRAS (default: dev) chooses the extras. EXTRAS=dev,gpu adds TransformerEngine, whose torch part
+# is compiled here: that takes nvcc, CUDA and cuDNN headers, and some ten minutes.
 # Safe to repeat: the stamp is written last, and `make` calls this only when it is out of date.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,11 +34,21 @@ progress() {
     esac
   done
 }
-if ! "${pip[@]}" install --progress-bar off --constraint constraints.txt \
-  --editable ".[${EXTRAS:-dev}]" 2>&1 | tee "$log" | progress; then
-  say "pip failed; the end of $log:"
-  tail -n 25 "$log"
-  exit 1
+install() {
+  if ! "${pip[@]}" install --progress-bar off --constraint constraints.txt "$@" 2>&1 |
+    tee -a "$log" | progress; then
+    say "pip failed; the end of $log:"
+    tail -n 25 "$log"
+    exit 1
+  fi
+}
+: >"$log"
+extras=,${EXTRAS:-dev},
+install --editable ".[$(tr -s , <<<"${extras/,gpu,/,}" | sed 's/^,//; s/,$//')]"
+if [[ $extras == *,gpu,* ]]; then
+  say "compiling TransformerEngine against the torch just installed"
+  install setuptools wheel ninja pybind11
+  install --no-build-isolation "transformer-engine[core_cu13,pytorch]"
 fi
 touch .venv/.installed
 say "done in $((SECONDS - started)) s"
