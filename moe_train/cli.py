@@ -1,0 +1,142 @@
+"""``moe-train``: one console script for everything around a training run.
+
+Commands live in their rooms and are imported when called, so that a plan does not
+pay for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moe_train.errors import EXIT_CONFIG, EXIT_FINISHED, MoeTrainError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: where its ``main(argv) -> int`` lives, and what help says of it."""
+
+    module: str
+    function: str
+    summary: str
+    example: str
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "moe_train.runtime", "main", "train on this process's rank", "train experiment=single"
+    ),
+    "plan": Command(
+        "moe_train.plan.command",
+        "plan_main",
+        "legality, layout and parameters, before launch",
+        "plan experiment=moe_30b_8x64gb --json plan.json",
+    ),
+    "data prepare": Command(
+        "moe_train.data.command",
+        "prepare_main",
+        "turn text into a dataset",
+        "data prepare notes/ --output data/notes",
+    ),
+    "data inspect": Command(
+        "moe_train.data.command",
+        "inspect_main",
+        "counts and samples of a dataset",
+        "data inspect data/notes --samples 3",
+    ),
+    "checkpoint list": Command(
+        "moe_train.checkpoint.command",
+        "list_main",
+        "committed checkpoints of a run",
+        "checkpoint list runs/twin-TP2.PP4.EP2",
+    ),
+    "checkpoint verify": Command(
+        "moe_train.checkpoint.command",
+        "verify_main",
+        "compare a checkpoint with its manifest",
+        "checkpoint verify runs/twin-TP2.PP4.EP2/checkpoints/step_00000100",
+    ),
+    "evaluate": Command(
+        "moe_train.runtime",
+        "evaluate_main",
+        "loss and perplexity of a checkpoint",
+        "evaluate checkpoint.resume=runs/x/checkpoints/step_00000100 --json loss.json",
+    ),
+}
+
+TRAIN_HELP = """usage: moe-train train [overrides ...]
+
+Train on this process's rank. One process is one rank; for several, start
+  torchrun --nproc-per-node 8 train.py [overrides ...]
+
+examples:
+  moe-train train                                  chooses device, experiment and layout
+  moe-train train experiment=single train.steps=20
+  moe-train train data.train=[data/notes] run.name=notes
+  moe-train train --multirun optim.lr=1e-3,3e-3 experiment=single
+
+Overrides are key=value; moe-train plan shows what they lead to and names every fault.
+"""
+
+
+def usage() -> str:
+    """The text of ``moe-train --help``."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = ["usage: moe-train <command> [arguments ...]", "", "commands:"]
+    lines += [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "examples:"]
+    lines += [f"  moe-train {command.example}" for command in COMMANDS.values()]
+    lines += ["", "moe-train <command> --help tells more of one."]
+    return "\n".join(lines)
+
+
+def _find(argv: Sequence[str]) -> tuple[str, list[str]] | None:
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return name, list(argv[words:])
+    return None
+
+
+def _run(name: str, rest: list[str]) -> int:
+    if name == "train" and {"-h", "--help"} & set(rest):
+        print(TRAIN_HELP)
+        return EXIT_FINISHED
+    command = COMMANDS[name]
+    function: Callable[[list[str]], int] = getattr(
+        importlib.import_module(command.module), command.function
+    )
+    return function(rest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the console script.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's.
+
+    Returns:
+        The exit code: 0, or that of the error, which is told on stderr.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_FINISHED if argv else EXIT_CONFIG
+    found = _find(argv)
+    if found is None:
+        asked = " ".join(argv[:2])
+        below = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
+        options = ", ".join(below or COMMANDS)
+        print(f"moe-train: no command {asked!r}\n    fix: one of: {options}", file=sys.stderr)
+        return EXIT_FINISHED if below and argv[1:] in (["-h"], ["--help"]) else EXIT_CONFIG
+    try:
+        return _run(*found)
+    except MoeTrainError as error:
+        print(f"moe-train: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

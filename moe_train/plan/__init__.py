@@ -1,0 +1,1 @@
+"""Plans before launch: layouts, their legality, parameter counts. Imports no torch."""

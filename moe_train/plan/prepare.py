@@ -1,0 +1,42 @@
+"""From overrides to a config that is known to be legal on a world, or every fault of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_train.config.compose import collect
+from moe_train.config.experiment import MachineFacts, collect_for
+from moe_train.config.root import Config
+from moe_train.config.validate import sizes_refused, validate
+from moe_train.errors import ConfigFaults
+from moe_train.plan.layout import Layout
+from moe_train.plan.legality import check
+from moe_train.plan.search import planned, resolve
+
+
+def prepare(
+    overrides: Sequence[str], world: int, facts: MachineFacts | None = None
+) -> tuple[Config, Layout]:
+    """Compose, choose experiment and layout, and check them for `world` ranks.
+
+    Args:
+        overrides: Hydra overrides.
+        world: number of ranks.
+        facts: the machine, from which experiment=auto is chosen; None leaves it auto
+            (which then has the twin's values).
+
+    Returns:
+        The config with every parallel size filled in, and its layout.
+
+    Raises:
+        ConfigFaults: every fault of form, value, layout and machine together.
+    """
+    config, faults = collect(overrides) if facts is None else collect_for(overrides, facts)
+    refused = {fault.field for fault in faults}
+    if not sizes_refused([*faults, *validate(config)]):
+        config = resolve(config, world)
+    # A refused value stands at its default, which is not the user's to answer for.
+    faults.extend(fault for fault in check(config, world) if fault.field not in refused)
+    if faults:
+        raise ConfigFaults(faults)
+    return config, planned(config, world)
