@@ -1,0 +1,1 @@
+"""Checkpoints: sharded state in, atomic commit, any layout out."""

@@ -1,0 +1,76 @@
+"""Names and life cycle of checkpoint folders: stage, commit by rename, keep K."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+_COMMITTED = re.compile(r"^step_(\d{8})$")
+_STAGED = re.compile(r"^step_\d{8}\.(tmp|old)$")
+
+
+def committed_name(step: int) -> str:
+    """Folder name of a committed checkpoint."""
+    return f"step_{step:08d}"
+
+
+def staging_folder(root: Path, step: int) -> Path:
+    """An empty folder to write into; leftovers of earlier attempts are removed.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.iterdir():
+        if _STAGED.match(leftover.name) and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+    staging = root / f"{committed_name(step)}.tmp"
+    staging.mkdir()
+    return staging
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's contents to the disk."""
+    with open(path, "rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def commit(staging: Path) -> Path:
+    """Give a complete staging folder its committed name, durably."""
+    final = staging.with_suffix("")
+    sync_folder(staging)
+    if final.exists():
+        # Saved again after a resume from an older step: same name, newer content.
+        old = staging.with_suffix(".old")
+        final.rename(old)
+        staging.rename(final)
+        shutil.rmtree(old)
+    else:
+        staging.rename(final)
+    sync_folder(final.parent)
+    return final
+
+
+def committed(root: Path) -> list[Path]:
+    """Committed checkpoints under ``root``, newest first."""
+    if not root.is_dir():
+        return []
+    found = [p for p in root.iterdir() if _COMMITTED.match(p.name) and not p.is_symlink()]
+    return sorted((p for p in found if p.is_dir()), key=lambda p: p.name, reverse=True)
+
+
+def purge(root: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` committed checkpoints (at least one stays)."""
+    for old in committed(root)[max(keep, 1) :]:
+        shutil.rmtree(old)

@@ -1,0 +1,128 @@
+"""Read a checkpoint into a model and optimizer of any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from moe_train.checkpoint import folders, optimizer_state, rng
+from moe_train.checkpoint.manifest import Manifest, read_manifest, verify
+from moe_train.checkpoint.model_state import load_model_state, sharded_model_state
+from moe_train.errors import CheckpointError
+
+
+def find_checkpoint(root: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """Choose what to resume from; call on one rank and share the answer.
+
+    Args:
+        resume: ``auto`` (newest that verifies, under ``root``), ``never``, or a path.
+
+    Returns:
+        The folder or None, and a warning for each newer checkpoint that was passed over.
+
+    Raises:
+        CheckpointError: the named path is not a sound checkpoint, or every one is damaged.
+    """
+    if resume == "never":
+        return None, []
+    if resume != "auto":
+        folder = Path(resume)
+        verify(folder)
+        return folder, []
+    warnings: list[str] = []
+    candidates = folders.committed(root)
+    for folder in candidates:
+        try:
+            verify(folder)
+        except CheckpointError as damage:
+            warnings.append(str(damage))
+            continue
+        return folder, warnings
+    if candidates:
+        raise CheckpointError(
+            str(root),
+            f"all {len(candidates)} checkpoints are damaged: {warnings[0]}",
+            "restore one of them, or start again with checkpoint.resume=never",
+        )
+    return None, warnings
+
+
+def check_fits(folder: Path, model: dict[str, Any]) -> Manifest:
+    """Refuse a checkpoint of another model, before anything is loaded.
+
+    Args:
+        model: the fields that fix the shapes of this run's weights.
+
+    Raises:
+        CheckpointError: names the first field that differs.
+    """
+    manifest = read_manifest(folder)
+    for name in sorted(model.keys() | manifest.model.keys()):
+        ours, theirs = model.get(name), manifest.model.get(name)
+        if ours != theirs:
+            raise CheckpointError(
+                str(folder),
+                f"is of another model: model.{name} is {theirs!r} there and {ours!r} here",
+                f"model.{name}={theirs} continues it; run.name=NAME starts a new run",
+            )
+    return manifest
+
+
+def load_checkpoint(
+    folder: Path, manifest: Manifest, *, chunks: list[Any], optimizer: Any | None, layout: str
+) -> bool:
+    """Load weights, and optimizer and random states when ``optimizer`` is given; collective.
+
+    Args:
+        layout: this run's layout tag. Random states belong to one layout: in another one they
+            stay as seeded, which the result tells.
+
+    Returns:
+        Whether the random states were restored.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    try:
+        load_model_state(chunks, _load(sharded_model_state(chunks), folder))
+        if optimizer is None:
+            return False
+        _load_optimizer(folder, manifest, chunks, optimizer)
+        return _load_rng(folder, manifest, layout)
+    except (RuntimeError, ValueError, KeyError, OSError) as problem:
+        raise CheckpointError(str(folder), f"cannot be loaded: {problem}") from problem
+    except dist_checkpointing.core.CheckpointingException as problem:
+        raise CheckpointError(str(folder), f"does not fit this model: {problem}") from problem
+
+
+def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+    return loaded
+
+
+def _load_optimizer(folder: Path, manifest: Manifest, chunks: list[Any], optimizer: Any) -> None:
+    optimizer_state.initialise_state(optimizer)
+    model_state = sharded_model_state(chunks)
+    for name in optimizer_state.state_names(optimizer):
+        if name not in manifest.optimizer_states:
+            # Written without master copies: the weights themselves are the master.
+            optimizer_state.master_from_model(optimizer)
+            continue
+        # One state at a time bounds the extra memory to one fp32 copy of the parameters.
+        empty = optimizer_state.sharded_state(optimizer, model_state, name, empty=True)
+        loaded = _load({"optimizer": empty}, folder)
+        optimizer_state.load_state(optimizer, name, loaded["optimizer"])
+    optimizer_state.set_optimizer_step(optimizer, manifest.optimizer_step)
+
+
+def _load_rng(folder: Path, manifest: Manifest, layout: str) -> bool:
+    packed, sizes = rng.pack()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if (manifest.layout, manifest.world, manifest.rng_sizes) != (layout, world, sizes):
+        return False
+    loaded = _load({"rng": rng.sharded(packed, rank, world)}, folder)
+    rng.unpack(loaded["rng"], sizes)
+    return True
