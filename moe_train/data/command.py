@@ -65,8 +65,12 @@ def prepare_main(argv: Sequence[str]) -> int:
             workers=asked.workers,
             overwrite=asked.overwrite,
         )
-        with PrepareConsole() as console:
-            manifest = prepare(request, console.report)
+        try:
+            with PrepareConsole() as console:
+                manifest = prepare(request, console.report)
+        except KeyboardInterrupt:
+            print("interrupted: the same command continues from here", file=sys.stderr)
+            raise
         found = asdict(manifest)
         _write_json(asked.json, found)
         _show(
@@ -85,7 +89,7 @@ def inspect_main(argv: Sequence[str]) -> int:
     parser = _parser("inspect", "Show what a prepared dataset holds.", INSPECT_EXAMPLES)
     add = parser.add_argument
     add("prefix", type=Path, help="the dataset's PREFIX")
-    add("--samples", type=int, default=0, metavar="K", help="decode the beginning of K documents")
+    add("--samples", type=_count, default=0, metavar="K", help="decode the start of K documents")
     add("--tokenizer", help="for data without a manifest: byte or a tokenizer.json file")
     add("--verify", action="store_true", help="compare the files' sha256 with the manifest")
     add("--json", type=Path, metavar="FILE", help="write the report there as well")
@@ -121,6 +125,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
     return value
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 
 from moe_train.data.encode import Batch, Encoded, Encoder, Encoding
@@ -26,9 +27,12 @@ class End:
 
 
 Item = tuple[Source, Encoded | End]
+Items = Generator[Item, None, None]
 
 
-def encode_all(sources: list[Source], encoding: Encoding, workers: int) -> Iterator[Item]:
+def encode_all(
+    sources: list[Source], encoding: Encoding, workers: int
+) -> Items:
     """Encoded batches of all sources in order, each source closed by `End`.
 
     The order, and so the result, does not depend on the number of workers.
@@ -37,20 +41,21 @@ def encode_all(sources: list[Source], encoding: Encoding, workers: int) -> Itera
         DataError: a bad document (file and line), or a worker process that died.
     """
     stream = encode_here(sources, encoding) if workers <= 1 else _pool(sources, encoding, workers)
-    for source, result in stream:
-        if isinstance(result, Encoded) and result.fault:
-            raise DataError(*result.fault)
-        yield source, result
+    with closing(stream):  # or a caught fault would keep the workers alive
+        for source, result in stream:
+            if isinstance(result, Encoded) and result.fault:
+                raise DataError(*result.fault)
+            yield source, result
 
 
-def encode_here(sources: list[Source], encoding: Encoding) -> Iterator[Item]:
+def encode_here(sources: list[Source], encoding: Encoding) -> Items:
     """Encode in this process."""
     encoder = Encoder(encoding)
     for source, batch in _batches(sources, encoding):
         yield source, batch if isinstance(batch, End) else encoder(batch)
 
 
-def _pool(sources: list[Source], encoding: Encoding, workers: int) -> Iterator[Item]:
+def _pool(sources: list[Source], encoding: Encoding, workers: int) -> Items:
     """Encode in worker processes, a bounded number of batches ahead."""
     waiting: deque[tuple[Source, Future[Encoded] | End]] = deque()
     context = multiprocessing.get_context("spawn")

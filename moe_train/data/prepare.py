@@ -212,8 +212,9 @@ def _shards(
     report(progress)
     writer: ShardWriter | None = None
     left = [source for source in sources if source not in found]
+    results = encode_all(left, encoding, request.workers)
     try:
-        for source, result in encode_all(left, encoding, request.workers):
+        for source, result in results:
             writer = writer or folder.writer(source)
             if isinstance(result, End):
                 found[source] = writer.finish()
@@ -225,6 +226,7 @@ def _shards(
                 progress.tokens += result.tokens.size
             report(progress)
     finally:
+        results.close()
         if writer is not None:
             writer.close()
     return [found[source] for source in sources]
