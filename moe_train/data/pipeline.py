@@ -30,9 +30,7 @@ Item = tuple[Source, Encoded | End]
 Items = Generator[Item, None, None]
 
 
-def encode_all(
-    sources: list[Source], encoding: Encoding, workers: int
-) -> Items:
+def encode_all(sources: list[Source], encoding: Encoding, workers: int) -> Items:
     """Encoded batches of all sources in order, each source closed by `End`.
 
     The order, and so the result, does not depend on the number of workers.
