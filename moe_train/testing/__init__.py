@@ -1,0 +1,1 @@
+"""Helpers for tests: worlds of forked ranks, comparisons of runs."""

@@ -1,0 +1,14 @@
+"""Imported once by the fork server: torch, Megatron and the host patches, before any fork."""
+
+from __future__ import annotations
+
+from moe_train.backend.host.backend import HostBackend
+from moe_train.config.training import BackendConfig
+
+HostBackend(BackendConfig()).prepare()
+
+import moe_train.checkpoint.load  # noqa: E402
+import moe_train.checkpoint.save  # noqa: E402
+import moe_train.data.datasets  # noqa: E402
+import moe_train.session  # noqa: E402
+import moe_train.train.loop  # noqa: E402, F401

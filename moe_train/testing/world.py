@@ -1,0 +1,130 @@
+"""Worlds of ranks on this machine, forked from one server that has imported everything.
+
+Importing torch and Megatron costs seconds of CPU per rank; a fork costs milliseconds. Each
+world is a set of fresh processes, so no state leaks from one test into the next.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["moe_train.testing.preload"])
+
+
+class RankFailed(AssertionError):
+    """A rank raised or died; the message holds the first failure's traceback."""
+
+
+@dataclass
+class Outcome:
+    """How one rank ended."""
+
+    value: Any = None
+    failure: str = ""
+
+
+def run_world(
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    timeout: float = 240.0,
+    log: Path | None = None,
+) -> list[Any]:
+    """Call ``function(rank, world, *args)`` on every rank and return the results by rank.
+
+    The environment is torchrun's (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so the
+    program's own entry points work inside.
+
+    Args:
+        function: importable by name.
+        timeout: seconds for the whole world.
+        log: file that receives the ranks' output; None discards it.
+
+    Raises:
+        RankFailed: a rank raised, died or did not end in time; the others are killed.
+    """
+    port = _free_port()
+    processes, connections = [], []
+    for rank in range(world):
+        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        process = _CONTEXT.Process(
+            target=_rank, args=(theirs, environment, str(log) if log else None, function, args)
+        )
+        process.start()
+        theirs.close()
+        processes.append(process)
+        connections.append(ours)
+    try:
+        return _collect(connections, time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _collect(connections: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    pending = {connection: rank for rank, connection in enumerate(connections)}
+    while pending:
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankFailed(f"ranks {sorted(pending.values())} did not end in time")
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = pending.pop(connection)
+            try:
+                outcome: Outcome = connection.recv()
+            except EOFError:
+                raise RankFailed(f"rank {rank} died without a word") from None
+            if outcome.failure:
+                raise RankFailed(f"rank {rank} failed:\n{outcome.failure}")
+            results[rank] = outcome.value
+    return [results[rank] for rank in range(len(connections))]
+
+
+def _rank(
+    connection: Connection,
+    environment: dict[str, str],
+    log: str | None,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+) -> None:
+    os.environ.update(environment)
+    output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    try:
+        outcome = Outcome(value=function(rank, world, *args))
+    except BaseException:
+        outcome = Outcome(failure=traceback.format_exc())
+    connection.send(outcome)
+    connection.close()
+    sys.stdout.flush()
+    # Skip interpreter teardown: gloo threads of a failed peer would hold it up.
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
