@@ -148,11 +148,12 @@ def lean_imports() -> Iterator[None]:
 def apply_late() -> None:
     """Patch Megatron's own modules; call once, inside :func:`lean_imports`."""
     from megatron.core import optimizer
-    from megatron.core.optimizer import optimizer_config
+    from megatron.core.optimizer import clip_grads, optimizer_config
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     from moe_train.backend.host.adam import HostAdam
+    from moe_train.backend.host.gradient_norm import multi_tensor_l2_norm
 
     # On CUDA the splits become numpy arrays on their way off the device; without a device
     # they would stay tensors, which all_to_all_single refuses.
@@ -179,6 +180,9 @@ def apply_late() -> None:
     # written for TransformerEngine's FusedAdam.
     optimizer.Adam = HostAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
+
+    # The fallback's rounding depends on how a gradient is cut, and so on the layout.
+    clip_grads.l2_norm_impl = multi_tensor_l2_norm
 
 
 def apply() -> None:
