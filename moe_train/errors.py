@@ -32,6 +32,10 @@ class MoeTrainError(Exception):
         self.field, self.problem, self.fix = field, problem, fix
         super().__init__(f"{field}: {problem}" + (f"\n    fix: {fix}" if fix else ""))
 
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """Pickled by its parts: ranks tell each other their errors."""
+        return type(self), (self.field, self.problem, self.fix)
+
 
 class ConfigError(MoeTrainError):
     """A config value, or the plan that follows from it, is refused."""
@@ -45,6 +49,10 @@ class ConfigFaults(ConfigError):
     def __init__(self, faults: Sequence[ConfigError]) -> None:
         self.faults = tuple(faults)
         MoeTrainError.__init__(self, faults[0].field, faults[0].problem, faults[0].fix)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """Pickled by its parts."""
+        return type(self), (self.faults,)
 
     def __str__(self) -> str:
         head = f"{len(self.faults)} config fault{'s' * (len(self.faults) > 1)}"

@@ -1,8 +1,7 @@
-"""A run from overrides to exit code: plan, open, build, resume, train, close."""
+"""A run from overrides to exit code: plan, open, train, close."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -11,15 +10,21 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from moe_train.config.compose import expand_multirun
-from moe_train.config.convert import to_mapping
-from moe_train.errors import EXIT_FINISHED, MoeTrainError
-from moe_train.monitor.files import write_atomically
+from moe_train.config.sweep import suffixes
+from moe_train.errors import (
+    EXIT_FINISHED,
+    EXIT_HUNG,
+    EXIT_PREEMPTED,
+    ConfigError,
+    ConfigFaults,
+    MoeTrainError,
+)
 from moe_train.monitor.rank_log import log_to_file
-from moe_train.monitor.run_folder import RunFolder, create_run_folder, default_run_name
+from moe_train.monitor.run_folder import create_run_folder, default_run_name
 from moe_train.monitor.status import write_status
-from moe_train.plan.machine import visible_devices
+from moe_train.plan.machine import accelerator_present, visible_devices
 from moe_train.plan.prepare import prepare
-from moe_train.plan.report import plan_report
+from moe_train.session.standing import Standing
 
 if TYPE_CHECKING:
     from moe_train.config.root import Config
@@ -41,11 +46,20 @@ def main(argv: Sequence[str]) -> int:
     """
     multirun = any(word in MULTIRUN for word in argv)
     overrides = [word for word in argv if word not in MULTIRUN]
+    if not multirun:
+        return run(overrides)
     try:
-        jobs = expand_multirun(overrides) if multirun else [overrides]
+        jobs = expand_multirun(overrides)
     except MoeTrainError as fault:
         return report(fault)
-    codes = [run(job) for job in jobs]
+    codes: list[int] = []
+    for number, (job, suffix) in enumerate(zip(jobs, suffixes(jobs), strict=True), start=1):
+        if world_of_process()[0] == 0:
+            print(f"job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
+        codes.append(run(job, suffix))
+        # A stop is meant for the whole sweep, and a world without one of its ranks is over.
+        if codes[-1] in (EXIT_PREEMPTED, EXIT_HUNG):
+            break
     return next((code for code in codes if code != EXIT_FINISHED), EXIT_FINISHED)
 
 
@@ -63,55 +77,96 @@ def planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout]:
         ConfigFaults: all faults together.
     """
     on_cpu = "device=cpu" in overrides
-    return prepare(overrides, world, None if on_cpu else visible_devices(world))
+    faults = []
+    if "device=cuda" in overrides and not accelerator_present():
+        faults.append(
+            ConfigError(
+                "device",
+                "cuda was asked for, but this machine shows no GPU",
+                "device=cpu runs the same program on gloo; device=auto picks what is there",
+            )
+        )
+    try:
+        config, layout = prepare(overrides, world, None if on_cpu else visible_devices(world))
+    except ConfigFaults as refused:
+        raise ConfigFaults([*refused.faults, *faults]) from refused
+    if faults:
+        raise ConfigFaults(faults)
+    return config, layout
 
 
-def run(overrides: Sequence[str]) -> int:
-    """One run on this rank; returns its exit code."""
+def run(overrides: Sequence[str], suffix: str = "") -> int:
+    """One run on this rank; returns its exit code.
+
+    Args:
+        suffix: goes to the run's name, which all jobs of a sweep would share otherwise.
+    """
     begun = time.perf_counter()
     rank, world = world_of_process()
-    folder: RunFolder | None = None
-    reached = [0]
+    standing = Standing()
     try:
         config, layout = planned(overrides, world)
+        fault: MoeTrainError | None = None
         if rank == 0:
-            folder = open_folder(config, layout)
-            announce(config, layout, world)
-        from moe_train.session import train_session
+            try:
+                take_folder(config, layout, suffix, standing)
+                announce(config, layout, world)
+            except ConfigError as refused:
+                # The peers are on their way into the world: they are told there.
+                fault = refused
+        if fault is not None and world == 1:
+            raise fault
+        from moe_train.session.opening import open_session
 
         with ExitStack() as stack:
-            train_session(config, layout, rank, world, folder, stack, begun, reached)
+            session = open_session(
+                config, layout, rank, world, stack, folder=standing.folder, fault=fault
+            )
+            # Only now: it imports Megatron, which the backend had to prepare for.
+            from moe_train.session.training import train
+
+            train(session, standing, stack, begun)
         return EXIT_FINISHED
     except MoeTrainError as fault:
-        if folder is not None:
-            state = "preempted" if fault.exit_code == 75 else "failed"
-            write_status(folder.status, state, reached[0], str(fault))
+        state = "preempted" if fault.exit_code == EXIT_PREEMPTED else "failed"
+        tell_status(standing, state, str(fault))
         return report(fault)
     except BaseException as crash:
-        if folder is not None:
-            write_status(folder.status, "failed", reached[0], f"{type(crash).__name__}: {crash}")
+        tell_status(standing, "failed", f"{type(crash).__name__}: {crash}")
         raise
     finally:
         log_to_file(None)
 
 
-def open_folder(config: Config, layout: Layout) -> RunFolder:
-    """Create or take up the run folder, and write config and plan into it (rank 0).
+def tell_status(standing: Standing, state: str, reason: str) -> None:
+    """Write the end of this run into its folder, once the folder is this run's (rank 0)."""
+    if standing.folder is not None and standing.taken_up:
+        assert state in ("preempted", "failed")
+        write_status(standing.folder.status, state, standing.step, reason)
+
+
+def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing) -> None:
+    """Create the run folder, or find the one that is there (rank 0).
+
+    A new one is described at once; one with an earlier run's files is left as it is until this
+    run is known to continue it.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
+    from moe_train.session.records import describe_run
+
     folder = create_run_folder(
         config.run.dir,
-        config.run.name,
-        default_name=default_run_name(config.experiment, layout.tag),
+        config.run.name + suffix if config.run.name else None,
+        default_name=default_run_name(config.experiment, layout.tag) + suffix,
         fresh=config.checkpoint.resume == "never",
     )
     config.run.name = folder.path.name
-    folder.write_config(to_mapping(config))
-    write_atomically(folder.plan, json.dumps(plan_report(config, layout), indent=1) + "\n")
-    write_status(folder.status, "running", 0)
-    return folder
+    standing.folder = folder
+    if not folder.config.exists():
+        describe_run(folder, config, layout, 0)
+        standing.taken_up = True
 
 
 def announce(config: Config, layout: Layout, world: int) -> None:

@@ -27,11 +27,13 @@ HEIGHT = {
     "train": 5,
     "checkpoint": 5,
     "monitor": 5,
-    "runtime": 6,
+    "session": 6,
+    "runtime": 7,
     # Beside the chain: they look down on it, and nothing in it looks at them.
-    "convert": 7,
-    "testing": 8,
-    "cli": 9,
+    "convert": 8,
+    "evaluate": 8,
+    "testing": 9,
+    "cli": 10,
 }
 TORCH_FREE = ("errors", "config", "plan")
 HEAVY = {"torch", "megatron", "transformer_engine", "transformers"}

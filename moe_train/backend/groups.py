@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import datetime
+from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+
+_WORLDS = count(1)
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,16 +26,30 @@ def open_world(
         init_method: rendezvous URL; None uses the environment, or an in-process store when
             ``world`` is 1 and no environment is set.
     """
-    options: dict[str, Any] = dict(
-        backend=backend.communication, timeout=datetime.timedelta(seconds=timeout_seconds)
-    )
-    if init_method is None and world == 1:
-        options.update(store=dist.HashStore(), rank=0, world_size=1)
+    options: dict[str, Any] = {
+        "backend": backend.communication,
+        "timeout": datetime.timedelta(seconds=timeout_seconds),
+        "rank": rank,
+        "world_size": world,
+    }
+    if init_method is not None:
+        options["init_method"] = init_method
+    elif world == 1:
+        options["store"] = dist.HashStore()
     else:
-        options.update(init_method=init_method or "env://", rank=rank, world_size=world)
+        # Addresses that an earlier world of these processes left under the same keys would be
+        # taken for this one's.
+        options["store"] = dist.PrefixStore(f"world{next(_WORLDS)}", _store(rank, world))
     if backend.name != "host":
         options["device_id"] = backend.device
     dist.init_process_group(**options)
+
+
+@cache
+def _store(rank: int, world: int) -> dist.Store:
+    """The launcher's store, or rank 0's own at MASTER_ADDR; lives as long as the process."""
+    store, _, _ = next(iter(dist.rendezvous("env://", rank, world)))
+    return store
 
 
 def open_groups(

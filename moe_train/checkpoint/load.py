@@ -50,11 +50,12 @@ def find_checkpoint(root: Path, resume: str) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def check_fits(folder: Path, model: dict[str, Any]) -> Manifest:
-    """Refuse a checkpoint of another model, before anything is loaded.
+def check_fits(folder: Path, model: dict[str, Any], tokenizer: str) -> Manifest:
+    """Refuse a checkpoint of another model or tokenizer, before anything is loaded.
 
     Args:
         model: the fields that fix the shapes of this run's weights.
+        tokenizer: fingerprint of the tokenizer of this run's data, or ``unknown``.
 
     Raises:
         CheckpointError: names the first field that differs.
@@ -65,10 +66,25 @@ def check_fits(folder: Path, model: dict[str, Any]) -> Manifest:
         if ours != theirs:
             raise CheckpointError(
                 str(folder),
-                f"is of another model: model.{name} is {theirs!r} there and {ours!r} here",
-                f"model.{name}={theirs} continues it; run.name=NAME starts a new run",
+                f"is of another model: {name} is {theirs!r} there and {ours!r} here",
+                f"{_advice(name, theirs)}run.name=NAME starts a new run",
             )
+    if tokenizer != manifest.tokenizer and "unknown" not in (tokenizer, manifest.tokenizer):
+        raise CheckpointError(
+            str(folder),
+            f"was trained with another tokenizer ({manifest.tokenizer[:12]}) than that of the "
+            f"data ({tokenizer[:12]})",
+            "prepare the data with the checkpoint's tokenizer, or start a new run: run.name=NAME",
+        )
     return manifest
+
+
+def _advice(name: str, theirs: Any) -> str:
+    """The override that would make the model the checkpoint's, where there is one."""
+    if name == "padded_vocab":
+        return "data of the checkpoint's tokenizer continues it; "
+    key = "router.expert_bias" if name == "expert_bias" else name
+    return f"model.{key}={str(theirs).lower()} continues it; "
 
 
 def load_checkpoint(

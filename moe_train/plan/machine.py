@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 
 from moe_train.config.experiment import MachineFacts
 
@@ -32,3 +33,13 @@ def visible_devices(world: int) -> MachineFacts:
     if not mebibytes:
         return none
     return MachineFacts("gpu", world, min(mebibytes) * 2**20 / 1e9)
+
+
+def accelerator_present(devices: Path = Path("/dev")) -> bool:
+    """Whether a driver has made any GPU visible; False only where there is certainly none.
+
+    A container may have a GPU without nvidia-smi, so its absence alone proves nothing.
+    """
+    if shutil.which("nvidia-smi"):
+        return True
+    return any(any(devices.glob(name)) for name in ("nvidia*", "kfd", "dxg"))

@@ -10,5 +10,5 @@ HostBackend(BackendConfig()).prepare()
 import moe_train.checkpoint.load  # noqa: E402
 import moe_train.checkpoint.save  # noqa: E402
 import moe_train.data.datasets  # noqa: E402
-import moe_train.session  # noqa: E402
+import moe_train.session.training  # noqa: E402
 import moe_train.train.loop  # noqa: E402, F401

@@ -1,0 +1,140 @@
+"""Open what training and evaluation share: data, world, groups, model."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moe_train.backend.select import select_backend
+from moe_train.data.blend import open_corpus
+from moe_train.errors import MoeTrainError
+from moe_train.monitor.rank_log import log_to_file
+from moe_train.monitor.run_folder import RunFolder
+from moe_train.plan.batch import microbatches_per_step, sequences_per_step
+from moe_train.plan.parameters import padded_vocab
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moe_train.backend.protocol import Backend
+    from moe_train.config.root import Config
+    from moe_train.data.blend import Corpus
+    from moe_train.plan.layout import Layout
+    from moe_train.train.engine import Engine
+
+
+@dataclass
+class Session:
+    """One rank's open program."""
+
+    config: Config
+    layout: Layout
+    rank: int
+    world: int
+    corpus: Corpus
+    vocab: int
+    """Ids that the model has, before padding."""
+    engine: Engine
+    folder: RunFolder | None
+    """The run folder, the same on every rank; None for a program that has none."""
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a global batch."""
+        return sequences_per_step(self.config, self.layout.data)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says about this program."""
+        from moe_train.model.identity import identity
+
+        model = self.config.model
+        tokenizer = self.corpus.tokenizer
+        return {
+            "model": identity(model, padded_vocab(self.vocab, model.vocab_multiple)),
+            "layout": self.layout.tag,
+            "world": self.world,
+            "seed": self.config.run.seed,
+            "tokenizer": tokenizer.fingerprint if tokenizer else "unknown",
+        }
+
+
+def open_session(
+    config: Config,
+    layout: Layout,
+    rank: int,
+    world: int,
+    stack: ExitStack,
+    *,
+    folder: RunFolder | None = None,
+    fault: MoeTrainError | None = None,
+) -> Session:
+    """Check the data, join the world and build the model; ``stack`` closes what is opened.
+
+    Args:
+        folder: the run folder, on rank 0; the others are told.
+        fault: why this rank cannot go on; its peers are told before it is raised everywhere.
+
+    Raises:
+        MoeTrainError: this rank's fault or a peer's; see the rooms.
+    """
+    backend = select_backend(config.device, config.backend)
+    log_to_file(folder.rank_log(0) if folder else None)
+    corpus, vocab = None, 0
+    if fault is None:
+        try:
+            corpus = open_corpus(config.data)
+            vocab = config.model.vocab or corpus.vocab_size
+            corpus.check_vocabulary(vocab)
+        except MoeTrainError as unusable:
+            fault = unusable
+    if fault is not None and world == 1:
+        raise fault
+    backend.prepare()
+    path = _join(config, backend, rank, world, stack, fault, folder.path if folder else None)
+    assert corpus is not None
+    folder = RunFolder(path) if path else None
+    log_to_file(folder.rank_log(rank) if folder else None)
+    engine = _build(config, layout, backend, vocab)
+    return Session(config, layout, rank, world, corpus, vocab, engine, folder)
+
+
+def _join(
+    config: Config,
+    backend: Backend,
+    rank: int,
+    world: int,
+    stack: ExitStack,
+    fault: MoeTrainError | None,
+    path: Path | None,
+) -> Path | None:
+    """Open the world; returns rank 0's ``path`` unless a rank has a fault."""
+    from moe_train.backend.groups import close_world, open_world
+    from moe_train.session.agreement import agree
+
+    open_world(backend, rank, world, config.backend.timeout_seconds)
+    stack.callback(close_world)
+    return agree(fault, path)
+
+
+def _build(config: Config, layout: Layout, backend: Backend, vocab: int) -> Engine:
+    from moe_train.backend.groups import open_groups
+    from moe_train.train.engine import build_engine
+
+    groups = open_groups(
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        virtual_pipeline=layout.virtual_pipeline,
+        context=layout.context,
+        expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
+        timeout_seconds=config.backend.timeout_seconds,
+        gloo=backend.name != "host",
+    )
+    return build_engine(
+        config,
+        backend,
+        groups,
+        vocab=vocab,
+        microbatches=microbatches_per_step(config, layout.data),
+    )

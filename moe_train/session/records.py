@@ -1,0 +1,92 @@
+"""What rank 0 writes and shows: the run folder's own files, metrics, console, summary."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from moe_train.config.convert import to_mapping
+from moe_train.monitor.files import write_atomically
+from moe_train.monitor.run_folder import RunFolder
+from moe_train.monitor.status import write_status
+from moe_train.plan.report import plan_report
+
+if TYPE_CHECKING:
+    from moe_train.config.root import Config
+    from moe_train.monitor.recorder import Recorder
+    from moe_train.plan.layout import Layout
+    from moe_train.session.opening import Session
+
+
+def describe_run(folder: RunFolder, config: Config, layout: Layout, step: int) -> None:
+    """Write config, plan and the running status into the run folder."""
+    folder.write_config(to_mapping(config))
+    write_atomically(folder.plan, json.dumps(plan_report(config, layout), indent=1) + "\n")
+    write_status(folder.status, "running", step)
+
+
+def open_recorder(session: Session, datasets: Any, start: int, stack: ExitStack) -> Recorder:
+    """Metrics, console and mirror of rank 0; ``stack`` closes them."""
+    from moe_train.data.entropy import dataset_entropy
+    from moe_train.monitor.flops import flops_per_token
+    from moe_train.monitor.metrics import MetricsLog
+    from moe_train.monitor.mirror import Mirror
+    from moe_train.monitor.progress import ConsoleProgress
+    from moe_train.monitor.recorder import Recorder
+
+    config, folder = session.config, session.folder
+    assert folder is not None
+    log = stack.enter_context(MetricsLog(folder.metrics))
+    log.truncate_after(start)
+    progress = ConsoleProgress(config.log.console, config.train.log_every)
+    stack.callback(progress.finish)
+    mirror = Mirror(
+        config.log.wandb,
+        project=config.log.wandb_project,
+        name=folder.path.name,
+        folder=folder.wandb,
+        config=to_mapping(config),
+        warn=progress.message,
+        log=folder.logs / "wandb.log",
+    )
+    stack.callback(mirror.finish, timeout=10.0)
+    entropy = None
+    if datasets.valid is not None:
+        entropy = dataset_entropy(datasets.valid, config.train.eval_batches * session.batch)
+    progress.start(config.train.steps, start)
+    flops = flops_per_token(config.model, config.data.sequence, session.vocab)
+    peak_tflops = config.hardware.peak_tflops.get(config.dtype, 0.0)
+    return Recorder(
+        folder,
+        log,
+        progress,
+        mirror,
+        flops_per_token=flops.total,
+        peak_flops=peak_tflops * 1e12 * session.world,
+        unigram_entropy=entropy,
+    )
+
+
+def finish(recorder: Recorder, folder: RunFolder, seconds: float) -> None:
+    """Write the finished status and show the summary (rank 0).
+
+    Args:
+        seconds: wall time of this process.
+    """
+    from moe_train.monitor.metrics import read
+    from moe_train.monitor.summary import summarise
+
+    records = read(folder.metrics)
+    entropy = next((r["unigram_entropy"] for r in records if "unigram_entropy" in r), None)
+    summary = summarise(
+        records,
+        state="finished",
+        wall_seconds=seconds,
+        run_folder=folder.path,
+        unigram_entropy=entropy,
+    )
+    write_status(folder.status, "finished", summary.step)
+    recorder.mirror.summary({k: v for k, v in asdict(summary).items() if k != "run_folder"})
+    recorder.progress.finish(summary)

@@ -1,0 +1,73 @@
+"""Find, check and load the checkpoint that a program starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_train.checkpoint.load import check_fits, find_checkpoint, load_checkpoint
+from moe_train.checkpoint.manifest import Manifest
+from moe_train.errors import CheckpointError
+from moe_train.session.agreement import agree
+from moe_train.session.opening import Session
+
+
+def restore(
+    session: Session, root: Path, resume: str, *, weights_only: bool = False
+) -> tuple[Path, Manifest] | tuple[None, None]:
+    """Load what ``checkpoint.resume`` asks for; collective.
+
+    Args:
+        root: folder of the run's checkpoints.
+        resume: auto | never | PATH.
+        weights_only: leave optimizer and random states as they are.
+
+    Returns:
+        The checkpoint's folder and manifest, or two Nones where there is nothing to load.
+
+    Raises:
+        CheckpointError: damaged, or of another model or tokenizer; the same on every rank.
+    """
+    found = _choose(session.rank, root, resume)
+    if found is None:
+        return None, None
+    facts = session.facts()
+    manifest = _check(found, facts)
+    restored = load_checkpoint(
+        found,
+        manifest,
+        chunks=[chunk.module for chunk in session.engine.chunks],
+        optimizer=None if weights_only else session.engine.optimizer,
+        layout=facts["layout"],
+    )
+    if session.rank == 0 and not weights_only:
+        moved = "" if restored else f" (written in layout {manifest.layout})"
+        print(f"resumed {found} at step {manifest.step}{moved}", flush=True)
+    return found, manifest
+
+
+def _choose(rank: int, root: Path, resume: str) -> Path | None:
+    """Rank 0 reads and hashes; the others follow."""
+    fault: CheckpointError | None = None
+    found: Path | None = None
+    if rank == 0:
+        try:
+            found, warnings = find_checkpoint(root, resume)
+            for warning in warnings:
+                print(f"warning: passed over a damaged checkpoint: {warning}", flush=True)
+        except CheckpointError as damage:
+            fault = damage
+    return agree(fault, found)
+
+
+def _check(found: Path, facts: dict[str, Any]) -> Manifest:
+    """Every rank reads the manifest: one that does not see the folder must not hang the rest."""
+    fault: CheckpointError | None = None
+    manifest: Manifest | None = None
+    try:
+        manifest = check_fits(found, facts["model"], facts["tokenizer"])
+    except CheckpointError as misfit:
+        fault = misfit
+    agreed = agree(fault, manifest)
+    assert agreed is not None
+    return agreed
