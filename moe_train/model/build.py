@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from moe_train.backend.protocol import Backend
     from moe_train.config.root import Config
+    from moe_train.model.span.exchange import Span
 
 
 def build_chunks(
@@ -32,6 +33,7 @@ def build_chunks(
     *,
     padded_vocab: int,
     recomputed: frozenset[int],
+    span: Span | None = None,
 ) -> list[GPTModel]:
     """This rank's model chunks (one, or one per virtual pipeline stage), uninitialised.
 
@@ -39,6 +41,7 @@ def build_chunks(
         megatron: the TransformerConfig that every module keeps.
         padded_vocab: rows of the embedding over all tensor-parallel ranks.
         recomputed: 1-based global numbers of the layers that are recomputed whole.
+        span: the exchange, where experts span pipeline stages.
     """
     chunks = megatron.virtual_pipeline_model_parallel_size or 1
     stages = megatron.pipeline_model_parallel_size
@@ -49,7 +52,7 @@ def build_chunks(
     for chunk in range(chunks):
         model = GPTModel(
             config=megatron,
-            transformer_layer_spec=block_spec(provider, megatron, layers, recomputed),
+            transformer_layer_spec=block_spec(provider, megatron, layers, recomputed, span),
             vocab_size=padded_vocab,
             max_sequence_length=config.data.sequence,
             pre_process=stage == 0 and chunk == 0,
@@ -73,10 +76,17 @@ def build_model(
     *,
     padded_vocab: int,
     recomputed: frozenset[int],
+    span: Span | None = None,
 ) -> list[DistributedDataParallel]:
     """Chunks with layout-invariant weights, each wrapped in Megatron's DDP."""
     chunks = build_chunks(
-        config, megatron, backend, groups, padded_vocab=padded_vocab, recomputed=recomputed
+        config,
+        megatron,
+        backend,
+        groups,
+        padded_vocab=padded_vocab,
+        recomputed=recomputed,
+        span=span,
     )
     initialise(chunks, megatron, config.run.seed)
     ddp = ddp_config(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -14,20 +15,32 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from moe_train.model.layer import Layer
+from moe_train.model.span.layer import SpanMoELayer
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from moe_train.model.span.exchange import Span
+
 
 def layer_spec(
-    provider: BackendSpecProvider, config: TransformerConfig, recomputed: frozenset[int]
+    provider: BackendSpecProvider,
+    config: TransformerConfig,
+    recomputed: frozenset[int],
+    span: Span | None = None,
 ) -> ModuleSpec:
     """One MoE transformer layer on the provider's modules.
 
     Args:
         recomputed: 1-based global numbers of the layers that are recomputed whole.
+        span: the exchange, where experts span pipeline stages.
     """
+    mlp = get_mlp_module_spec_for_backend(
+        backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
+    )
+    if span is not None:
+        mlp = partial(SpanMoELayer, span=span, **mlp.keywords)
     fused = provider.fuse_layernorm_and_linear()
     norm = provider.layer_norm(rms_norm=True, has_residual=True)
     qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
@@ -49,9 +62,7 @@ def layer_spec(
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=norm,
-        mlp=get_mlp_module_spec_for_backend(
-            backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
-        ),
+        mlp=mlp,
         mlp_bda=get_bias_dropout_add,
         # TE fuses the input norm into the QKV linear and keeps pre_mlp_layernorm by itself
         # before an MoE: with this map both providers write the same keys.
@@ -63,10 +74,14 @@ def layer_spec(
 
 
 def block_spec(
-    provider: BackendSpecProvider, config: TransformerConfig, layers: int, recomputed: frozenset[int]
+    provider: BackendSpecProvider,
+    config: TransformerConfig,
+    layers: int,
+    recomputed: frozenset[int],
+    span: Span | None = None,
 ) -> TransformerBlockSubmodules:
     """The ``layers`` layers of one pipeline stage (or chunk of one), and the final norm."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(provider, config, recomputed)] * layers,
+        layer_specs=[layer_spec(provider, config, recomputed, span)] * layers,
         layer_norm=provider.layer_norm(rms_norm=True),
     )

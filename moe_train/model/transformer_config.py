@@ -68,7 +68,9 @@ def transformer_config(config: Config, backend: Backend) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=_chunks(parallel.virtual_pipeline),
         context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
+        # Spanning experts leave their stage, so Megatron sees only the part of the expert
+        # group that lies inside a stage: its expert-data-parallel groups are then right.
+        expert_model_parallel_size=parallel.tensor if spans(config) else parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         overlap_p2p_comm=_chunks(parallel.virtual_pipeline) is not None,
         batch_p2p_comm=_chunks(parallel.virtual_pipeline) is None,
@@ -84,6 +86,11 @@ def transformer_config(config: Config, backend: Backend) -> TransformerConfig:
         )
     fields.update(backend.transformer_overrides())
     return _build(TransformerConfig, fields, config.megatron.transformer, "transformer")
+
+
+def spans(config: Config) -> bool:
+    """Whether experts span pipeline stages."""
+    return config.parallel.placement == "span"
 
 
 def _chunks(virtual_pipeline: int | None) -> int | None:
@@ -122,7 +129,9 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
     """DistributedDataParallelConfig of a resolved config."""
     fields = dict(
         grad_reduce_in_fp32=config.optim.grad_dtype == "fp32",
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        # A spanning rank's experts finish their backward passes at different ticks for
+        # different stages, so their gradients are reduced after the flush.
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce and not spans(config),
         overlap_param_gather=config.parallel.overlap_param_gather,
         use_distributed_optimizer=config.optim.distributed,
         # Non-finite values are agreed on by all ranks before the optimizer, in our own step.

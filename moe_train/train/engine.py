@@ -14,9 +14,11 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from moe_train.config.layers import parse_layers
 from moe_train.model.build import build_model, padded_vocab_size
-from moe_train.model.transformer_config import optimizer_config, transformer_config
+from moe_train.model.span.exchange import Span
+from moe_train.model.transformer_config import optimizer_config, spans, transformer_config
 from moe_train.train.routing import RoutingRecorder
 from moe_train.train.schedule import build_scheduler
+from moe_train.train.span_schedule import span_forward_backward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +76,7 @@ def build_engine(
     seed_everything(config.run.seed)
     megatron = transformer_config(config, backend)
     assert config.parallel.tensor
+    span = open_span(config, megatron, backend, groups) if spans(config) else None
     chunks = build_model(
         config,
         megatron,
@@ -81,6 +84,7 @@ def build_engine(
         groups,
         padded_vocab=padded_vocab_size(vocab, config.model.vocab_multiple, config.parallel.tensor),
         recomputed=frozenset(parse_layers(config.recompute.layers, config.model.layers)),
+        span=span,
     )
     optimizer = get_megatron_optimizer(
         optimizer_config(config, backend),
@@ -97,9 +101,29 @@ def build_engine(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, config.train.steps),
-        forward_backward=get_forward_backward_func(),
+        forward_backward=(
+            partial(span_forward_backward, span=span, groups=groups)
+            if span
+            else get_forward_backward_func()
+        ),
         routing=RoutingRecorder(chunks, config.model.layers, config.model.experts),
         microbatches=microbatches,
+    )
+
+
+def open_span(
+    config: Config, megatron: TransformerConfig, backend: Backend, groups: ProcessGroupCollection
+) -> Span:
+    """The exchange over all ranks of this replica."""
+    assert megatron.pipeline_dtype is not None
+    return Span(
+        groups.mp,
+        tensor=megatron.tensor_model_parallel_size,
+        stages=megatron.pipeline_model_parallel_size,
+        hidden=megatron.hidden_size,
+        dtype=megatron.pipeline_dtype,
+        device=backend.device,
+        recompute="moe" in config.recompute.modules,
     )
 
 
@@ -118,7 +142,7 @@ def _connect(
     """Give the schedules their hooks into DDP and the optimizer (as Megatron's training does)."""
     megatron.finalize_model_grads_func = finalize_model_grads
     megatron.grad_scale_func = optimizer.scale_loss
-    if config.parallel.overlap_grad_reduce:
+    if chunks[0].ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         starts = [chunk.start_grad_sync for chunk in chunks]
         single = len(chunks) == 1

@@ -1,0 +1,1 @@
+"""Experts that span pipeline stages: every rank of a replica hosts experts of every layer."""

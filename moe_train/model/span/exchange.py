@@ -1,0 +1,233 @@
+"""The exchange of ``placement=span``: tokens of any stage to all ranks of the replica and back.
+
+Forward, per local layer and half-tick, on every rank of the replica and in this order: counts,
+tokens with probabilities, results. Backward: gradients of the results, gradients of tokens with
+probabilities; both sides know the counts by then. A rank whose own stage is idle sends nothing
+and still serves its experts.
+
+Shape letters: N tokens, H hidden width, R ranks of the replica, E experts of a layer per rank.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_train.errors import HungError
+from moe_train.model.span.hosting import Hosted, host_backward, host_forward
+from moe_train.model.span.packing import pack, unpack, width
+
+PROBS = torch.float32
+"""Dtype of routing probabilities (``moe_router_dtype=fp32``)."""
+
+
+class Span:
+    """One rank's part in the exchange, for all its local layers.
+
+    Args:
+        group: all ranks of one data-parallel replica, tensor-parallel ranks first.
+        tensor, stages: TP and PP sizes.
+        hidden, dtype: of the tokens.
+        recompute: run the experts again in the backward pass instead of keeping activations.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        *,
+        tensor: int,
+        stages: int,
+        hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        recompute: bool,
+    ) -> None:
+        assert group.size() == tensor * stages
+        self.group, self.tensor, self.stages = group, tensor, stages
+        self._hidden, self._dtype, self._device = hidden, dtype, device
+        self._recompute = recompute
+        self._experts: dict[int, Any] = {}
+        self._sent: dict[int, deque[list[int]]] = {}
+        self._hosted: dict[tuple[int, int], deque[Hosted]] = {}
+        self._active: frozenset[int] = frozenset()
+        self._keep = False
+        self._place = ""
+        self.backward_half = False
+
+    @property
+    def layers(self) -> int:
+        """Layers of a stage."""
+        return len(self._experts)
+
+    def register(self, layer: int, experts_by_stage: Any) -> None:
+        """Announce the expert modules of local layer ``layer``, one per stage."""
+        assert layer not in self._experts
+        self._experts[layer] = experts_by_stage
+
+    def begin(self, tick: int, active: Iterable[int], *, backward: bool, keep: bool) -> None:
+        """Enter a half-tick, the same on every rank of the replica.
+
+        Args:
+            active: stages that have a micro-batch in this half.
+            keep: a backward pass will follow this forward half.
+        """
+        self._active, self._keep, self.backward_half = frozenset(active), keep, backward
+        self._place = f"tick {tick}, {'backward' if backward else 'forward'} half"
+
+    def end(self) -> None:
+        """Leave a flush: everything kept must have been used."""
+        assert not any(self._sent.values()) and not any(self._hosted.values())
+
+    def forward(
+        self,
+        layer: int,
+        tokens_NH: torch.Tensor | None = None,
+        probs_N: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Exchange one layer's tokens; without tokens, serve the others.
+
+        Args:
+            tokens_NH, probs_N: this rank's routed tokens, sorted by expert.
+            counts: tokens for each expert of the layer.
+
+        Returns:
+            Expert outputs [N, H] in the order of ``tokens_NH``.
+        """
+        ranks = self.group.size()
+        experts = self._experts[layer]
+        if tokens_NH is None or probs_N is None or counts is None:
+            out_RE = torch.zeros(ranks, experts.per_rank, dtype=torch.int64, device=self._device)
+            packed = self._empty(0, packed=True)
+        else:
+            out_RE = counts.view(ranks, -1).to(torch.int64)
+            packed = pack(tokens_NH.detach(), probs_N.detach().to(PROBS))
+        in_RE = torch.empty_like(out_RE)
+        self._all_to_all(layer, in_RE, out_RE)
+        in_RE = in_RE.cpu()
+        sent: list[int] = out_RE.sum(dim=1).tolist()
+        received: list[int] = in_RE.sum(dim=1).tolist()
+        packed_in = self._empty(sum(received), packed=True)
+        self._all_to_all(layer, packed_in, packed, received, sent)
+        outputs = self._host(layer, in_RE, received, packed_in)
+        result_NH = self._empty(sum(sent))
+        self._all_to_all(layer, result_NH, outputs, sent, received)
+        if self._keep and tokens_NH is not None:
+            self._sent.setdefault(layer, deque()).append(sent)
+        return result_NH
+
+    def _host(
+        self, layer: int, in_RE: torch.Tensor, received: list[int], packed: torch.Tensor
+    ) -> torch.Tensor:
+        outputs, start = [], 0
+        for stage in range(self.stages):
+            sources = slice(stage * self.tensor, (stage + 1) * self.tensor)
+            rows = sum(received[sources])
+            if stage not in self._active:
+                assert rows == 0, f"tokens from idle stage {stage} at {self._place}"
+                continue
+            tokens_NH, probs_N = unpack(packed[start : start + rows], PROBS)
+            start += rows
+            # Also with no tokens at all: gradient reduction counts on every use of a weight.
+            output_NH, hosted = host_forward(
+                self._experts[layer][stage],
+                in_RE[sources],
+                tokens_NH,
+                probs_N,
+                keep=self._keep,
+                recompute=self._recompute,
+            )
+            if hosted is not None:
+                self._hosted.setdefault((layer, stage), deque()).append(hosted)
+            outputs.append(output_NH)
+        return torch.cat(outputs) if outputs else self._empty(0)
+
+    def backward(
+        self, layer: int, grad_NH: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mirrored exchange; without a gradient, serve the others.
+
+        Args:
+            grad_NH: gradient of :meth:`forward`'s result.
+
+        Returns:
+            Gradients of this rank's tokens [N, H] and probabilities [N].
+        """
+        ranks = self.group.size()
+        sent = self._sent[layer].popleft() if grad_NH is not None else [0] * ranks
+        hosted = {
+            stage: self._hosted[layer, stage].popleft()
+            for stage in range(self.stages)
+            if stage in self._active
+        }
+        received = [
+            rows
+            for stage in range(self.stages)
+            for rows in (hosted[stage].rows if stage in hosted else [0] * self.tensor)
+        ]
+        grads_in = self._empty(sum(received))
+        outgoing = self._empty(0) if grad_NH is None else grad_NH.contiguous()
+        self._all_to_all(layer, grads_in, outgoing, received, sent)
+        back, start = [], 0
+        for stage, kept in hosted.items():
+            rows = sum(kept.rows)
+            part = grads_in[start : start + rows]
+            start += rows
+            back.append(pack(*host_backward(self._experts[layer][stage], kept, part)))
+        packed_out = torch.cat(back) if back else self._empty(0, packed=True)
+        packed = self._empty(sum(sent), packed=True)
+        self._all_to_all(layer, packed, packed_out, sent, received)
+        return unpack(packed, PROBS)
+
+    def _empty(self, rows: int, packed: bool = False) -> torch.Tensor:
+        columns = width(self._hidden, self._dtype, PROBS) if packed else self._hidden
+        return torch.empty(rows, columns, dtype=self._dtype, device=self._device)
+
+    def _all_to_all(
+        self,
+        layer: int,
+        output: torch.Tensor,
+        data: torch.Tensor,
+        output_splits: list[int] | None = None,
+        input_splits: list[int] | None = None,
+    ) -> None:
+        try:
+            dist.all_to_all_single(output, data, output_splits, input_splits, group=self.group)
+        except RuntimeError as failure:
+            raise HungError(
+                f"rank {dist.get_rank()}",
+                f"the exchange of local layer {layer} failed at {self._place}: {failure}",
+                "a peer was lost or hung: look at the other ranks' logs, then resume",
+            ) from failure
+
+
+class Exchange(torch.autograd.Function):
+    """The source side of the exchange, in the autograd graph of a micro-batch."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        span: Span,
+        layer: int,
+        tokens_NH: torch.Tensor,
+        probs_N: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> torch.Tensor:
+        """Expert outputs [N, H] in the order of ``tokens_NH``."""
+        ctx.span, ctx.layer = span, layer
+        ctx.probs_dtype = probs_N.dtype
+        if span.backward_half:
+            # A recomputed layer. All that follows the experts is linear in their output, so no
+            # gradient depends on its value and the exchange need not be repeated.
+            return torch.zeros_like(tokens_NH)
+        return span.forward(layer, tokens_NH, probs_N, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NH: torch.Tensor) -> Any:  # type: ignore[override]
+        """Gradients of tokens and probabilities, from the ranks that host the experts."""
+        tokens_NH, probs_N = ctx.span.backward(ctx.layer, grad_NH)
+        return None, None, tokens_NH, probs_N.to(ctx.probs_dtype), None

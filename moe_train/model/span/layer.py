@@ -1,0 +1,132 @@
+"""Megatron's MoE layer with the spanning exchange in place of its token dispatcher."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_capacity, permute, unpermute
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moe_train.model.span.exchange import Exchange, Span
+
+
+class SpanExperts(MegatronModule):
+    """This rank's experts at one local layer: one grouped module per pipeline stage.
+
+    Module s holds the experts of global layer s * layers_per_stage + local layer.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        builder: Any,
+        stages: int,
+        pg_collection: Any,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.per_rank = num_local_experts
+        self.by_stage = torch.nn.ModuleList(
+            builder(num_local_experts, config, pg_collection=pg_collection)
+            for _ in range(stages)
+        )
+
+    def __getitem__(self, stage: int) -> Any:
+        """The experts that serve ``stage``."""
+        return self.by_stage[stage]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Keys by global layer and expert, the same as with ``placement=stage``."""
+        ((axis, layer, layers),) = sharded_offsets
+        per_stage = layers // len(self.by_stage)
+        state: dict[str, Any] = {}
+        for stage, experts in enumerate(self.by_stage):
+            offset = (axis, stage * per_stage + layer % per_stage, layers)
+            part = experts.sharded_state_dict(prefix, (offset,), metadata)
+            for name, value in part.items():
+                assert name.startswith(prefix)
+                state[f"{prefix}by_stage.{stage}.{name[len(prefix) :]}"] = value
+        return state
+
+
+class SpanMoELayer(MoELayer):
+    """Stock router, permutation, shared experts and auxiliary losses around the exchange."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        *,
+        span: Span,
+        **kwargs: Any,
+    ) -> None:
+        groups = copy.copy(pg_collection)
+        groups.ep = span.group
+        submodules = copy.copy(submodules)
+        submodules.experts = partial(
+            SpanExperts, builder=submodules.experts, stages=span.stages
+        )
+        super().__init__(config, submodules, layer_number, groups, **kwargs)
+        self.span = span
+        self.local_layer = -1
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Learn the 1-based global layer number; Megatron tells it after construction."""
+        super().set_layer_number(layer_number)
+        self.local_layer = (layer_number - 1) % (self.config.num_layers // self.span.stages)
+        self.span.register(self.local_layer, self.experts)
+
+    def forward(
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: Any = None
+    ) -> tuple[torch.Tensor, None]:
+        """Hidden states [sequence / TP, batch, hidden] in and out."""
+        assert intermediate_tensors is None and padding_mask is None
+        shared = self.shared_experts_compute(hidden_states)
+        probs, routing_map = self.route(hidden_states)
+        shape = hidden_states.shape
+        tokens = hidden_states.view(-1, shape[-1])
+        padded = bool(self.config.moe_pad_expert_input_to_capacity)
+        counts = self._counts(routing_map, padded)
+        routed, routed_probs, order, _, _ = permute(
+            tokens,
+            routing_map,
+            probs=probs,
+            num_out_tokens=int(counts.sum()),
+            fused=self.config.moe_permute_fusion,
+            drop_and_pad=padded,
+        )
+        result = Exchange.apply(self.span, self.local_layer, routed, routed_probs, counts)
+        output = unpermute(
+            result,
+            order,
+            restore_shape=tokens.shape,
+            routing_map=routing_map,
+            fused=self.config.moe_permute_fusion,
+            drop_and_pad=padded,
+        ).view(shape)
+        return (output if shared is None else output + shared), None
+
+    def _counts(self, routing_map: torch.Tensor, padded: bool) -> torch.Tensor:
+        """Tokens that go to each expert, [experts]."""
+        if not padded:
+            return routing_map.sum(dim=0)
+        factor = self.config.moe_expert_capacity_factor
+        experts = routing_map.shape[1]
+        assert factor is not None
+        capacity = get_capacity(
+            num_tokens=routing_map.shape[0] * self.config.moe_router_topk,
+            num_experts=experts,
+            capacity_factor=factor,
+        )
+        return torch.full((experts,), int(capacity), dtype=torch.int64, device=routing_map.device)
