@@ -59,7 +59,7 @@ COMMANDS: dict[str, Command] = {
         "checkpoint verify runs/twin-TP2.PP4.EP2/checkpoints/step_00000100",
     ),
     "evaluate": Command(
-        "moe_train.runtime",
+        "moe_train.evaluate",
         "evaluate_main",
         "loss and perplexity of a checkpoint",
         "evaluate checkpoint.resume=runs/x/checkpoints/step_00000100 --json loss.json",
