@@ -226,16 +226,10 @@ def _router_groups(config: Config) -> Iterable[ConfigError]:
 def _recompute(config: Config) -> Iterable[ConfigError]:
     recompute = config.recompute
     try:
-        layers = parse_layers(recompute.layers, config.model.layers)
+        parse_layers(recompute.layers, config.model.layers)
     except ConfigError as fault:
         yield fault
         return
-    if layers and recompute.modules:
-        yield ConfigError(
-            "recompute.modules",
-            "whole layers and single modules cannot both be recomputed",
-            "recompute.layers=none or recompute.modules=[]",
-        )
     if "shared_experts" in recompute.modules and not config.model.shared_expert_hidden:
         yield ConfigError(
             "recompute.modules", "there is no shared expert", "set model.shared_expert_hidden"

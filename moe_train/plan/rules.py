@@ -17,10 +17,6 @@ from moe_train.plan.batch import microbatches_per_step
 from moe_train.plan.layout import Layout
 from moe_train.plan.sizes import divisors
 
-SPAN_AVAILABLE = False
-"""Whether the runtime can train with ``parallel.placement=span``."""
-
-
 def layout_faults(config: Config, layout: Layout) -> Iterator[ConfigError]:
     """Violated rules of one layout, cheapest and most fundamental first."""
     world_faults = list(_world(layout))
@@ -64,10 +60,6 @@ def _world(layout: Layout) -> Iterator[ConfigError]:
 
 
 def _span(layout: Layout) -> Iterator[ConfigError]:
-    if not SPAN_AVAILABLE:
-        yield ConfigError(
-            "parallel.placement", "span is not available yet", "use parallel.placement=stage"
-        )
     replica = layout.tensor * layout.pipeline
     if layout.expert != replica:
         yield ConfigError(
@@ -84,6 +76,10 @@ def _span(layout: Layout) -> Iterator[ConfigError]:
             "parallel.virtual_pipeline",
             "span has a schedule of its own",
             "parallel.virtual_pipeline=1",
+        )
+    if layout.context != 1:
+        yield ConfigError(
+            "parallel.context", "span keeps sequences whole", "parallel.context=1"
         )
 
 
@@ -183,6 +179,38 @@ def _options(config: Config, layout: Layout) -> Iterator[ConfigError]:
         )
     if parallel.overlap_expert_comm:
         yield from _overlap(config, layout)
+    if layout.span:
+        yield from _span_options(config)
+    elif config.recompute.modules and config.recompute.layers != "none":
+        yield ConfigError(
+            "recompute.modules",
+            "whole layers and single modules cannot both be recomputed",
+            "recompute.layers=none or recompute.modules=[]",
+        )
+
+
+def _span_options(config: Config) -> Iterator[ConfigError]:
+    """What the spanning exchange does not do, because it replaces Megatron's dispatcher."""
+    if config.parallel.dispatcher != "alltoall":
+        yield ConfigError(
+            "parallel.dispatcher",
+            f"{config.parallel.dispatcher}: span exchanges tokens by all-to-all",
+            "parallel.dispatcher=alltoall",
+        )
+    refused = sorted(set(config.recompute.modules) - {"moe", "moe_act"})
+    if refused:
+        yield ConfigError(
+            "recompute.modules",
+            f"{', '.join(refused)}: with span only the experts are recomputed by module",
+            "recompute.modules from moe, moe_act; recompute.layers for dense parts",
+        )
+    for name in ("moe_shared_expert_overlap", "moe_latent_size", "mtp_num_layers"):
+        if config.megatron.transformer.get(name):
+            yield ConfigError(
+                f"megatron.transformer.{name}",
+                "belongs to Megatron's own dispatchers and schedules",
+                "parallel.placement=stage",
+            )
 
 
 def _overlap(config: Config, layout: Layout) -> Iterator[ConfigError]:

@@ -7,7 +7,7 @@ import math
 
 from moe_train.config.root import Config
 from moe_train.plan.layout import Layout
-from moe_train.plan.rules import SPAN_AVAILABLE, layout_faults
+from moe_train.plan.rules import layout_faults
 from moe_train.plan.sizes import default_expert, divisors, layout_of
 
 MISSION = {"tensor": 2, "pipeline": 4}
@@ -82,7 +82,7 @@ def _automatic(config: Config, world: int) -> Layout:
     """The layout that ``parallel.auto`` takes; an illegal one if none is legal."""
     asked = config.parallel
     if asked.placement is None:
-        placement = "span" if SPAN_AVAILABLE and world == 8 else "stage"
+        placement = "span" if world == 8 else "stage"
         asked = dataclasses.replace(asked, placement=placement)
         config = dataclasses.replace(config, parallel=asked)
     assert asked.placement is not None

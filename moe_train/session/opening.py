@@ -126,7 +126,7 @@ def _build(config: Config, layout: Layout, backend: Backend, vocab: int) -> Engi
         pipeline=layout.pipeline,
         virtual_pipeline=layout.virtual_pipeline,
         context=layout.context,
-        expert=layout.expert,
+        expert=layout.tensor if layout.span else layout.expert,
         expert_tensor=layout.expert_tensor,
         timeout_seconds=config.backend.timeout_seconds,
         gloo=backend.name != "host",
