@@ -35,6 +35,7 @@ def train_run(
     folder: Path, overrides: Sequence[str], world: int = 1, timeout: float = 240.0
 ) -> Run:
     """Run ``train.py`` with ``overrides`` on ``world`` ranks; its folder is ``folder``."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     named = [f"run.dir={folder.parent}", f"run.name={folder.name}"]
     codes = run_world(
         _train,
