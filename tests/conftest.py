@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
+from moe_train.testing.layouts import SMALL, Runs
+
 # Ranks and BLAS must not fight for cores; also what the bitwise comparisons assume.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test may reach for the network: a mirror or tokenizer that wants to is told so at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "offline"
 os.environ.pop("WANDB_API_KEY", None)
+
+
+@pytest.fixture(scope="session")
+def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs of the small model, each made once for all tests."""
+    return Runs(tmp_path_factory.mktemp("small"), SMALL)
