@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from moe_train.backend.cuda.environment import set_environment
 from moe_train.backend.protocol import Backend
 from moe_train.config.training import BackendConfig
 from moe_train.errors import ConfigError
@@ -27,6 +28,9 @@ def select_backend(device: str, config: BackendConfig) -> Backend:
         ConfigError: ``device=cuda`` on a machine without a usable GPU.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device != "cpu":
+        # Even counting GPUs starts CUDA, which reads its environment only then.
+        set_environment(config)
     count, _ = cuda_facts() if device != "cpu" else (0, 0.0)
     if device == "cuda" and count <= local_rank:
         raise ConfigError(
@@ -38,7 +42,7 @@ def select_backend(device: str, config: BackendConfig) -> Backend:
     if device == "cuda" or (device == "auto" and count > local_rank):
         from moe_train.backend.cuda.backend import CudaBackend
 
-        return CudaBackend(config, local_rank)
+        return CudaBackend(local_rank)
     from moe_train.backend.host.backend import HostBackend
 
     return HostBackend(config)

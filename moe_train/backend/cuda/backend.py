@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_train.config.training import BackendConfig
 from moe_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
+
+# Apex's kernel, with which Megatron's own linear layers add weight gradients in place.
+WEIGHT_GRADIENT_KERNEL = "fused_weight_gradient_mlp_cuda"
 
 
 class CudaBackend:
@@ -22,8 +25,8 @@ class CudaBackend:
     communication = "nccl"
     transformer_impl = "transformer_engine"
 
-    def __init__(self, config: BackendConfig, local_rank: int) -> None:
-        self._config, self._local_rank = config, local_rank
+    def __init__(self, local_rank: int) -> None:
+        self._local_rank = local_rank
 
     @property
     def device(self) -> torch.device:
@@ -31,38 +34,35 @@ class CudaBackend:
         return torch.device("cuda", self._local_rank)
 
     def prepare(self) -> None:
-        """Set the environment that CUDA and NCCL read once, then take the GPU."""
-        connections = str(self._config.cuda_device_max_connections)
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", connections)
-        for name, value in self._config.nccl.items():
-            os.environ.setdefault(f"NCCL_{name.upper()}", str(value))
-        torch.cuda.set_device(self.device)
-
-    def spec_provider(self) -> BackendSpecProvider:
-        """TransformerEngine's modules.
+        """Take the GPU and see that its kernels are there.
 
         Raises:
             ConfigError: TransformerEngine is not installed.
         """
-        try:
-            import transformer_engine.pytorch  # noqa: F401
-        except ImportError as missing:
-            raise ConfigError(
-                "device",
-                f"cuda needs TransformerEngine, which does not import: {missing}",
-                "install the gpu extra (pip install -e '.[gpu]') or use the Dockerfile",
-            ) from missing
+        torch.cuda.set_device(self.device)
+        require_transformer_engine()
+
+    def spec_provider(self) -> BackendSpecProvider:
+        """TransformerEngine's modules."""
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider()
 
     def transformer_overrides(self) -> dict[str, Any]:
-        """Fused kernels on."""
-        return dict(transformer_impl="transformer_engine", apply_rope_fusion=True)
+        """Fused kernels on, as far as they are installed and stable."""
+        return {
+            "transformer_impl": "transformer_engine",
+            "apply_rope_fusion": True,
+            # Without Apex, Megatron refuses to construct the head with it.
+            "gradient_accumulation_fusion": importlib.util.find_spec(WEIGHT_GRADIENT_KERNEL)
+            is not None,
+            # TransformerEngine's own is unstable by Megatron's word, which warns of it.
+            "cross_entropy_fusion_impl": "native",
+        }
 
     def optimizer_overrides(self) -> dict[str, Any]:
-        """Nothing to fix."""
-        return {}
+        """Offloading means all of the state: Megatron's dataclass would offload a share of 0."""
+        return {"optimizer_offload_fraction": 1.0}
 
     def optimizer_construction(self) -> contextlib.AbstractContextManager[None]:
         """TransformerEngine is there: nothing to arrange."""
@@ -75,3 +75,19 @@ class CudaBackend:
     def synchronize(self) -> None:
         """Wait for the device."""
         torch.cuda.synchronize(self.device)
+
+
+def require_transformer_engine() -> None:
+    """Import TransformerEngine, so that its absence is told before any group or model exists.
+
+    Raises:
+        ConfigError: it does not import.
+    """
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError as missing:
+        raise ConfigError(
+            "device",
+            f"cuda needs TransformerEngine, which does not import: {missing}",
+            "install the gpu extra (EXTRAS=dev,gpu make setup) or use the Dockerfile",
+        ) from missing
