@@ -115,7 +115,7 @@ def test_named_layouts_are_legal_when_pasted() -> None:
         (["experiment=single"], 1, "single"),
         (["experiment=moe_30b_8x64gb"], 8, "TP2.PP4.EP8.span"),
         (["parallel.placement=stage"], 8, "TP2.PP4.EP2"),
-        (["experiment=moe_30b_8x64gb"], 32, "TP2.PP4.EP8"),
+        (["experiment=moe_30b_8x64gb"], 32, "DP4.TP2.PP4.EP8.span"),
         (["experiment=moe_30b_32x64gb"], 32, "TP2.PP4.EP8"),
         (["parallel.tensor=1"], 8, "DP2.PP4.EP4.span"),
         (["parallel.expert=1"], 2, "DP2"),
