@@ -81,9 +81,7 @@ def transformer_config(config: Config, backend: Backend) -> TransformerConfig:
     if config.dtype == "fp8":
         fields.update(fp8="hybrid", fp8_recipe="delayed")
     if recompute.modules:
-        fields.update(
-            recompute_granularity="selective", recompute_modules=list(recompute.modules)
-        )
+        fields.update(recompute_granularity="selective", recompute_modules=list(recompute.modules))
     fields.update(backend.transformer_overrides())
     return _build(TransformerConfig, fields, config.megatron.transformer, "transformer")
 

@@ -18,7 +18,7 @@ from moe_train.model.span.exchange import Span
 from moe_train.model.transformer_config import optimizer_config, spans, transformer_config
 from moe_train.train.routing import RoutingRecorder
 from moe_train.train.schedule import build_scheduler
-from moe_train.train.span_schedule import span_forward_backward
+from moe_train.train.span_schedule import SpanSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,11 +101,7 @@ def build_engine(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, config.train.steps),
-        forward_backward=(
-            partial(span_forward_backward, span=span, groups=groups)
-            if span
-            else get_forward_backward_func()
-        ),
+        forward_backward=SpanSchedule(span, groups) if span else get_forward_backward_func(),
         routing=RoutingRecorder(chunks, config.model.layers, config.model.experts),
         microbatches=microbatches,
     )

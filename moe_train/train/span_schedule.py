@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 
 from moe_train.model.span.exchange import Span
-from moe_train.plan.ticks import ticks
+from moe_train.plan.ticks import Tick, ticks
 
 
 class Edge:
@@ -77,90 +79,122 @@ class Edge:
         self._pending, self._outgoing = [], None
 
 
-class Flush:
-    """One flush of the pipeline on one rank; counts its halves and micro-batches in flight."""
+@dataclass
+class FlushCounts:
+    """What one flush did on one rank."""
 
-    def __init__(self, span: Span, groups: Any, config: Any, shape: tuple[int, ...]) -> None:
-        self.span, self.groups, self.config = span, groups, config
-        self.stage = groups.pp.rank()
-        edge = (shape, config.pipeline_dtype, span._device)
-        self.activations = Edge(groups.pp, +1, *edge)
-        self.gradients = Edge(groups.pp, -1, *edge)
-        self.held: deque[tuple[torch.Tensor | None, torch.Tensor]] = deque()
-        self.most_held = 0
-        self.forward_halves = 0
-        self.backward_halves = 0
+    forward_halves: int = 0
+    backward_halves: int = 0
+    most_held: int = 0
+    """Most micro-batches whose activations were held at once."""
 
 
-def span_forward_backward(
-    *,
-    span: Span,
-    groups: Any,
-    forward_step_func: Any,
-    data_iterator: Iterator[Any],
-    model: list[torch.nn.Module],
-    num_microbatches: int,
-    seq_length: int,
-    micro_batch_size: int,
-    forward_only: bool = False,
-) -> list[Any]:
-    """Run every micro-batch forward (and backward); returns the losses on the last stage."""
-    (chunk,) = model
-    config: Any = getattr(chunk, "config")  # noqa: B009
-    shape = (seq_length // groups.tp.size(), micro_batch_size, config.hidden_size)
-    flush = Flush(span, groups, config, shape)
-    losses: list[Any] = []
+class SpanSchedule:
+    """Callable with the signature of Megatron's schedules.
 
-    def run_forward() -> torch.Tensor:
-        received = flush.activations.take()
-        output, _ = forward_step(
+    Args:
+        span: the exchange that the model's layers use.
+        groups: Megatron's process groups.
+    """
+
+    def __init__(self, span: Span, groups: Any) -> None:
+        self.span, self.groups = span, groups
+        self.stage: int = groups.pp.rank()
+        self.counts = FlushCounts()
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Any,
+        data_iterator: Iterator[Any],
+        model: list[torch.nn.Module],
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        forward_only: bool = False,
+    ) -> list[Any]:
+        """Run every micro-batch forward (and backward); returns the losses on the last stage."""
+        (chunk,) = model
+        flush = _Flush(self, chunk, seq_length, micro_batch_size, forward_only)
+        self.counts = flush.counts
+        step = partial(
+            forward_step,
             forward_step_func,
             data_iterator,
             chunk,
             num_microbatches,
-            received,
-            losses,
-            config,
-            cp_group_size=groups.cp.size(),
-            is_last_stage=flush.stage == span.stages - 1,
+            config=flush.config,
+            cp_group_size=self.groups.cp.size(),
+            is_last_stage=self.stage == self.span.stages - 1,
         )
+        losses: list[Any] = []
+        for tick in ticks(self.span.stages, num_microbatches, forward_only=forward_only):
+            if tick.forward:
+                flush.forward_half(tick, step, losses)
+            if tick.backward:
+                flush.backward_half(tick)
+        flush.close()
         if not forward_only:
-            flush.held.append((received, output))
-            flush.most_held = max(flush.most_held, len(flush.held))
-        return output
+            flush.config.finalize_model_grads_func([chunk], None, pg_collection=self.groups)
+        return losses
 
-    def run_backward() -> torch.Tensor:
-        received, output = flush.held.popleft()
-        gradient = flush.gradients.take()
-        deallocate_output_tensor(output, config.deallocate_pipeline_outputs)
-        result: torch.Tensor = backward_step(received, output, gradient, config)
-        return result
 
-    for tick in ticks(span.stages, num_microbatches, forward_only=forward_only):
-        if tick.forward:
-            span.begin(tick.number, tick.forward, backward=False, keep=not forward_only)
-            flush.forward_halves += 1
-            output = None
-            if flush.stage in tick.forward:
-                output = run_forward()
-            else:
-                for layer in range(span.layers):
-                    span.forward(layer)
-            flush.activations.post(tick.forward, output)
-        if tick.backward:
-            # The last stage turns round within the tick; its own edge has nothing in flight.
-            span.begin(tick.number, tick.backward, backward=True, keep=False)
-            flush.backward_halves += 1
-            gradient = None
-            if flush.stage in tick.backward:
-                gradient = run_backward()
-            else:
-                for layer in reversed(range(span.layers)):
-                    span.backward(layer)
-            flush.gradients.post(tick.backward, gradient)
-    flush.activations.settle()
-    flush.gradients.settle()
-    span.end()
-    if not forward_only:
-        config.finalize_model_grads_func([chunk], None, pg_collection=groups)
-    return losses
+class _Flush:
+    """The state of one flush: messages in flight and micro-batches held."""
+
+    def __init__(
+        self,
+        schedule: SpanSchedule,
+        chunk: torch.nn.Module,
+        seq_length: int,
+        micro_batch_size: int,
+        forward_only: bool,
+    ) -> None:
+        self.span, self.stage = schedule.span, schedule.stage
+        self.config: Any = chunk.config
+        self.forward_only = forward_only
+        self.counts = FlushCounts()
+        groups = schedule.groups
+        shape = (seq_length // groups.tp.size(), micro_batch_size, self.config.hidden_size)
+        message = (shape, self.config.pipeline_dtype, self.span.device)
+        self._activations = Edge(groups.pp, +1, *message)
+        self._gradients = Edge(groups.pp, -1, *message)
+        self._held: deque[tuple[torch.Tensor | None, torch.Tensor]] = deque()
+
+    def forward_half(self, tick: Tick, step: Any, losses: list[Any]) -> None:
+        """Compute this stage's micro-batch, or serve its experts to the others."""
+        self.span.begin(tick.number, tick.forward, backward=False, keep=not self.forward_only)
+        self.counts.forward_halves += 1
+        output = None
+        if self.stage in tick.forward:
+            received = self._activations.take()
+            output, _ = step(input_tensor=received, forward_data_store=losses)
+            if not self.forward_only:
+                self._held.append((received, output))
+                self.counts.most_held = max(self.counts.most_held, len(self._held))
+        else:
+            for layer in range(self.span.layers):
+                self.span.forward(layer)
+        self._activations.post(tick.forward, output)
+
+    def backward_half(self, tick: Tick) -> None:
+        """The same for the micro-batch whose turn it is to go back."""
+        self.span.begin(tick.number, tick.backward, backward=True, keep=False)
+        self.counts.backward_halves += 1
+        gradient = None
+        if self.stage in tick.backward:
+            received, output = self._held.popleft()
+            incoming = self._gradients.take()
+            deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
+            gradient = backward_step(received, output, incoming, self.config)
+        else:
+            for layer in reversed(range(self.span.layers)):
+                self.span.backward(layer)
+        self._gradients.post(tick.backward, gradient)
+
+    def close(self) -> None:
+        """Wait for the last messages; everything held must have been used."""
+        self._activations.settle()
+        self._gradients.settle()
+        assert not self._held
+        self.span.end()

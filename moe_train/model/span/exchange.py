@@ -48,7 +48,7 @@ class Span:
     ) -> None:
         assert group.size() == tensor * stages
         self.group, self.tensor, self.stages = group, tensor, stages
-        self._hidden, self._dtype, self._device = hidden, dtype, device
+        self._hidden, self._dtype, self.device = hidden, dtype, device
         self._recompute = recompute
         self._experts: dict[int, Any] = {}
         self._sent: dict[int, deque[list[int]]] = {}
@@ -101,7 +101,7 @@ class Span:
         ranks = self.group.size()
         experts = self._experts[layer]
         if tokens_NH is None or probs_N is None or counts is None:
-            out_RE = torch.zeros(ranks, experts.per_rank, dtype=torch.int64, device=self._device)
+            out_RE = torch.zeros(ranks, experts.per_rank, dtype=torch.int64, device=self.device)
             packed = self._empty(0, packed=True)
         else:
             out_RE = counts.view(ranks, -1).to(torch.int64)
@@ -185,7 +185,7 @@ class Span:
 
     def _empty(self, rows: int, packed: bool = False) -> torch.Tensor:
         columns = width(self._hidden, self._dtype, PROBS) if packed else self._hidden
-        return torch.empty(rows, columns, dtype=self._dtype, device=self._device)
+        return torch.empty(rows, columns, dtype=self._dtype, device=self.device)
 
     def _all_to_all(
         self,

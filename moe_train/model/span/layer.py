@@ -34,8 +34,7 @@ class SpanExperts(MegatronModule):
         super().__init__(config=config)
         self.per_rank = num_local_experts
         self.by_stage = torch.nn.ModuleList(
-            builder(num_local_experts, config, pg_collection=pg_collection)
-            for _ in range(stages)
+            builder(num_local_experts, config, pg_collection=pg_collection) for _ in range(stages)
         )
 
     def __getitem__(self, stage: int) -> Any:
@@ -74,9 +73,7 @@ class SpanMoELayer(MoELayer):
         groups = copy.copy(pg_collection)
         groups.ep = span.group
         submodules = copy.copy(submodules)
-        submodules.experts = partial(
-            SpanExperts, builder=submodules.experts, stages=span.stages
-        )
+        submodules.experts = partial(SpanExperts, builder=submodules.experts, stages=span.stages)
         super().__init__(config, submodules, layer_number, groups, **kwargs)
         self.span = span
         self.local_layer = -1
@@ -88,7 +85,10 @@ class SpanMoELayer(MoELayer):
         self.span.register(self.local_layer, self.experts)
 
     def forward(
-        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: Any = None
+        self,
+        hidden_states: torch.Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: Any = None,
     ) -> tuple[torch.Tensor, None]:
         """Hidden states [sequence / TP, batch, hidden] in and out."""
         assert intermediate_tensors is None and padding_mask is None
