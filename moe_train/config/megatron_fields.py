@@ -69,6 +69,7 @@ OWN_KEYS: dict[str, dict[str, str]] = {
     },
     "optimizer": {
         "lr": "optim.lr",
+        "decoupled_lr": "optim.embedding_lr",
         "min_lr": "optim.min_lr",
         "weight_decay": "optim.weight_decay",
         "clip_grad": "optim.clip",

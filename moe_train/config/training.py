@@ -41,6 +41,8 @@ class OptimConfig:
 
     lr: float = 3e-3
     """Peak learning rate."""
+    embedding_lr: float | None = None
+    """Peak learning rate of embedding and output head (Megatron's decoupled_lr); None is lr."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     schedule: str = "cosine"

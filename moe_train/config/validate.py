@@ -53,7 +53,7 @@ NOT_NEGATIVE = _keys(
         "run": "seed",
         "model": "shared_expert_hidden",
         "model.router": "aux_coeff z_coeff expert_bias_rate",
-        "optim": "lr min_lr warmup_steps weight_decay clip",
+        "optim": "lr embedding_lr min_lr warmup_steps weight_decay clip",
         "train": "eval_every",
         "checkpoint": "every",
         "hardware": "memory_gb memory_gbps intra_node_gbps inter_node_gbps",

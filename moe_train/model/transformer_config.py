@@ -144,6 +144,7 @@ def optimizer_config(config: Config, backend: Backend) -> OptimizerConfig:
     fields: dict[str, Any] = dict(
         optimizer="adam",
         lr=optim.lr,
+        decoupled_lr=optim.embedding_lr,
         min_lr=optim.min_lr,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,
