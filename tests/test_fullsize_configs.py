@@ -40,12 +40,11 @@ def words(experiment: str) -> list[str]:
     return [f"experiment={experiment}", "parallel.placement=stage"]
 
 
-@pytest.fixture(scope="module", params=EXPERIMENTS)
-def built(request: pytest.FixtureRequest) -> tuple[str, Configs]:
+def cuda_process(experiment: str) -> Configs:
     """In a process of its own: the host backend's patches would answer for CUDA."""
-    world, _ = EXPERIMENTS[request.param]
+    world, _ = EXPERIMENTS[experiment]
     done = subprocess.run(
-        [sys.executable, "-m", "moe_train.testing.cuda_configs", str(world), *words(request.param)],
+        [sys.executable, "-m", "moe_train.testing.cuda_configs", str(world), *words(experiment)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -53,7 +52,12 @@ def built(request: pytest.FixtureRequest) -> tuple[str, Configs]:
     )
     assert done.returncode == 0, done.stderr
     assert "stability issues" not in done.stderr, "Megatron warns of one of our choices"
-    return request.param, json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module", params=EXPERIMENTS)
+def built(request: pytest.FixtureRequest) -> tuple[str, Configs]:
+    return request.param, cuda_process(request.param)
 
 
 def host_configs(rank: int, one: int, overrides: list[str], world: int) -> Configs:
