@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_train.config.hardware import HardwareConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.parallel import BatchConfig, ParallelConfig, RecomputeConfig
 from moe_train.config.training import (
     BackendConfig,
     CheckpointConfig,
     DataConfig,
-    HardwareConfig,
     LogConfig,
     OptimConfig,
     RunConfig,

@@ -129,25 +129,3 @@ class BackendConfig:
     """CUDA_DEVICE_MAX_CONNECTIONS; Megatron's overlap of TP with compute relies on 1."""
     nccl: dict[str, str] = field(default_factory=dict)
     """NCCL_* environment settings by their short name, e.g. {IB_QPS_PER_CONNECTION: 2}."""
-
-
-@dataclass
-class HardwareConfig:
-    """The machine that a plan is made for. Every number has a source or says assumed."""
-
-    name: str = "cpu"
-    """Profile name."""
-    devices_per_node: int = 8
-    """Devices that share a node's fast links."""
-    memory_gb: float = 24.0
-    """Memory of one device in GB (1e9 bytes)."""
-    peak_tflops: dict[str, float] = field(default_factory=dict)
-    """Dense peak per dtype (fp32, bf16, fp8) in TFLOP/s."""
-    memory_gbps: float = 0.0
-    """Device memory bandwidth in GB/s."""
-    intra_node_gbps: float = 0.0
-    """Bandwidth between two devices of a node, one direction, GB/s."""
-    inter_node_gbps: float = 0.0
-    """Bandwidth per device between nodes, one direction, GB/s."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """Where each number comes from, or the word assumed."""

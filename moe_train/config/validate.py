@@ -12,6 +12,7 @@ from moe_train.errors import ConfigError
 
 DTYPES = ("fp32", "bf16", "fp8")
 CHOICES: dict[str, tuple[str, ...]] = {
+    "hardware.kind": ("cpu", "accelerator"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": DTYPES,
     "model.router.score": ("softmax", "sigmoid"),
@@ -45,7 +46,8 @@ POSITIVE = _keys(
         "train": "steps eval_batches log_every",
         "checkpoint": "keep",
         "backend": "timeout_seconds host_threads cuda_device_max_connections",
-        "hardware": "devices_per_node",
+        "hardware": "devices_per_node gemm_efficiency grouped_efficiency attention_efficiency "
+        "memory_efficiency link_efficiency",
     }
 )
 NOT_NEGATIVE = _keys(
@@ -56,7 +58,8 @@ NOT_NEGATIVE = _keys(
         "optim": "lr embedding_lr min_lr warmup_steps weight_decay clip",
         "train": "eval_every",
         "checkpoint": "every",
-        "hardware": "memory_gb memory_gbps intra_node_gbps inter_node_gbps",
+        "hardware": "memory_gb reserved_gb memory_gbps intra_node_gbps inter_node_gbps "
+        "latency_us layer_overhead_us",
     }
 )
 
@@ -116,7 +119,7 @@ def _ranges(config: Config) -> Iterable[ConfigError]:
             yield ConfigError(key, f"{value} is not positive", "give a value above 0")
     for key in sorted(NOT_NEGATIVE):
         value = value_at(config, key)
-        if not value >= 0:
+        if value is not None and not value >= 0:
             yield ConfigError(key, f"{value} is not a number from 0 up", "give 0 or more")
     for key in ("optim.beta1", "optim.beta2"):
         value = value_at(config, key)

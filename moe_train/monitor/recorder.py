@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_train.monitor.flops import mfu
 from moe_train.monitor.metrics import MetricsLog
 from moe_train.monitor.mirror import Mirror
 from moe_train.monitor.progress import ConsoleProgress
 from moe_train.monitor.run_folder import RunFolder
 from moe_train.monitor.status import write_status
+from moe_train.plan.flops import mfu
 
 
 class Recorder:

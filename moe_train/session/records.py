@@ -30,11 +30,11 @@ def describe_run(folder: RunFolder, config: Config, layout: Layout, step: int) -
 def open_recorder(session: Session, datasets: Any, start: int, stack: ExitStack) -> Recorder:
     """Metrics, console and mirror of rank 0; ``stack`` closes them."""
     from moe_train.data.entropy import dataset_entropy
-    from moe_train.monitor.flops import flops_per_token
     from moe_train.monitor.metrics import MetricsLog
     from moe_train.monitor.mirror import Mirror
     from moe_train.monitor.progress import ConsoleProgress
     from moe_train.monitor.recorder import Recorder
+    from moe_train.plan.flops import flops_per_token
 
     config, folder = session.config, session.folder
     assert folder is not None

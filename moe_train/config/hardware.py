@@ -1,0 +1,46 @@
+"""The machine that a plan is made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class HardwareConfig:
+    """A hardware profile, data only. Every number has a source or says assumed."""
+
+    name: str = "cpu"
+    """Profile name."""
+    kind: str = "cpu"
+    """cpu | accelerator. A plan that does not fit an accelerator's memory is refused."""
+    devices_per_node: int = 8
+    """Devices that share a node's fast links."""
+    memory_gb: float = 24.0
+    """Memory of one device in GB (1e9 bytes)."""
+    reserved_gb: float = 0.0
+    """Memory that the driver, its context and communication buffers take, in GB."""
+    peak_tflops: dict[str, float] = field(default_factory=dict)
+    """Dense peak per dtype (fp32, bf16, fp8) in TFLOP/s."""
+    memory_gbps: float = 0.0
+    """Device memory bandwidth in GB/s."""
+    intra_node_gbps: float = 0.0
+    """Bandwidth between two devices of a node, one direction, GB/s."""
+    inter_node_gbps: float = 0.0
+    """Bandwidth per device between nodes, one direction, GB/s."""
+    gemm_efficiency: float = 0.7
+    """Share of the peak that large matrix products reach, 0 to 1."""
+    grouped_efficiency: float = 0.6
+    """The same for grouped expert products."""
+    attention_efficiency: float = 0.5
+    """The same for fused attention."""
+    memory_efficiency: float = 0.8
+    """Share of the memory bandwidth that elementwise kernels reach."""
+    link_efficiency: float = 0.8
+    """Share of a link's bandwidth that a collective reaches."""
+    latency_us: float = 15.0
+    """Time that a collective takes however small it is, in microseconds."""
+    layer_overhead_us: float = 0.0
+    """Time of a layer's forward pass that is neither arithmetic nor traffic (launches), in
+    microseconds; a backward pass has it twice."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where each number comes from, or the word assumed."""
