@@ -21,7 +21,7 @@ from moe_train.errors import (
 )
 from moe_train.monitor.rank_log import log_to_file
 from moe_train.monitor.run_folder import create_run_folder, default_run_name
-from moe_train.monitor.status import write_status
+from moe_train.monitor.status import State, write_status
 from moe_train.plan.machine import accelerator_present, visible_devices
 from moe_train.plan.prepare import prepare
 from moe_train.session.standing import Standing
@@ -128,7 +128,7 @@ def run(overrides: Sequence[str], suffix: str = "") -> int:
             train(session, standing, stack, begun)
         return EXIT_FINISHED
     except MoeTrainError as fault:
-        state = "preempted" if fault.exit_code == EXIT_PREEMPTED else "failed"
+        state: State = "preempted" if fault.exit_code == EXIT_PREEMPTED else "failed"
         tell_status(standing, state, str(fault))
         return report(fault)
     except BaseException as crash:
@@ -138,10 +138,9 @@ def run(overrides: Sequence[str], suffix: str = "") -> int:
         log_to_file(None)
 
 
-def tell_status(standing: Standing, state: str, reason: str) -> None:
+def tell_status(standing: Standing, state: State, reason: str) -> None:
     """Write the end of this run into its folder, once the folder is this run's (rank 0)."""
     if standing.folder is not None and standing.taken_up:
-        assert state in ("preempted", "failed")
         write_status(standing.folder.status, state, standing.step, reason)
 
 
