@@ -1,0 +1,165 @@
+"""Peak memory of every pipeline stage: state, activations in flight, and the moment of the peak.
+
+All ranks of a stage hold the same amount (with even routing; imbalance is explicit), so a stage
+stands for its ranks. The walk follows a stage's busiest micro-batch: its forward pass ends while
+`held` micro-batches are kept; then the loss, and layer by layer the backward pass, which frees
+what it has used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moe_train.config.layers import parse_layers
+from moe_train.config.root import Config
+from moe_train.plan.activations import embedding_terms, head_terms
+from moe_train.plan.batch import microbatches_per_step
+from moe_train.plan.in_flight import chunks_in_flight, span_rows_in_flight
+from moe_train.plan.layer_memory import (
+    backward_buffers,
+    forward_buffers,
+    hosted_terms,
+    kept_terms,
+    loss_buffers,
+    recomputed_terms,
+)
+from moe_train.plan.layout import Layout
+from moe_train.plan.optimizer_bytes import StateBytes, state_bytes
+from moe_train.plan.parameters import rank_parameters
+from moe_train.plan.shapes import Assumptions, Shapes, shapes
+from moe_train.plan.terms import Term, total
+
+GB = 1e9
+
+
+class Moment(NamedTuple):
+    """A point of the step: its name, bytes kept for backward, and the buffers on top."""
+
+    name: str
+    kept: float
+    buffers: tuple[Term, ...]
+
+    @property
+    def bytes(self) -> float:
+        """Bytes beside weights, gradients and optimizer state."""
+        return self.kept + total(self.buffers)
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Peak bytes on each rank of one pipeline stage."""
+
+    stage: int
+    held: int
+    """Micro-batches (chunks of them, when interleaved) kept at once."""
+    state: StateBytes
+    one_microbatch: float
+    """Bytes kept of one micro-batch by the whole stage (by one chunk, when interleaved)."""
+    hosted: float
+    """Bytes that the experts of ``placement=span`` keep for all stages."""
+    peak: Moment
+    moments: tuple[Moment, ...]
+    fragmentation: float
+    reserved: float
+
+    @property
+    def activations(self) -> float:
+        """Everything that comes and goes, at the peak."""
+        return self.peak.bytes
+
+    @property
+    def total(self) -> float:
+        """Bytes of device memory at the peak, allowances included."""
+        return self.allocated + self.fragmentation + self.reserved
+
+    @property
+    def allocated(self) -> float:
+        """Bytes of tensors at the peak, without allowances."""
+        return self.state.device + self.activations
+
+    @property
+    def without_optimizer(self) -> float:
+        """Weights, gradients and activations alone."""
+        return self.allocated - self.state.optimizer
+
+
+def stage_memory(
+    config: Config, layout: Layout, vocab: int, stage: int, assumptions: Assumptions
+) -> StageMemory:
+    """Peak memory of the ranks of pipeline stage `stage` (0-based) of a legal plan."""
+    z = shapes(config, layout, vocab, assumptions)
+    rank = stage * (layout.world // layout.pipeline)
+    state = state_bytes(config, layout, rank_parameters(config.model, layout, rank, vocab))
+    count = microbatches_per_step(config, layout.data)
+    held = chunks_in_flight(layout, stage, count)
+    modules = config.recompute.modules
+    whole = frozenset(parse_layers(config.recompute.layers, config.model.layers))
+    layers = layout.stage_layers(stage)
+    kept = [total(kept_terms(z, recomputed=n in whole, modules=modules, span=layout.span))
+            for n in layers]  # fmt: skip
+    first, last = stage == 0, stage == layout.pipeline - 1
+    ends = total(embedding_terms(z)) * first / layout.virtual_pipeline
+    one = sum(kept) / layout.virtual_pipeline + ends
+    hosted = 0.0
+    if layout.span:
+        rows = span_rows_in_flight(layout.pipeline, count)
+        hosted = rows * len(layers) * total(hosted_terms(z, modules))
+    floor = held * one + hosted
+    moments = tuple(_moments(z, config, layout, layers, kept, floor, whole, last=last))
+    peak = max(moments, key=lambda moment: moment.bytes)
+    return StageMemory(
+        stage=stage,
+        held=held,
+        state=state,
+        one_microbatch=one,
+        hosted=hosted,
+        peak=peak,
+        moments=moments,
+        fragmentation=peak.bytes * assumptions.fragmentation,
+        reserved=config.hardware.reserved_gb * GB,
+    )
+
+
+def _moments(
+    z: Shapes,
+    config: Config,
+    layout: Layout,
+    layers: list[int],
+    kept: list[float],
+    floor: float,
+    whole: frozenset[int],
+    *,
+    last: bool,
+) -> list[Moment]:
+    edges = (Term("pipeline messages", 2 * z.N * z.H * z.b, "2 N H b", "P2P"),)
+    edges = edges if layout.pipeline > 1 else ()
+    found = [Moment("end of the forward pass", floor, (*forward_buffers(z), *edges))]
+    if last:
+        head = total(head_terms(z))
+        found.append(Moment("loss", floor + head, (*loss_buffers(z), *edges)))
+    chunk = len(layers) // layout.virtual_pipeline
+    freed = 0.0
+    # The last chunk goes backward first; its layers free what they kept one after the other.
+    for number, size in reversed(list(zip(layers, kept, strict=True))[-chunk:]):
+        again = recomputed_terms(
+            z, recomputed=number in whole, modules=config.recompute.modules, span=layout.span
+        )
+        buffers = (*again, *backward_buffers(z), *edges)
+        found.append(Moment(f"backward of layer {number}", floor - freed, buffers))
+        freed += size
+    return found
+
+
+def plan_memory(
+    config: Config, layout: Layout, vocab: int, assumptions: Assumptions
+) -> list[StageMemory]:
+    """Peak memory of every stage of a legal plan."""
+    return [
+        stage_memory(config, layout, vocab, stage, assumptions) for stage in range(layout.pipeline)
+    ]
+
+
+def worst(stages: list[StageMemory]) -> StageMemory:
+    """The stage that needs most."""
+    return max(stages, key=lambda one: one.total)
