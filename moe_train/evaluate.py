@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -192,7 +193,9 @@ def _quoted(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(_quoted, value)) + "]"
     if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        # Backslashes are literal except before a quote, the closing one included.
+        text = re.sub(r"(\\*)'", r"\1\1\\'", value)
+        return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
     return repr(value)
 
 

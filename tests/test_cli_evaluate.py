@@ -88,7 +88,14 @@ def test_config_faults(capsys: pytest.CaptureFixture[str]) -> None:
 def test_inherited_settings_survive_the_grammar_of_overrides() -> None:
     """Paths with quotes, commas and spaces, nulls, floats and booleans come back as they were."""
     config = compose(["experiment=single"])
-    config.data.train = ["0.5:it's, here/a b", 'with "quotes"', "back\\slash", "k=v"]
+    config.data.train = [
+        "0.5:it's, here/a b",
+        'with "quotes"',
+        "back\\slash",
+        "k=v",
+        "end\\",
+        "a\\'b",
+    ]
     config.data.cache = "some where"
     config.model.norm_epsilon = 1e-05
     config.model.router.pre_softmax = True
