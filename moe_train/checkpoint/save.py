@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from moe_train.checkpoint import folders, manifest, optimizer_state, rng
 from moe_train.checkpoint.manifest import Manifest
@@ -42,6 +44,9 @@ def save_checkpoint(
     staging = root / f"{final.name}.tmp"
     _together(lambda: folders.staging_folder(root, step) if rank == 0 else None, staging)
     state, rng_sizes = _state(chunks, optimizer)
+    # Megatron's writer threads answer through a Manager, which only asynchronous saving needs:
+    # a spawned copy of the program per rank (340 MB), that outlives a rank which is killed.
+    filesystem_async._results_queue = queue.Queue()
     _together(lambda: dist_checkpointing.save(state, str(staging)), staging)
     table = _together(lambda: _describe(staging, rank), staging)
     described = Manifest(
