@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from functools import cache
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 
@@ -52,17 +52,24 @@ def _store(rank: int, world: int) -> dist.Store:
     return store
 
 
-def open_groups(
-    *,
-    tensor: int,
-    pipeline: int,
-    virtual_pipeline: int,
-    context: int,
-    expert: int,
-    expert_tensor: int,
-    timeout_seconds: int,
-    gloo: bool,
-) -> ProcessGroupCollection:
+class Sizes(Protocol):
+    """Sizes of the parallel dimensions, as :class:`moe_train.plan.layout.Layout` has them."""
+
+    @property
+    def tensor(self) -> int: ...
+    @property
+    def pipeline(self) -> int: ...
+    @property
+    def virtual_pipeline(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def expert_in_stage(self) -> int: ...
+    @property
+    def expert_tensor(self) -> int: ...
+
+
+def open_groups(sizes: Sizes, *, timeout_seconds: int, gloo: bool) -> ProcessGroupCollection:
     """Create every process group of a layout; the world must be open.
 
     Args:
@@ -72,13 +79,14 @@ def open_groups(
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    chunks = sizes.virtual_pipeline
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
-        context_parallel_size=context,
-        expert_model_parallel_size=expert,
-        expert_tensor_parallel_size=expert_tensor,
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert_in_stage,
+        expert_tensor_parallel_size=sizes.expert_tensor,
         distributed_timeout_minutes=max(1, timeout_seconds // 60),
         create_gloo_process_groups=gloo,
     )

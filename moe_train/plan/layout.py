@@ -87,6 +87,15 @@ class Layout:
         return self.placement == "span"
 
     @property
+    def expert_in_stage(self) -> int:
+        """Expert-parallel ranks inside one stage: with span, the tensor-parallel ones.
+
+        This is the size that Megatron is told; its expert-data-parallel groups are then those
+        of the replicas in both placements.
+        """
+        return self.tensor if self.span else self.expert
+
+    @property
     def data(self) -> int:
         """Data-parallel replicas of the dense parts."""
         return self.world // (self.tensor * self.context * self.pipeline)

@@ -122,12 +122,7 @@ def _build(config: Config, layout: Layout, backend: Backend, vocab: int) -> Engi
     from moe_train.train.engine import build_engine
 
     groups = open_groups(
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        virtual_pipeline=layout.virtual_pipeline,
-        context=layout.context,
-        expert=layout.tensor if layout.span else layout.expert,
-        expert_tensor=layout.expert_tensor,
+        layout,
         timeout_seconds=config.backend.timeout_seconds,
         gloo=backend.name != "host",
     )

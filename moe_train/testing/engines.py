@@ -44,16 +44,7 @@ def open_engine(rank: int, world: int, overrides: Sequence[str], vocab: int = 12
     backend = select_backend(config.device, config.backend)
     backend.prepare()
     open_world(backend, rank, world, 120)
-    groups = open_groups(
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        virtual_pipeline=layout.virtual_pipeline,
-        context=layout.context,
-        expert=layout.expert,
-        expert_tensor=layout.expert_tensor,
-        timeout_seconds=120,
-        gloo=False,
-    )
+    groups = open_groups(layout, timeout_seconds=120, gloo=False)
     return build_engine(
         config,
         backend,

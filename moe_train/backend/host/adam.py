@@ -91,7 +91,8 @@ class HostAdam(torch.optim.Optimizer):
             for param in params:
                 if not self.state[param]:
                     self.initialize_state(param)
-            self._update(group, params)
+            if params:
+                self._update(group, params)
 
     def _grad(self, param: torch.Tensor) -> torch.Tensor | None:
         if self.use_decoupled_grad:

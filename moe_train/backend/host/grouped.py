@@ -121,8 +121,13 @@ class HostGroupedMLP(TEGroupedMLP):
             if name == "linear_fc1" and self.config.gated_linear_unit:
 
                 def gate_and_up(
-                    key: str, data: torch.Tensor, replica_id: Any, flattened_range: Any,
-                    shard: Any = shard, tp_rank: int = tp_rank, tp_size: int = tp_size,
+                    key: str,
+                    data: torch.Tensor,
+                    replica_id: Any,
+                    flattened_range: Any,
+                    shard: Any = shard,
+                    tp_rank: int = tp_rank,
+                    tp_size: int = tp_size,
                 ) -> list[ShardedTensor]:
                     gate, up = data.chunk(2, dim=1)
                     return [

@@ -1,8 +1,8 @@
 """Every patch that lets Megatron-Core run on a CPU with gloo, each with its reason.
 
 ``apply_early`` must run before Megatron is imported, ``apply_late`` after. On CUDA neither
-runs. ``HANDLED`` is the list that ``tests/test_host_patches.py`` holds against the CUDA uses
-in Megatron's installed source.
+runs. ``tests/test_host_patches.py`` holds the tables below against every CUDA use in Megatron's
+installed source, and each patch against the behaviour that made it necessary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import os
+import queue
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from moe_train.backend.host import streams
 
 CPU = torch.device("cpu")
 
-# torch.cuda attributes replaced on the host: name -> (replacement, reason).
+# Names under torch.cuda that are replaced on the host: name -> (replacement, reason).
 CUDA_CALLS: dict[str, tuple[Any, str]] = {
     "current_device": (lambda: CPU, "factories are called with device=current_device()"),
     "set_device": (lambda device: None, "one host, nothing to select"),
@@ -31,7 +32,6 @@ CUDA_CALLS: dict[str, tuple[Any, str]] = {
     "Stream": (streams.HostStream, "dispatcher, shared experts and DDP own side streams"),
     "Event": (streams.HostEvent, "combined 1F1B orders its two streams by events"),
     "current_stream": (streams.current_stream, "waited on before and after side streams"),
-    "default_stream": (streams.current_stream, "as current_stream"),
     "stream": (streams.stream_context, "side streams run at once"),
     "get_rng_state": (lambda device=None: torch.get_rng_state(), "one generator on the host"),
     "set_rng_state": (
@@ -43,13 +43,21 @@ CUDA_CALLS: dict[str, tuple[Any, str]] = {
         lambda seed: torch.default_generator.manual_seed(int(seed)),
         "the RNG tracker seeds its states through CUDA",
     ),
-    "is_current_stream_capturing": (lambda: False, "no graphs on the host"),
-    "memory_allocated": (lambda device=None: 0, "no device allocator"),
-    "max_memory_allocated": (lambda device=None: 0, "no device allocator"),
-    "memory_reserved": (lambda device=None: 0, "no device allocator"),
-    "max_memory_reserved": (lambda device=None: 0, "no device allocator"),
-    "memory_stats": (lambda device=None: {}, "no device allocator"),
-    "reset_peak_memory_stats": (lambda device=None: None, "no device allocator"),
+    "random.get_rng_state": (lambda device=None: torch.get_rng_state(), "as get_rng_state"),
+    "nvtx.range_push": (lambda *args, **kwargs: None, "no profiler listens on the host"),
+    "nvtx.range_pop": (lambda *args, **kwargs: None, "no profiler listens on the host"),
+}
+
+# Names under torch.cuda that tell the truth, or do no harm, without a GPU.
+CUDA_UNTOUCHED: dict[str, str] = {
+    "is_available": "guards what needs a GPU",
+    "device_count": "guards what needs a GPU",
+    "OutOfMemoryError": "an exception class that is never raised here",
+    "FloatTensor": "a type that is compared with",
+    "HalfTensor": "a type that is compared with",
+    "BFloat16Tensor": "a type that is compared with",
+    "amp.custom_fwd": "a decorator that only looks at autocast",
+    "amp.custom_bwd": "a decorator that only looks at autocast",
 }
 
 # torch factories whose device argument may be the literal "cuda" inside Megatron.
@@ -70,8 +78,8 @@ FACTORIES = (
     "zeros",
     "zeros_like",
 )
-TENSOR_METHODS = ("cuda", "record_stream", "type")
-HANDLED = frozenset(CUDA_CALLS) | {"nvtx", "random", "is_available", "device_count"}
+# Tensor methods that are replaced; `type` because of comparisons with torch.cuda.FloatTensor.
+TENSOR_METHODS = ("cuda", "record_stream", "to", "type")
 
 
 def _is_cuda(device: Any) -> bool:
@@ -91,11 +99,8 @@ def _on_host(factory: Callable[..., Any]) -> Callable[..., Any]:
 def apply_early() -> None:
     """Replace torch's CUDA surface; call once, before Megatron is imported."""
     for name, (replacement, _) in CUDA_CALLS.items():
-        setattr(torch.cuda, name, replacement)
-    torch.cuda.random.get_rng_state = CUDA_CALLS["get_rng_state"][0]
-    torch.cuda.random.set_rng_state = CUDA_CALLS["set_rng_state"][0]
-    for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, lambda *args, **kwargs: None)
+        *path, last = name.split(".")
+        setattr(functools.reduce(getattr, path, torch.cuda), last, replacement)
     for name in FACTORIES:
         setattr(torch, name, _on_host(getattr(torch, name)))
 
@@ -148,6 +153,7 @@ def lean_imports() -> Iterator[None]:
 def apply_late() -> None:
     """Patch Megatron's own modules; call once, inside :func:`lean_imports`."""
     from megatron.core import optimizer
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import clip_grads, optimizer_config
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -180,6 +186,15 @@ def apply_late() -> None:
     # written for TransformerEngine's FusedAdam.
     optimizer.Adam = HostAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
+
+    # A synchronous save writes in this process, yet its results pass through a queue that a
+    # manager process serves: one more interpreter per rank, which imports everything again.
+    filesystem_async._results_queue = queue.Queue()
+
+    # CheckpointWithoutOutput (recompute.modules) takes "no fp8" for "fp8" and asks TE about it.
+    random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False)
+    random.activation_recompute_forward = lambda **_: contextlib.nullcontext()
+    random.fp8_autocast = lambda **_: contextlib.nullcontext()
 
     # The fallback's rounding depends on how a gradient is cut, and so on the layout.
     clip_grads.l2_norm_impl = multi_tensor_l2_norm

@@ -1,0 +1,225 @@
+"""One step under span against the single process: loss, norm and every gradient tensor.
+
+The loss hardly moves under a wrong gradient, so the gradients themselves are compared, and the
+faults that the exchange could have are planted to see that this notices them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_train.testing.engines import (
+    Array,
+    Shard,
+    assemble,
+    gradient_shards,
+    micro_batches,
+    open_engine,
+)
+from moe_train.testing.world import run_world
+
+pytestmark = pytest.mark.world
+
+MODEL = [
+    "experiment=twin",
+    "parallel=single",
+    "recompute=none",
+    "model.layers=4",
+    "model.hidden=64",
+    "model.heads=8",
+    "model.head_dim=8",
+    "model.experts=8",
+    "model.expert_hidden=32",
+    "data.sequence=32",
+    "optim.clip=0",
+]
+PP2_EP2 = ["parallel.placement=span", "parallel.pipeline=2", "parallel.expert=2"]
+TP2_PP2_EP4 = [*PP2_EP2, "parallel.tensor=2", "parallel.expert=4"]
+
+
+@dataclass
+class Step:
+    """What one rank saw of one step."""
+
+    loss: float
+    grad_norm: float
+    gradients: list[Shard]
+    counts: Any
+    flops: list[float]
+
+
+def one_step(
+    rank: int, world: int, overrides: Sequence[str], sequences: int, fault: str = ""
+) -> Step:
+    """Build, take one step on fixed random tokens, and return gradients by global key."""
+    from moe_train.train.step import train_step
+
+    engine = open_engine(rank, world, [*MODEL, f"batch.global={sequences}", *overrides])
+    if fault:
+        plant(engine, fault)
+    tokens = np.random.default_rng(5).integers(0, 128, (sequences, 33))
+    result = train_step(engine, micro_batches(engine, tokens), 1)
+    counts = getattr(engine.forward_backward, "counts", None)
+    return Step(result.loss, result.grad_norm, gradient_shards(engine), counts, [])
+
+
+def plant(engine: Any, fault: str) -> None:
+    """Break the exchange in one way."""
+    import torch
+
+    from moe_train.model.span import exchange, hosting
+    from moe_train.train import span_schedule
+
+    if fault == "zeroed probability gradients":
+        plain = exchange.host_backward
+
+        def without_probs(*args: Any) -> Any:
+            tokens, probs = plain(*args)
+            return tokens, torch.zeros_like(probs)
+
+        exchange.host_backward = without_probs
+    elif fault == "zeroed inputs of one stage":
+        run = hosting._run
+        target = engine.forward_backward.span._experts[0][1]
+
+        def zeroed(experts: Any, counts: Any, tokens: Any, probs: Any) -> Any:
+            return run(experts, counts, tokens * 0 if experts is target else tokens, probs)
+
+        hosting._run = zeroed
+    elif fault == "neighbour's micro-batch in backward":
+        held = exchange.Span.backward
+
+        def swapped(self: Any, layer: int, grad: Any = None) -> Any:
+            for queue in self._hosted.values():
+                if len(queue) > 1 and queue[0].counts_TE.equal(queue[0].counts_TE):
+                    first, second = queue[0].tokens_NH, queue[1].tokens_NH
+                    if first.shape == second.shape:
+                        queue[0], queue[1] = queue[1], queue[0]
+            return held(self, layer, grad)
+
+        exchange.Span.backward = swapped
+    elif fault == "dropped aux loss":
+        from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
+
+        MoEAuxLossAutoScaler.apply = staticmethod(lambda output, loss: output)
+    else:
+        assert fault == "gradients of the wrong stage"
+        post = span_schedule.Edge.post
+
+        def halved(self: Any, half: Any, outgoing: Any) -> None:
+            if self._step < 0 and outgoing is not None:
+                outgoing = outgoing * 0.5
+            post(self, half, outgoing)
+
+        span_schedule.Edge.post = halved
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The single process's step, by overrides and number of sequences."""
+    done: dict[tuple[str, ...], Step] = {}
+
+    def get(sequences: int, *overrides: str) -> Step:
+        key = (str(sequences), *overrides)
+        if key not in done:
+            done[key] = run_world(one_step, 1, list(overrides), sequences)[0]
+        return done[key]
+
+    return get
+
+
+def difference(steps: Sequence[Step], single: Step) -> dict[str, float]:
+    """Largest difference of each gradient tensor, relative to that tensor's largest value."""
+    ours, theirs = assemble([s.gradients for s in steps]), assemble([single.gradients])
+    assert ours.keys() == theirs.keys()
+
+    def relative(a: Array, b: Array) -> float:
+        return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12))
+
+    return {key: relative(ours[key], theirs[key]) for key in ours}
+
+
+def hold(steps: Sequence[Step], single: Step, tolerance: float = 2e-5) -> None:
+    """Every rank agrees with the single process."""
+    for step in steps:
+        assert step.loss == pytest.approx(single.loss, rel=1e-6)
+        assert step.grad_norm == pytest.approx(single.grad_norm, rel=tolerance)
+    worst = difference(steps, single)
+    assert max(worst.values()) < tolerance, sorted(worst.items(), key=lambda i: -i[1])[:5]
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 8])
+def test_any_number_of_micro_batches(reference: Any, sequences: int) -> None:
+    steps = run_world(one_step, 2, PP2_EP2, sequences)
+    hold(steps, reference(sequences))
+    for stage, step in enumerate(steps):
+        assert step.counts.forward_halves == step.counts.backward_halves == sequences + 1
+        assert step.counts.most_held == min(sequences, 2 * (1 - stage) + 1)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [[], ["recompute.layers=2-3"], ["recompute.layers=all"], ["recompute.modules=[moe]"],
+     ["recompute.layers=all", "recompute.modules=[moe,moe_act]"]],
+    ids=["none", "2-3", "all", "experts", "all and experts"],
+)  # fmt: skip
+def test_tensor_parallel_and_recompute(reference: Any, recompute: list[str]) -> None:
+    hold(run_world(one_step, 4, [*TP2_PP2_EP4, *recompute], 4), reference(4))
+
+
+def test_two_replicas(reference: Any) -> None:
+    hold(run_world(one_step, 4, PP2_EP2, 4), reference(4))
+
+
+def test_two_replicas_with_the_distributed_optimizer(reference: Any) -> None:
+    steps = run_world(one_step, 4, [*PP2_EP2, "optim.distributed=true"], 4)
+    for step in steps:
+        assert step.grad_norm == pytest.approx(reference(4).grad_norm, rel=1e-6)
+
+
+ROUTERS = {
+    "sigmoid with bias": ["model.router.score=sigmoid", "model.router.expert_bias=true"],
+    "sequence aux": ["model.router.balancing=seq_aux"],
+    "global aux": ["model.router.balancing=global_aux"],
+    "sinkhorn": ["model.router.balancing=sinkhorn", "model.experts_per_token=1"],
+    "none and z-loss": ["model.router.balancing=none", "model.router.z_coeff=0.1"],
+    "capacity": ["model.router.capacity_factor=1.0"],
+    "capacity by position": [
+        "model.router.capacity_factor=0.5",
+        "model.router.drop_policy=position",
+    ],
+    "padded": ["model.router.capacity_factor=1.0", "model.router.pad_to_capacity=true"],
+    "groups": ["model.router.groups=4", "model.router.groups_per_token=2"],
+    "pre-softmax, scaled": ["model.router.pre_softmax=true", "model.router.scaling_factor=2.5"],
+    "shared expert, GQA": ["model.shared_expert_hidden=48", "model.kv_heads=4"],
+    "tied embeddings": ["model.tied_embeddings=true"],
+}
+
+
+@pytest.mark.parametrize("options", ROUTERS.values(), ids=ROUTERS.keys())
+def test_router_and_model_options(reference: Any, options: list[str]) -> None:
+    hold(run_world(one_step, 2, [*PP2_EP2, *options], 3), reference(3, *options))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "zeroed probability gradients",
+        "zeroed inputs of one stage",
+        "neighbour's micro-batch in backward",
+        "dropped aux loss",
+        "gradients of the wrong stage",
+    ],
+)
+def test_planted_faults_are_noticed(reference: Any, fault: str) -> None:
+    options = ["model.router.capacity_factor=1.0", "model.router.pad_to_capacity=true"]
+    steps = run_world(one_step, 2, [*PP2_EP2, *options], 4, fault)
+    worst = max(difference(steps, reference(4, *options)).values())
+    assert worst > 1e-3, "the comparison does not notice it"
+    with pytest.raises(AssertionError):
+        hold(steps, reference(4, *options))
