@@ -1,4 +1,4 @@
-"""``moe-train plan``: is it legal, and who holds what; in under two seconds, no torch."""
+"""``moe-train plan``: legal or not, who holds what, memory, time; in two seconds, no torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ EXAMPLES = """examples:
   moe-train plan experiment=moe_30b_32x64gb       30 B on 32 devices
   moe-train plan parallel.expert=8 --world 16     another layout
   moe-train plan experiment=moe_30b_8x64gb --json plan.json
+  moe-train plan experiment=moe_30b_8x64gb hardware=h100_64gb --imbalance 1.3
+  moe-train plan experiment=moe_30b_8x64gb --claims source_document --report claims.md
 
-exit code: 0 legal; 2 refused, with every fault and the nearest legal layouts
+exit code: 0 legal and fits; 2 refused, with every fault and the nearest legal layouts, or with
+what would make it fit the device's memory
 """
 
 DEFAULT_WORLD = 8
@@ -42,22 +45,49 @@ def plan_main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="moe-train plan",
-        description="Check a layout and show where layers, experts and parameters live.",
+        description="Check a layout; show where everything lives, what it needs, how fast it is.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", help="config overrides, key=value")
     parser.add_argument("--world", type=int, help="ranks (default: what the layout needs, or 8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole plan there")
+    parser.add_argument(
+        "--imbalance",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="rows of the busiest rank's experts over the average (default 1)",
+    )
+    parser.add_argument(
+        "--fragmentation",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="share of activations that the allocator wastes (default 0.05)",
+    )
+    parser.add_argument(
+        "--claims",
+        metavar="FILE",
+        help="check the claims of FILE, or of a shipped set by name",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="with --claims: write Markdown there",
+    )
     asked = parser.parse_intermixed_args(argv)
 
     from rich.console import Console
 
     from moe_train.config.compose import collect
+    from moe_train.plan.fit import assumptions_of, memory_fault
     from moe_train.plan.machine import visible_devices
     from moe_train.plan.prepare import prepare
     from moe_train.plan.report import plan_report
     from moe_train.plan.tables import print_plan
+    from moe_train.plan.vocabulary import vocabulary
 
     world = asked.world
     config, faults = collect(asked.overrides)
@@ -69,11 +99,41 @@ def plan_main(argv: Sequence[str]) -> int:
     if config.experiment == AUTO and config.device != "cpu":
         facts = visible_devices(world)
     config, layout = prepare(asked.overrides, world, facts)
-    report = plan_report(config, layout)
-    print_plan(report, Console())
+    console = Console()
+    if not (asked.imbalance >= 1 and 0 <= asked.fragmentation < 1):
+        raise ConfigError(
+            "--imbalance, --fragmentation",
+            f"{asked.imbalance:g}, {asked.fragmentation:g} make no sense",
+            "an imbalance from 1 up, a fragmentation from 0 to below 1",
+        )
+    assumptions = assumptions_of(config, asked.imbalance, asked.fragmentation)
+    if asked.claims:
+        from moe_train.plan.claims.command import check_claims
+
+        return check_claims(
+            asked.claims, asked.overrides, config, layout, assumptions, console,
+            markdown=asked.report, json_file=asked.json,
+        )  # fmt: skip
+    report = plan_report(config, layout, assumptions)
+    fault = memory_fault(config, layout, vocabulary(config)[0], assumptions)
+    report["fits"] = fault is None
+    print_plan(report, console)
     if asked.json:
-        try:
-            asked.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError("--json", str(error), "give a writable file") from error
+        write_text("--json", asked.json, json.dumps(report, indent=1) + "\n")
+    if fault is not None:
+        if config.hardware.kind == "accelerator":
+            raise fault
+        console.print(f"[bold]warning[/bold] {fault}")
     return EXIT_FINISHED
+
+
+def write_text(option: str, path: Path, text: str) -> None:
+    """Write a report that `option` asked for.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(option, str(error), "give a writable file") from error

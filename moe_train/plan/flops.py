@@ -38,7 +38,7 @@ class FlopsPerToken:
     @property
     def total(self) -> float:
         """Sum of all parts."""
-        return sum(astuple(self))
+        return float(sum(astuple(self)))
 
 
 def flops_per_token(model: ModelConfig, sequence: int, vocab: int) -> FlopsPerToken:

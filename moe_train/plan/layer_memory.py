@@ -1,4 +1,4 @@
-"""One layer under a recomputation policy: what it keeps, and what its backward pass needs on top."""
+"""One layer under a recomputation policy: what it keeps, what its backward pass adds."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def _moments(
     *,
     last: bool,
 ) -> list[Moment]:
-    edges = (Term("pipeline messages", 2 * z.N * z.H * z.b, "2 N H b", "P2P"),)
+    edges: tuple[Term, ...] = (Term("pipeline messages", 2 * z.N * z.H * z.b, "2 N H b", "P2P"),)
     edges = edges if layout.pipeline > 1 else ()
     found = [Moment("end of the forward pass", floor, (*forward_buffers(z), *edges))]
     if last:

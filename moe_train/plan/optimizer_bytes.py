@@ -99,25 +99,25 @@ def variants(config: Config) -> dict[str, tuple[Config, str]]:
     sixteen = config.dtype != "fp32"
     choices: dict[str, tuple[dict[str, object], str]] = {
         "plain Adam": (
-            dict(distributed=False, precision_aware=False, moment_dtype="fp32",
-                 grad_dtype="fp32", offload=False),
+            {"distributed": False, "precision_aware": False, "moment_dtype": "fp32",
+                 "grad_dtype": "fp32", "offload": False},
             "optim.distributed=false optim.precision_aware=false optim.moment_dtype=fp32 "
             "optim.grad_dtype=fp32",
         ),
         "distributed": (
-            dict(distributed=True, precision_aware=False, moment_dtype="fp32",
-                 grad_dtype="fp32", offload=False),
+            {"distributed": True, "precision_aware": False, "moment_dtype": "fp32",
+                 "grad_dtype": "fp32", "offload": False},
             "optim.distributed=true optim.precision_aware=false optim.moment_dtype=fp32 "
             "optim.grad_dtype=fp32",
         ),
         "precision-aware": (
-            dict(distributed=True, precision_aware=True, moment_dtype="bf16",
-                 grad_dtype="bf16" if sixteen else "fp32", offload=False),
+            {"distributed": True, "precision_aware": True, "moment_dtype": "bf16",
+                 "grad_dtype": "bf16" if sixteen else "fp32", "offload": False},
             "optim=precision_aware",
         ),
         "offloaded": (
-            dict(distributed=True, precision_aware=False, moment_dtype="fp32",
-                 grad_dtype="bf16" if sixteen else "fp32", offload=True),
+            {"distributed": True, "precision_aware": False, "moment_dtype": "fp32",
+                 "grad_dtype": "bf16" if sixteen else "fp32", "offload": True},
             "optim.distributed=true optim.precision_aware=false optim.moment_dtype=fp32 "
             "optim.offload=true",
         ),

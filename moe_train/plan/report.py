@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from moe_train.config.convert import to_mapping
 from moe_train.config.root import Config
 from moe_train.plan.batch import microbatches_per_step, sequences_per_step
+from moe_train.plan.costs import cost_report
+from moe_train.plan.deployment import deployment
+from moe_train.plan.fit import assumptions_of
 from moe_train.plan.layout import GROUP_KINDS, Layout
 from moe_train.plan.parameters import model_parameters, padded_vocab, rank_parameters
+from moe_train.plan.shapes import Assumptions
+from moe_train.plan.vocabulary import vocabulary
 
-VERSION = 1
+VERSION = 2
 """Raised when a key of the report changes its meaning or goes away."""
-
-BYTE_VOCAB = 257
-EMBEDDED_VOCAB = 4096
-
-
-def vocabulary(config: Config) -> tuple[int, str]:
-    """Tokens in the vocabulary, unpadded, and where the number comes from.
-
-    A tokenizer file or the embedded corpus is not opened for a plan; a dataset's
-    manifest (``PREFIX.json``) is, since it is small.
-    """
-    if config.model.vocab is not None:
-        return config.model.vocab, "model.vocab"
-    if config.data.tokenizer == "byte":
-        return BYTE_VOCAB, "byte tokenizer"
-    for entry in config.data.train:
-        manifest = Path(entry.rpartition(":")[2] + ".json")
-        if manifest.is_file():
-            size = json.loads(manifest.read_text(encoding="utf-8")).get("vocab_size")
-            if isinstance(size, int) and size > 0:
-                return size, str(manifest)
-    source = "the data's tokenizer decides" if config.data.train else "embedded corpus"
-    return EMBEDDED_VOCAB, f"assumed ({source}); set model.vocab to fix it"
-
 
 def _ranges(numbers: list[int]) -> str:
     """``1-4`` or ``1-2, 9-10``."""
@@ -67,8 +46,13 @@ def _rank(config: Config, layout: Layout, rank: int, vocab: int) -> dict[str, An
     }
 
 
-def plan_report(config: Config, layout: Layout) -> dict[str, Any]:
+def plan_report(
+    config: Config, layout: Layout, assumptions: Assumptions | None = None
+) -> dict[str, Any]:
     """The plan of a legal, resolved config.
+
+    Args:
+        assumptions: routing imbalance and allocator waste; None takes the usual ones.
 
     Layers and ranks are named as in the config (layers from 1, ranks and experts from
     0); parameters are counts of numbers, not bytes.
@@ -118,4 +102,6 @@ def plan_report(config: Config, layout: Layout) -> dict[str, Any]:
         ],
         "ranks": ranks,
         "groups": {kind: layout.groups(kind) for kind in GROUP_KINDS},
+        "deployment": deployment(layout),
+        **cost_report(config, layout, vocab, assumptions or assumptions_of(config)),
     }

@@ -17,6 +17,7 @@ from moe_train.plan.batch import microbatches_per_step
 from moe_train.plan.layout import Layout
 from moe_train.plan.sizes import divisors
 
+
 def layout_faults(config: Config, layout: Layout) -> Iterator[ConfigError]:
     """Violated rules of one layout, cheapest and most fundamental first."""
     world_faults = list(_world(layout))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from moe_train.config.root import Config
+from moe_train.plan.fit import assumptions_of, fits
 from moe_train.plan.layout import Layout
 from moe_train.plan.rules import layout_faults
 from moe_train.plan.sizes import default_expert, divisors, layout_of
+from moe_train.plan.timing import step_time
+from moe_train.plan.vocabulary import vocabulary
 
 MISSION = {"tensor": 2, "pipeline": 4}
 """What ``parallel=auto`` takes for a 16-layer model on 8 ranks."""
@@ -47,10 +51,28 @@ def legal_layouts(config: Config, world: int) -> list[Layout]:
     return sorted(found, key=lambda one: (-one.expert, one.tensor, one.pipeline))
 
 
-def nearest_layouts(config: Config, asked: Layout, count: int = 4) -> list[Layout]:
-    """Legal layouts of ``asked.world`` ranks, nearest first, all sizes free.
+def ranked(config: Config, layouts: Sequence[Layout]) -> list[Layout]:
+    """`layouts` by predicted tokens per second, those that fit the device's memory first.
 
-    Distance is the sum over dimensions of the ratio of sizes, in powers of two.
+    Tokens and not steps: without ``batch.global`` more replicas mean larger steps. Equal
+    predictions keep their order.
+    """
+    vocab, _ = vocabulary(config)
+
+    def cost(layout: Layout) -> tuple[bool, float]:
+        chosen = with_layout(config, layout)
+        assumptions = assumptions_of(chosen)
+        time = step_time(chosen, layout, vocab, assumptions)
+        return not fits(chosen, layout, vocab, assumptions), time.step / time.tokens
+
+    return sorted(layouts, key=cost)
+
+
+def nearest_layouts(config: Config, asked: Layout, count: int = 4) -> list[Layout]:
+    """The nearest legal layouts of ``asked.world`` ranks, the fastest of them first.
+
+    All sizes are free. Distance is the sum over dimensions of the ratio of sizes, in
+    powers of two.
     """
     free = dataclasses.replace(
         config,
@@ -75,7 +97,7 @@ def nearest_layouts(config: Config, asked: Layout, count: int = 4) -> list[Layou
         )
         return sum(abs(math.log2(a / b)) for a, b in pairs), -one.expert
 
-    return sorted(candidates, key=distance)[:count]
+    return ranked(config, sorted(candidates, key=distance)[:count])
 
 
 def _automatic(config: Config, world: int) -> Layout:
@@ -103,7 +125,11 @@ def _automatic(config: Config, world: int) -> Layout:
         if not any(True for _ in layout_faults(config, mission)):
             return mission
     legal = legal_layouts(config, world)
-    return legal[0] if legal else layout_of(config, world)
+    if not legal:
+        return layout_of(config, world)
+    # On a few ranks of one machine expert parallelism alone is what every backend does well;
+    # predictions decide where there is a choice to lose something by.
+    return legal[0] if world < 8 else ranked(config, legal)[0]
 
 
 def resolve(config: Config, world: int) -> Config:
@@ -115,6 +141,11 @@ def resolve(config: Config, world: int) -> Config:
     `moe_train.plan.legality.check` to say; this raises nothing.
     """
     layout = _automatic(config, world) if config.parallel.auto else layout_of(config, world)
+    return with_layout(config, layout)
+
+
+def with_layout(config: Config, layout: Layout) -> Config:
+    """A copy of `config` that asks for exactly `layout`."""
     parallel = dataclasses.replace(
         config.parallel,
         auto=False,

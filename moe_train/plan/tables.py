@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moe_train.plan.cost_tables import print_costs
+
 SHOWN = 32
 """Ranks or groups shown at most; the JSON has all."""
 
@@ -59,6 +61,7 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
     _print_stages(report, console)
     _print_ranks(report, console)
     _print_groups(report, console)
+    print_costs(report, console)
 
 
 def _print_parameters(report: dict[str, Any], counts: dict[str, Any], console: Console) -> None:
