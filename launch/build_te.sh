@@ -42,17 +42,28 @@ for folder in "$packages"/nvidia/*/include; do
 done
 export CPATH
 # Otherwise its set-up first asks the network for a wheel of this very torch.
-export NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_FRAMEWORK=pytorch MAX_JOBS=${MAX_JOBS:-1}
+# Nor may it take this repository's commit for its own.
+export NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_NO_LOCAL_VERSION=1 NVTE_FRAMEWORK=pytorch MAX_JOBS=${MAX_JOBS:-1}
 pip=(nice -n 19 "$python" -m pip --disable-pip-version-check --no-input)
 log=$home/build.log
-if ! {
-  "${pip[@]}" install --constraint constraints.txt setuptools wheel ninja pybind11 &&
-    "${pip[@]}" install --no-build-isolation --constraint constraints.txt \
-      "transformer-engine[core_cu$ours,pytorch]" nvidia-curand
-} >"$log" 2>&1; then
+failed() {
   tail -n 30 "$log" >&2
   impossible "the build of TransformerEngine failed; the end of $log is above"
+}
+# Unpacked here, so that a build that was cut short goes on from the objects it has.
+sources=$home/$(tr -d = <<<"${wanted##* }" | sed 's/-torch/-torch-/')
+if [ ! -e "$sources/setup.py" ]; then
+  rm -rf "$sources"
+  mkdir -p "$sources"
+  "${pip[@]}" download --no-deps --no-binary :all: --no-build-isolation --dest "$sources" \
+    "${wanted##* }" >"$log" 2>&1 || failed
+  tar -xzf "$sources"/*.tar.gz --strip-components 1 -C "$sources"
 fi
+{
+  "${pip[@]}" install --constraint constraints.txt setuptools wheel ninja pybind11 &&
+    "${pip[@]}" install --no-build-isolation --constraint constraints.txt \
+      "./$sources" "transformer-engine[core_cu$ours]" nvidia-curand
+} >"$log" 2>&1 || failed
 # It looks for its libraries beside itself, in the system, and where these variables point.
 cat >"$launcher" <<END
 #!/bin/sh

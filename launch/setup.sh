@@ -48,7 +48,7 @@ install --editable ".[$(tr -s , <<<"${extras/,gpu,/,}" | sed 's/^,//; s/,$//')]"
 if [[ $extras == *,gpu,* ]]; then
   say "compiling TransformerEngine against the torch just installed"
   install setuptools wheel ninja pybind11
-  install --no-build-isolation "transformer-engine[core_cu13,pytorch]"
+  install --no-build-isolation "transformer-engine[core_cu13,pytorch]" nvidia-curand
 fi
 touch .venv/.installed
 say "done in $((SECONDS - started)) s"
