@@ -33,7 +33,8 @@ class HostBackend:
     def prepare(self) -> None:
         """Fix threads and determinism, then patch."""
         torch.set_num_threads(self._threads)
-        torch.use_deterministic_algorithms(True)
+        # The same switch as use_deterministic_algorithms, which would import the compiler.
+        torch.set_deterministic_debug_mode("error")
         # Determinism would otherwise fill every empty() with NaN, which costs bandwidth.
         torch.utils.deterministic.fill_uninitialized_memory = False
         patches.apply()
