@@ -39,11 +39,11 @@ def config_dir() -> Path:
 
 
 def group_options() -> dict[str, list[str]]:
-    """Config groups and the names of their files, sorted."""
+    """Config groups and the names of their files, sorted; ``claims/`` holds no configs."""
     return {
         folder.name: sorted(f.stem for f in folder.glob("*.yaml"))
         for folder in sorted(config_dir().iterdir())
-        if folder.is_dir() and any(folder.glob("*.yaml"))
+        if folder.is_dir() and folder.name != "claims" and any(folder.glob("*.yaml"))
     }
 
 

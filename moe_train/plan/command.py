@@ -89,6 +89,16 @@ def plan_main(argv: Sequence[str]) -> int:
     from moe_train.plan.tables import print_plan
     from moe_train.plan.vocabulary import vocabulary
 
+    if not (asked.imbalance >= 1 and 0 <= asked.fragmentation < 1):
+        raise ConfigError(
+            "--imbalance, --fragmentation",
+            f"{asked.imbalance:g}, {asked.fragmentation:g} make no sense",
+            "an imbalance from 1 up, a fragmentation from 0 to below 1",
+        )
+    if asked.claims:
+        return _claims(asked)
+    if asked.report:
+        raise ConfigError("--report", "is the report on claims", "add --claims FILE")
     world = asked.world
     config, faults = collect(asked.overrides)
     if world is None:
@@ -100,20 +110,7 @@ def plan_main(argv: Sequence[str]) -> int:
         facts = visible_devices(world)
     config, layout = prepare(asked.overrides, world, facts)
     console = Console()
-    if not (asked.imbalance >= 1 and 0 <= asked.fragmentation < 1):
-        raise ConfigError(
-            "--imbalance, --fragmentation",
-            f"{asked.imbalance:g}, {asked.fragmentation:g} make no sense",
-            "an imbalance from 1 up, a fragmentation from 0 to below 1",
-        )
     assumptions = assumptions_of(config, asked.imbalance, asked.fragmentation)
-    if asked.claims:
-        from moe_train.plan.claims.command import check_claims
-
-        return check_claims(
-            asked.claims, asked.overrides, config, layout, assumptions, console,
-            markdown=asked.report, json_file=asked.json,
-        )  # fmt: skip
     report = plan_report(config, layout, assumptions)
     fault = memory_fault(config, layout, vocabulary(config)[0], assumptions)
     report["fits"] = fault is None
@@ -124,6 +121,26 @@ def plan_main(argv: Sequence[str]) -> int:
         if config.hardware.kind == "accelerator":
             raise fault
         console.print(f"[bold]warning[/bold] {fault}")
+    return EXIT_FINISHED
+
+
+def _claims(asked: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from moe_train.config.compose import compose
+    from moe_train.plan.claims.command import check_claims
+    from moe_train.plan.claims.document import find, load
+    from moe_train.plan.shapes import Assumptions
+
+    document = load(find(asked.claims))
+    words = [*document.overrides, *asked.overrides]
+    world = asked.world or natural_world(compose(words))
+    taken = Assumptions(asked.imbalance, asked.fragmentation)
+    markdown, data = check_claims(document, asked.overrides, world, taken, Console())
+    if asked.report:
+        write_text("--report", asked.report, markdown)
+    if asked.json:
+        write_text("--json", asked.json, data)
     return EXIT_FINISHED
 
 

@@ -1,0 +1,1 @@
+"""Claims about a plan, each tied to a computed quantity, and the verdict on each."""
