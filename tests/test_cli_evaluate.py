@@ -17,7 +17,7 @@ from moe_train.testing.runs import train_run
 from moe_train.testing.world import run_world
 
 SMALL = [
-    *("parallel=single", "recompute=none", "batch.micro=1", "batch.global=4"),
+    *("parallel=single", "recompute=none", "batch.micro=1", "batch.microbatches=4"),
     *("model.layers=2", "model.hidden=32", "model.heads=4", "model.head_dim=8"),
     *("model.experts=4", "model.expert_hidden=32", "data.sequence=32", "run.seed=7"),
     *("train.steps=4", "train.eval_every=4", "train.eval_batches=3", "checkpoint.every=2"),
