@@ -36,7 +36,7 @@ class HostBackend:
         # The same switch as use_deterministic_algorithms, which would import the compiler.
         torch.set_deterministic_debug_mode("error")
         # Determinism would otherwise fill every empty() with NaN, which costs bandwidth.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         patches.apply()
 
     def spec_provider(self) -> BackendSpecProvider:

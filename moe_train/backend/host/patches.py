@@ -105,7 +105,7 @@ def apply_early() -> None:
         setattr(torch, name, _on_host(getattr(torch, name)))
 
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]
 
     plain_type, plain_to = torch.Tensor.type, torch.Tensor.to
 
@@ -139,7 +139,7 @@ def lean_imports() -> Iterator[None]:
     def identity(function: Any = None, **_: Any) -> Any:
         return function if function is not None else identity
 
-    torch.compile = identity
+    torch.compile = identity  # type: ignore[assignment]
     for module in blocked:
         sys.modules[module] = None  # type: ignore[assignment]
     try:
