@@ -64,8 +64,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def report(fault: MoeTrainError) -> int:
-    """Tell an error once, from rank 0, and return its exit code."""
-    if world_of_process()[0] == 0:
+    """Tell an error once, from rank 0, and return its exit code.
+
+    A lost peer may be rank 0 itself, so that one is told by every rank that is left.
+    """
+    if world_of_process()[0] == 0 or fault.exit_code == EXIT_HUNG:
         print(f"moe_train: {fault}", file=sys.stderr, flush=True)
     return fault.exit_code
 
@@ -132,6 +135,11 @@ def run(overrides: Sequence[str], suffix: str = "") -> int:
         tell_status(standing, state, str(fault))
         return report(fault)
     except BaseException as crash:
+        from moe_train.backend.groups import lost_peer
+
+        if (lost := lost_peer(crash)) is not None:
+            tell_status(standing, "failed", str(lost))
+            return report(lost)
         tell_status(standing, "failed", f"{type(crash).__name__}: {crash}")
         raise
     finally:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import os
+import re
 from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 
+from moe_train.errors import HungError
+
 _WORLDS = count(1)
+_GLOO = re.compile(r"\bgloo\b|Connection (closed|reset) by peer")
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -101,3 +106,20 @@ def close_world() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_peer(error: BaseException) -> HungError | None:
+    """The error of ours for a collective that failed because a peer is gone or silent.
+
+    gloo raises RuntimeError with its own file names in the text; NCCL's have a class.
+    """
+    kinds = (dist.DistBackendError, dist.DistNetworkError)
+    if not isinstance(error, kinds) and not (
+        isinstance(error, RuntimeError) and _GLOO.search(str(error))
+    ):
+        return None
+    return HungError(
+        f"rank {os.environ.get('RANK', '0')}",
+        f"lost a peer: {str(error).splitlines()[0]}",
+        "look at the other ranks' logs for the first failure, then start again to resume",
+    )

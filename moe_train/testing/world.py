@@ -41,6 +41,7 @@ def run_world(
     *args: Any,
     timeout: float = 240.0,
     log: Path | None = None,
+    tolerate: bool = False,
 ) -> list[Any]:
     """Call ``function(rank, world, *args)`` on every rank and return the results by rank.
 
@@ -51,6 +52,8 @@ def run_world(
         function: importable by name.
         timeout: seconds for the whole world.
         log: file that receives the ranks' output; None discards it.
+        tolerate: let the others end by themselves when a rank fails, and return every rank's
+            :class:`Outcome` instead of raising.
 
     Raises:
         RankFailed: a rank raised, died or did not end in time; the others are killed.
@@ -74,7 +77,7 @@ def run_world(
         processes.append(process)
         connections.append(ours)
     try:
-        return _collect(connections, time.monotonic() + timeout)
+        return _collect(connections, time.monotonic() + timeout, tolerate)
     finally:
         for process in processes:
             if process.is_alive():
@@ -82,7 +85,7 @@ def run_world(
             process.join()
 
 
-def _collect(connections: list[Connection], deadline: float) -> list[Any]:
+def _collect(connections: list[Connection], deadline: float, tolerate: bool) -> list[Any]:
     results: dict[int, Any] = {}
     pending = {connection: rank for rank, connection in enumerate(connections)}
     while pending:
@@ -95,10 +98,10 @@ def _collect(connections: list[Connection], deadline: float) -> list[Any]:
             try:
                 outcome: Outcome = connection.recv()
             except EOFError:
-                raise RankFailed(f"rank {rank} died without a word") from None
-            if outcome.failure:
+                outcome = Outcome(failure="died without a word")
+            if outcome.failure and not tolerate:
                 raise RankFailed(f"rank {rank} failed:\n{outcome.failure}")
-            results[rank] = outcome.value
+            results[rank] = outcome if tolerate else outcome.value
     return [results[rank] for rank in range(len(connections))]
 
 
