@@ -1,0 +1,264 @@
+"""Links, traffic, work and step time: each formula against a count of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_train.config.hardware import HardwareConfig
+from moe_train.config.root import Config
+from moe_train.plan.bubbles import bubble
+from moe_train.plan.communication import gradient_traffic, layer_traffic, step_traffic
+from moe_train.plan.compute import dense_parts, expert_parts, head_parts
+from moe_train.plan.fit import assumptions_of
+from moe_train.plan.flops import flops_per_token
+from moe_train.plan.layout import Layout
+from moe_train.plan.links import Group, all_to_all, group, members, ring
+from moe_train.plan.parameters import rank_parameters
+from moe_train.plan.prepare import prepare
+from moe_train.plan.search import legal_layouts, ranked
+from moe_train.plan.shapes import Assumptions, shapes
+from moe_train.plan.timing import step_time
+
+MISSION = ["experiment=moe_30b_8x64gb"]
+STAGE = [*MISSION, "parallel.placement=stage"]
+VOCAB = 50304
+_PLANS: dict[tuple[str, ...], tuple[Config, Layout]] = {}
+
+
+def plan(*words: str, world: int = 8) -> tuple[Config, Layout]:
+    key = (*words, str(world))
+    if key not in _PLANS:
+        _PLANS[key] = prepare(list(words), world)
+    return _PLANS[key]
+
+
+LAYOUTS = st.sampled_from(
+    [
+        Layout(8, 2, 4, 1, 1, 2, 1, "stage", 16, 64),
+        Layout(8, 2, 4, 1, 1, 8, 1, "span", 16, 64),
+        Layout(16, 2, 4, 1, 1, 8, 1, "span", 16, 64),
+        Layout(32, 2, 4, 1, 1, 8, 1, "stage", 16, 64),
+        Layout(32, 2, 2, 1, 2, 2, 2, "stage", 16, 64),
+        Layout(24, 3, 2, 1, 1, 4, 1, "stage", 16, 64),
+    ]
+)
+
+
+@settings(deadline=None)
+@given(LAYOUTS, st.data())
+def test_members_are_the_layouts_groups(layout: Layout, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, layout.world - 1))
+    for kind in ("tp", "cp", "dp_cp", "pp", "mp", "etp", "ep", "tp_ep", "edp"):
+        if kind == "tp_ep" and layout.span:
+            continue
+        (theirs,) = [ranks for ranks in layout.groups(kind) if rank in ranks]
+        assert sorted(members(layout, kind, rank)) == theirs, kind
+
+
+@given(
+    size=st.sampled_from([2, 4, 8, 16]),
+    per_node=st.sampled_from([1, 2, 4, 8]),
+    data=st.floats(1e3, 1e9),
+)
+def test_exchanges_equal_a_count_over_pairs(size: int, per_node: int, data: float) -> None:
+    per_node = min(per_node, size)
+    hardware = HardwareConfig(
+        intra_node_gbps=100, inter_node_gbps=10, link_efficiency=1.0, latency_us=0
+    )
+    where = Group("ep", size, per_node)
+    sent = all_to_all(hardware, where, data)
+    peers = range(1, size)
+    assert sent.intra == pytest.approx(sum(data / size for p in peers if p < per_node))
+    assert sent.inter == pytest.approx(sum(data / size for p in peers if p >= per_node))
+    assert sent.seconds == pytest.approx(max(sent.intra / 100e9, sent.inter / 10e9))
+    around = ring(hardware, where, data)
+    # A ring passes n - 1 blocks of 1/n, over every edge.
+    assert around.intra + around.inter == pytest.approx(data * (size - 1) / size)
+    crossing = (size // per_node) * (0 if where.inside else 1)
+    assert around.inter * size == pytest.approx(data * (size - 1) / size * crossing)
+
+
+def test_the_missions_groups_on_nodes_of_four() -> None:
+    config, layout = plan(*MISSION)
+    assert group(layout, config.hardware, "tp").inside
+    assert group(layout, config.hardware, "ep") == Group("ep", 8, 4)
+    assert group(layout, config.hardware, "pp").per_node == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [MISSION, [*STAGE, "parallel.expert=2"], [*STAGE, "parallel=tp2_ep8"],
+     [*STAGE, "parallel.expert=1", "parallel.expert_tensor=2"]],
+)  # fmt: skip
+def test_work_of_all_ranks_is_the_models(words: list[str]) -> None:
+    """Forward operations of all ranks together, times three, are the model's per token."""
+    config, layout = plan(*words)
+    z = shapes(config, layout, VOCAB, Assumptions())
+    layers = sum(len(layout.stage_layers(s)) for s in range(layout.pipeline)) / layout.pipeline
+    # Under span R counts the rows of one layer of every stage.
+    each = [*dense_parts(config, z), *expert_parts(config, z)]
+    per_rank = layers * sum(part.flops for part in each)
+    head = sum(part.flops for part in head_parts(config, z))
+    tokens = layout.data * config.data.sequence * config.batch.micro
+    work = layout.world * per_rank + layout.world / layout.pipeline * head
+    wanted = flops_per_token(config.model, config.data.sequence, VOCAB).total
+    assert 3 * work / tokens == pytest.approx(wanted)
+
+
+def simulate(stages: int, count: int, forward: float, backward: float) -> float:
+    """1F1B by longest path: every pass after its stage's previous one and its neighbour's."""
+    done: dict[tuple[str, int, int], float] = {}
+    orders = []
+    for stage in range(stages):
+        warm = min(stages - stage - 1, count)
+        order = [("f", m) for m in range(warm)]
+        for m in range(count - warm):
+            order += [("f", warm + m), ("b", m)]
+        orders.append(order + [("b", m) for m in range(count - warm, count)])
+    clocks, heads = [0.0] * stages, [0] * stages
+    while any(head < len(order) for head, order in zip(heads, orders, strict=True)):
+        for stage in range(stages):
+            if heads[stage] == len(orders[stage]):
+                continue
+            kind, m = orders[stage][heads[stage]]
+            if kind == "f":
+                need = done.get(("f", stage - 1, m)) if stage else 0.0
+            else:
+                need = done.get(("b", stage + 1, m)) if stage < stages - 1 else 0.0
+            if need is None:
+                continue
+            clocks[stage] = max(clocks[stage], need) + (forward if kind == "f" else backward)
+            done[kind, stage, m] = clocks[stage]
+            heads[stage] += 1
+    return max(clocks)
+
+
+@settings(deadline=None, max_examples=40)
+@given(stages=st.integers(1, 6), count=st.integers(1, 12), ratio=st.floats(1.0, 3.0))
+def test_bubble_of_1f1b_by_simulation(stages: int, count: int, ratio: float) -> None:
+    if count < stages:
+        count = stages
+    whole = simulate(stages, count, 1.0, ratio)
+    assert 1 - count * (1 + ratio) / whole == pytest.approx(bubble(stages, count))
+
+
+@settings(deadline=None, max_examples=40)
+@given(stages=st.integers(1, 16), count=st.integers(1, 64), chunks=st.integers(1, 8))
+def test_bubble_shrinks_with_micro_batches_and_chunks(stages: int, count: int, chunks: int) -> None:
+    share = bubble(stages, count, chunks)
+    assert 0 <= share < 1
+    assert bubble(stages, count + 1, chunks) <= share
+    assert bubble(stages, count, chunks + 1) <= share
+    ideal = chunks * count
+    assert share == pytest.approx(1 - ideal / (ideal + stages - 1))
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_uniform_stages_wait_for_the_bubble_alone(chunks: int) -> None:
+    config, layout = plan(*STAGE, "parallel.expert=2", "recompute.layers=all")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=128))
+    # No end weighs: the vocabulary is tiny and messages cost nothing.
+    hardware = dataclasses.replace(config.hardware, latency_us=0.0, intra_node_gbps=1e9,
+                                   inter_node_gbps=1e9)  # fmt: skip
+    config = dataclasses.replace(config, hardware=hardware)
+    layout = dataclasses.replace(layout, virtual_pipeline=chunks)
+    time = step_time(config, layout, 128, Assumptions())
+    busy = time.microbatches * max(stage.both for stage in time.stages)
+    assert 1 - busy / time.pipeline == pytest.approx(time.bubble, rel=0.02)
+    assert time.bubble == bubble(4, 32, chunks)
+
+
+def test_span_has_no_expert_bubble_with_few_micro_batches() -> None:
+    """With M < P its step beats 1F1B of the same dense layout where links are no limit."""
+    free = ["hardware=h200_141gb", "hardware.intra_node_gbps=100000", "hardware.latency_us=0",
+            "batch.microbatches=2", "batch.accumulation=1", "recompute.layers=none",
+            "model.experts_per_token=8"]  # fmt: skip
+    span = step_time(*plan(*MISSION, *free), VOCAB, Assumptions()).pipeline
+    stage = step_time(*plan(*STAGE, "parallel.expert=2", *free), VOCAB, Assumptions()).pipeline
+    assert span < stage
+
+
+def test_the_exchange_between_nodes_decides_on_64_gb_devices() -> None:
+    """Spanning experts pay for the network of 4-GPU nodes, and not inside an 8-GPU node."""
+    for hardware, slower in (("a100_64gb", True), ("h200_141gb", False)):
+        config, layout = plan(*MISSION, f"hardware={hardware}")
+        inside, one = plan(*STAGE, "parallel.expert=2", f"hardware={hardware}")
+        span = step_time(config, layout, VOCAB, Assumptions())
+        stage = step_time(inside, one, VOCAB, Assumptions())
+        assert (span.step > stage.step) == slower
+        assert (span.layer.exchange > 2 * stage.layer.exchange) == slower
+
+
+@settings(deadline=None, max_examples=30)
+@given(sequence=st.sampled_from([256, 1024, 4096, 16384]), imbalance=st.floats(1, 3))
+def test_a_step_is_never_faster_than_its_work(sequence: int, imbalance: float) -> None:
+    config, layout = plan(*MISSION)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence=sequence))
+    time = step_time(config, layout, VOCAB, Assumptions(imbalance=imbalance))
+    assert time.mfu is not None and 0 < time.mfu < 1
+    even = step_time(config, layout, VOCAB, Assumptions())
+    assert time.step >= even.step
+    assert time.tokens_per_second == pytest.approx(time.sequences_per_second * sequence)
+
+
+def test_traffic_of_a_stage_repeats_what_is_recomputed() -> None:
+    config, layout = plan(*STAGE, "parallel.expert=2")
+    z = shapes(config, layout, VOCAB, Assumptions())
+    held = rank_parameters(config.model, layout, 0, VOCAB)
+    plain = step_traffic(config, layout, z, held, 1, 32, 0)
+    again = step_traffic(config, layout, z, held, 1, 32, 4)
+    by_kind = {one.name: one for one in plain}
+    layer = layer_traffic(config, layout, z)
+    for one in again:
+        before = by_kind[one.name]
+        if one.kind in ("ep",):
+            assert one.intra_bytes == pytest.approx(1.5 * before.intra_bytes)
+            assert before.intra_bytes == pytest.approx(32 * 4 * 2 * layer.expert_forward.intra)
+        elif "gather and scatter" in one.name:
+            assert one.intra_bytes == pytest.approx(7 / 5 * before.intra_bytes)
+        else:
+            assert one.intra_bytes == before.intra_bytes
+    assert not any("gradients" in one.name and one.kind != "tp" for one in plain)
+
+
+def test_gradients_of_replicas() -> None:
+    config, layout = plan(*STAGE, "parallel=tp2_ep8")
+    held = rank_parameters(config.model, layout, 0, VOCAB)
+    sent = {name: one for name, _, one in gradient_traffic(config, layout, held)}
+    moved = sent["dense gradients, reduce-scatter"]
+    assert moved.intra + moved.inter == pytest.approx(held.dense * 2 * 3 / 4)
+    assert sent["expert gradients, reduce-scatter"].seconds == 0.0
+
+
+def test_ranking_puts_what_fits_first_and_then_the_fastest() -> None:
+    config, layout = plan(*STAGE, "parallel.expert=2")
+    free = dataclasses.replace(config.parallel, tensor=None, pipeline=None, expert=None)
+    options = legal_layouts(dataclasses.replace(config, parallel=free), 8)
+    order = ranked(config, options)
+    assert sorted(map(str, order)) == sorted(map(str, options))
+    from moe_train.plan.fit import fits
+    from moe_train.plan.search import with_layout
+
+    taken = assumptions_of(config)
+    fit = [fits(with_layout(config, one), one, VOCAB, taken) for one in order]
+    assert fit == sorted(fit, reverse=True) and any(fit) and not all(fit)
+    speed = [
+        step_time(with_layout(config, one), one, VOCAB, taken).tokens_per_second
+        for one, good in zip(order, fit, strict=True)
+        if good
+    ]
+    assert speed == sorted(speed, reverse=True)
+
+
+@pytest.mark.parametrize("world", [32, 256, 4096, 16384])
+def test_automatic_layouts_of_large_worlds_fit(world: int) -> None:
+    from moe_train.plan.fit import memory_fault
+
+    words = ["experiment=moe_30b_8x64gb", "parallel=auto", "parallel.placement=stage"]
+    config, layout = prepare(words, world)
+    assert layout.world == world
+    assert memory_fault(config, layout, VOCAB, assumptions_of(config)) is None
