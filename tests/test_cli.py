@@ -13,6 +13,7 @@ import pytest
 
 from moe_train import cli
 from moe_train.errors import EXIT_CHECKPOINT, EXIT_CONFIG, CheckpointError
+from moe_train.plan.report import VERSION
 
 
 def test_help_lists_every_command_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,13 +69,16 @@ def test_errors_of_the_family_become_message_and_exit_code(
     assert "use step_00000010" in capsys.readouterr().err
 
 
+MISSION = ["experiment=moe_30b_8x64gb", "parallel.placement=stage"]
+
+
 def test_plan_writes_the_whole_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "plan.json"
-    assert cli.main(["plan", "experiment=moe_30b_8x64gb", "--json", str(target)]) == 0
+    assert cli.main(["plan", *MISSION, "--json", str(target)]) == 0
     shown = capsys.readouterr().out
     assert "30,063,481,344" in shown
     plan = json.loads(target.read_text())
-    assert plan["version"] == 1
+    assert plan["version"] == VERSION
     assert plan["layout"]["tag"] == "TP2.PP4.EP2"
     assert plan["parameters"]["total"] == 30_063_481_344
     assert plan["ranks"][0]["parameters"]["total"] == 3_816_493_056
