@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_fullsize_configs import EXPERIMENTS, cuda_process
 from test_fullsize_model import READINGS, TOTAL, overrides
 
 from moe_train.testing.shards import Matrix, whole_model
@@ -89,13 +90,11 @@ def test_both_providers_write_the_same_checkpoint(interpreter: str, reading: str
 
 
 @pytest.mark.timeout(BUILD_SECONDS + 1200)
-@pytest.mark.parametrize("experiment", ["moe_30b_8x64gb", "moe_30b_32x64gb"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_real_engine_answers_as_the_default_suite_assumes(
     interpreter: str, experiment: str
 ) -> None:
     """Configs are checked without TransformerEngine elsewhere; here it is asked itself."""
-    from test_fullsize_configs import EXPERIMENTS, cuda_process, words
-
-    world, _ = EXPERIMENTS[experiment]
-    real = ask(interpreter, "cuda_configs", words(experiment), world)
+    words, world, _ = EXPERIMENTS[experiment]
+    real = ask(interpreter, "cuda_configs", words, world)
     assert real == cuda_process(experiment)

@@ -20,7 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from moe_train.backend.groups import close_world, open_groups
 from moe_train.config.layers import parse_layers
 from moe_train.model.build import build_chunks, padded_vocab_size
-from moe_train.model.transformer_config import transformer_config
+from moe_train.model.transformer_config import spans, transformer_config
+from moe_train.train.engine import open_span
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -52,16 +53,7 @@ def fake_world(rank: int, world: int) -> Iterator[FakeTensorMode]:
 
 def fake_groups(layout: Layout) -> ProcessGroupCollection:
     """Every process group of ``layout``; call inside :func:`fake_world`."""
-    return open_groups(
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        virtual_pipeline=layout.virtual_pipeline,
-        context=layout.context,
-        expert=layout.expert,
-        expert_tensor=layout.expert_tensor,
-        timeout_seconds=60,
-        gloo=False,
-    )
+    return open_groups(layout, timeout_seconds=60, gloo=False)
 
 
 def fake_chunks(config: Config, layout: Layout, backend: Backend) -> list[GPTModel]:
@@ -77,15 +69,17 @@ def fake_chunks(config: Config, layout: Layout, backend: Backend) -> list[GPTMod
     # Seeding fills real generator states, which must not become fake.
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
+    megatron = transformer_config(config, backend)
     return build_chunks(
         config,
-        transformer_config(config, backend),
+        megatron,
         backend,
         groups,
         padded_vocab=padded_vocab_size(
             config.model.vocab, config.model.vocab_multiple, layout.tensor
         ),
         recomputed=frozenset(parse_layers(config.recompute.layers, config.model.layers)),
+        span=open_span(config, megatron, backend, groups) if spans(config) else None,
     )
 
 
