@@ -49,6 +49,12 @@ class Difference:
             for index, name in enumerate(("loss", "grad_norm"))
         )
 
+    def until_moved(self) -> Difference:
+        """The steps before the first in which any assignment moved."""
+        moved = self.moved or []
+        end = next((i for i, count in enumerate(moved) if count), len(self.steps))
+        return Difference(self.steps[:end], self.loss[:end], self.grad_norm[:end], moved[:end])
+
     def __str__(self) -> str:
         """One line a step, for a failing test."""
         moved = self.moved or [-1] * len(self.steps)
@@ -114,7 +120,7 @@ def _train(rank: int, world: int, words: Sequence[str], folder: str) -> int:
         tokens.append(result.routing.tokens_LE.numpy().copy())
         return result
 
-    loop.train_step = watched
+    setattr(loop, "train_step", watched)  # noqa: B010 - mypy sees a function, not a variable
     code = main(words)
     if rank == 0 and tokens:
         np.save(Path(folder) / ROUTING, np.stack(tokens))

@@ -23,8 +23,11 @@ SMALL = [
     "model.experts=8",
     "model.expert_hidden=32",
     "data.sequence=64",
+    "optim.lr=3e-3",
+    "optim.embedding_lr=null",
+    "optim.warmup_steps=10",
 ]
-"""4 layers, 8 experts; 256 tokens a step; the twin's optimizer and warm-up."""
+"""4 layers, 8 experts; 256 tokens a step."""
 
 TWIN = [
     "experiment=twin",
@@ -35,7 +38,10 @@ TWIN = [
     "train.steps=20",
     "batch.global=8",
 ]
-"""16 layers, 64 experts; 1024 tokens a step."""
+"""16 layers, 64 experts; 1024 tokens a step; as it is configured."""
+
+CALM = ["optim.lr=3e-4", "optim.embedding_lr=null", "optim.warmup_steps=10"]
+"""Rates at which the twin's first steps do not magnify rounding into other routes."""
 
 
 @dataclass(frozen=True)
