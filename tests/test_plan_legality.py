@@ -68,8 +68,8 @@ def faults(overrides: list[str], world: int) -> dict[str, str]:
         (["device=gpu"], 1, "device", "cpu"),
         (["data.split=1"], 1, "data.split", "98,2,0"),
         (["batch.micro=0"], 1, "batch.micro", "above 0"),
-        (["optim.min_lr=1"], 1, "optim.min_lr", "0.003"),
-        (["optim.decay_steps=5"], 1, "optim.decay_steps", "11"),
+        (["optim.min_lr=1"], 1, "optim.min_lr", "0.001"),
+        (["optim.decay_steps=5"], 1, "optim.decay_steps", "6"),
         (["optim.beta2=1.0"], 1, "optim.beta2", "0.95"),
         (["parallel.placement=span", "parallel.virtual_pipeline=2"], 8, "parallel.virtual_pipeline", "1"),
         (

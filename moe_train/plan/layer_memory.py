@@ -28,6 +28,10 @@ SELECTIVE = {
 """What Megatron's selective recomputation drops, by ``recompute.modules``."""
 
 
+INPUT_TWICE = "layer input, counted already"
+"""Name of the term that takes back what a recomputed layer keeps in any case."""
+
+
 def whole_layer(z: Shapes, *, span: bool) -> list[Term]:
     """All that an unrecomputed layer keeps on the rank of its tokens."""
     local = [*dense_terms(z), *routing_terms(z)]
@@ -62,7 +66,11 @@ def recomputed_terms(
     """What comes back while one layer's backward pass runs."""
     kept = kept_terms(z, recomputed=recomputed, modules=modules, span=span)
     names = {term.name for term in kept}
-    return [term for term in whole_layer(z, span=span) if term.name not in names]
+    again = [term for term in whole_layer(z, span=span) if term.name not in names]
+    if recomputed and (z.fused or z.b == 4):
+        # The first norm saves its input as it is; in 16 bits the host's saves fp32 copies.
+        again.append(Term(INPUT_TWICE, -layer_input(z).bytes, "- N H b", MEGATRON))
+    return again
 
 
 def forward_buffers(z: Shapes) -> list[Term]:
