@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 DEVICE = re.compile(r"cuda(:.*)?")
+METHOD = re.compile(r"cuda|record_stream")
 # `torch.cuda.current_stream().wait_stream(..)`: what is asked of these belongs to the stand-ins.
 FACTORY_OF_OBJECTS = ("Stream", "Event", "current_stream")
 
@@ -59,7 +60,7 @@ def _classify(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> list[tuple[str,
         if made and made[1] in FACTORY_OF_OBJECTS:
             return [("object", f"{made[1]}.{made[2]}")]
         called = isinstance(parents[node], ast.Call) and parents[node].func is node  # type: ignore[attr-defined]
-        if node.attr in ("cuda", "record_stream") and called:
+        if METHOD.fullmatch(node.attr) and called:
             return [("method", node.attr)]
     elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.cuda"):
         prefix = (node.module or "").removeprefix("torch.cuda").lstrip(".")
