@@ -75,6 +75,7 @@ def _pristine(connection: Any) -> None:
         "rng": "" if torch.cuda.is_available() else refusal(random._get_cuda_rng_state),
         "experts": LocalSpecProvider().grouped_mlp_modules(True).__class__.__name__
         + str(LocalSpecProvider().grouped_mlp_modules(True)),
+        "fp8": hasattr(random, "FP8GlobalStateManager"),
         "heavy": "torch._inductor" in sys.modules,
         "l2": norm,
     }
@@ -225,6 +226,11 @@ def test_the_rng_tracker_still_goes_through_cuda() -> None:
         pytest.skip("on a machine with a GPU the unpatched tracker works, on the GPU")
     assert pristine()["rng"]
     assert patched()["rng"]
+
+
+def test_recomputing_still_asks_te_about_fp8() -> None:
+    """That our answer is enough, every ``recompute.modules`` variant shows by training."""
+    assert pristine()["fp8"] is False
 
 
 def test_local_experts_are_still_sequential() -> None:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib
 import os
-import queue
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -153,7 +152,6 @@ def lean_imports() -> Iterator[None]:
 def apply_late() -> None:
     """Patch Megatron's own modules; call once, inside :func:`lean_imports`."""
     from megatron.core import optimizer
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import clip_grads, optimizer_config
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -186,10 +184,6 @@ def apply_late() -> None:
     # written for TransformerEngine's FusedAdam.
     optimizer.Adam = HostAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
-
-    # A synchronous save writes in this process, yet its results pass through a queue that a
-    # manager process serves: one more interpreter per rank, which imports everything again.
-    filesystem_async._results_queue = queue.Queue()
 
     # CheckpointWithoutOutput (recompute.modules) takes "no fp8" for "fp8" and asks TE about it.
     random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False)
