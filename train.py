@@ -1,4 +1,4 @@
-"""Train: ``python train.py [overrides]`` or ``torchrun --nproc-per-node N train.py [overrides]``."""
+"""Train: ``python train.py [overrides]``, or the same under ``torchrun --nproc-per-node N``."""
 
 from __future__ import annotations
 

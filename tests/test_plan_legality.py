@@ -71,7 +71,12 @@ def faults(overrides: list[str], world: int) -> dict[str, str]:
         (["optim.min_lr=1"], 1, "optim.min_lr", "0.001"),
         (["optim.decay_steps=5"], 1, "optim.decay_steps", "6"),
         (["optim.beta2=1.0"], 1, "optim.beta2", "0.95"),
-        (["parallel.placement=span", "parallel.virtual_pipeline=2"], 8, "parallel.virtual_pipeline", "1"),
+        (
+            ["parallel.placement=span", "parallel.virtual_pipeline=2"],
+            8,
+            "parallel.virtual_pipeline",
+            "1",
+        ),
         (
             ["parallel.placement=span", "parallel.dispatcher=allgather"],
             8,

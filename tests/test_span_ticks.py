@@ -34,10 +34,11 @@ def test_every_stage_does_every_microbatch_once_in_order(stages: int, microbatch
 @given(STAGES, BATCHES)
 def test_messages_arrive_one_tick_before_they_are_used(stages: int, microbatches: int) -> None:
     """What a stage computes at tick t its neighbour uses at t + 1, forward and backward."""
-    forward, backward = {}, {}
+    forward: dict[tuple[int, int], int] = {}
+    backward: dict[tuple[int, int], int] = {}
     for tick in ticks(stages, microbatches):
-        forward.update({(s, m): tick.number for s, m in tick.forward.items()})
-        backward.update({(s, m): tick.number for s, m in tick.backward.items()})
+        forward.update(dict.fromkeys(tick.forward.items(), tick.number))
+        backward.update(dict.fromkeys(tick.backward.items(), tick.number))
     for (stage, batch), number in forward.items():
         if stage:
             assert number == forward[stage - 1, batch] + 1

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.optimizer import (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-Sharded = ShardedTensor | ShardedTensorFactory
+type Sharded = ShardedTensor | ShardedTensorFactory
 
 
 def parts(optimizer: Any) -> list[Any]:

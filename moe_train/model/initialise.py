@@ -33,9 +33,8 @@ def initialise(chunks: Sequence[torch.nn.Module], config: TransformerConfig, see
         state: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
         apply_factories(state)
         for tensor in nested_values(state):
-            if isinstance(tensor, ShardedTensor) and tensor.data is not None:
-                if tensor.data.is_floating_point():
-                    _fill(tensor, config, seed)
+            if isinstance(tensor, ShardedTensor) and tensor.data.is_floating_point():
+                _fill(tensor, config, seed)
 
 
 def _fill(tensor: ShardedTensor, config: TransformerConfig, seed: int) -> None:

@@ -98,66 +98,66 @@ def _chunks(virtual_pipeline: int | None) -> int | None:
 def _moe_fields(config: Config) -> dict[str, Any]:
     model, router = config.model, config.model.router
     weighted = router.balancing in ("aux", "seq_aux", "global_aux")
-    return dict(
-        num_moe_experts=model.experts,
-        moe_ffn_hidden_size=model.expert_hidden,
-        moe_shared_expert_intermediate_size=model.shared_expert_hidden or None,
-        moe_grouped_gemm=True,
-        moe_token_dispatcher_type=config.parallel.dispatcher,
-        moe_router_topk=model.experts_per_token,
-        moe_router_load_balancing_type=BALANCING[router.balancing],
-        moe_aux_loss_coeff=router.aux_coeff if weighted else 0.0,
-        moe_z_loss_coeff=router.z_coeff or None,
-        moe_router_score_function=router.score,
-        moe_router_enable_expert_bias=router.expert_bias,
-        moe_router_bias_update_rate=router.expert_bias_rate,
-        moe_router_dtype="fp32",
-        moe_router_num_groups=router.groups,
-        moe_router_group_topk=router.groups_per_token,
-        moe_router_pre_softmax=router.pre_softmax,
-        moe_router_topk_scaling_factor=router.scaling_factor,
-        moe_router_force_load_balancing=router.force_balance,
-        moe_expert_capacity_factor=router.capacity_factor,
-        moe_token_drop_policy=router.drop_policy,
-        moe_pad_expert_input_to_capacity=router.pad_to_capacity,
-    )
+    return {
+        "num_moe_experts": model.experts,
+        "moe_ffn_hidden_size": model.expert_hidden,
+        "moe_shared_expert_intermediate_size": model.shared_expert_hidden or None,
+        "moe_grouped_gemm": True,
+        "moe_token_dispatcher_type": config.parallel.dispatcher,
+        "moe_router_topk": model.experts_per_token,
+        "moe_router_load_balancing_type": BALANCING[router.balancing],
+        "moe_aux_loss_coeff": router.aux_coeff if weighted else 0.0,
+        "moe_z_loss_coeff": router.z_coeff or None,
+        "moe_router_score_function": router.score,
+        "moe_router_enable_expert_bias": router.expert_bias,
+        "moe_router_bias_update_rate": router.expert_bias_rate,
+        "moe_router_dtype": "fp32",
+        "moe_router_num_groups": router.groups,
+        "moe_router_group_topk": router.groups_per_token,
+        "moe_router_pre_softmax": router.pre_softmax,
+        "moe_router_topk_scaling_factor": router.scaling_factor,
+        "moe_router_force_load_balancing": router.force_balance,
+        "moe_expert_capacity_factor": router.capacity_factor,
+        "moe_token_drop_policy": router.drop_policy,
+        "moe_pad_expert_input_to_capacity": router.pad_to_capacity,
+    }
 
 
 def ddp_config(config: Config) -> DistributedDataParallelConfig:
     """DistributedDataParallelConfig of a resolved config."""
-    fields = dict(
-        grad_reduce_in_fp32=config.optim.grad_dtype == "fp32",
+    fields = {
+        "grad_reduce_in_fp32": config.optim.grad_dtype == "fp32",
         # A spanning rank's experts finish their backward passes at different ticks for
         # different stages, so their gradients are reduced after the flush.
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce and not spans(config),
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        use_distributed_optimizer=config.optim.distributed,
+        "overlap_grad_reduce": config.parallel.overlap_grad_reduce and not spans(config),
+        "overlap_param_gather": config.parallel.overlap_param_gather,
+        "use_distributed_optimizer": config.optim.distributed,
         # Non-finite values are agreed on by all ranks before the optimizer, in our own step.
-        check_for_nan_in_grad=False,
-    )
+        "check_for_nan_in_grad": False,
+    }
     return _build(DistributedDataParallelConfig, fields, config.megatron.ddp, "ddp")
 
 
 def optimizer_config(config: Config, backend: Backend) -> OptimizerConfig:
     """OptimizerConfig of a resolved config."""
     optim = config.optim
-    fields: dict[str, Any] = dict(
-        optimizer="adam",
-        lr=optim.lr,
-        decoupled_lr=optim.embedding_lr,
-        min_lr=optim.min_lr,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.beta1,
-        adam_beta2=optim.beta2,
-        adam_eps=optim.eps,
-        clip_grad=optim.clip,
-        bf16=DTYPES[config.dtype] is torch.bfloat16,
-        params_dtype=DTYPES[config.dtype],
-        use_distributed_optimizer=optim.distributed,
-        use_precision_aware_optimizer=optim.precision_aware,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        optimizer_cpu_offload=optim.offload,
-    )
+    fields: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": optim.lr,
+        "decoupled_lr": optim.embedding_lr,
+        "min_lr": optim.min_lr,
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.beta1,
+        "adam_beta2": optim.beta2,
+        "adam_eps": optim.eps,
+        "clip_grad": optim.clip,
+        "bf16": DTYPES[config.dtype] is torch.bfloat16,
+        "params_dtype": DTYPES[config.dtype],
+        "use_distributed_optimizer": optim.distributed,
+        "use_precision_aware_optimizer": optim.precision_aware,
+        "overlap_param_gather": config.parallel.overlap_param_gather,
+        "optimizer_cpu_offload": optim.offload,
+    }
     if optim.precision_aware:
         fields.update(
             main_grads_dtype=DTYPES[optim.grad_dtype],

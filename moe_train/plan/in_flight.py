@@ -1,9 +1,9 @@
 """How many micro-batches' activations a stage holds at once.
 
-    1F1B          P - s                       Narayanan et al., arXiv:2104.04473, section 2.2
-    interleaved   2 (P - s - 1) + (v - 1) P + 1 chunks of L / (P v) layers, the same paper
-    spanning      2 (P - 1 - s) + 1           `moe_train.plan.ticks`
-    experts under span: the sum over source stages, P^2, spread over P ranks: P on each
+1F1B          P - s                       Narayanan et al., arXiv:2104.04473, section 2.2
+interleaved   2 (P - s - 1) + (v - 1) P + 1 chunks of L / (P v) layers, the same paper
+spanning      2 (P - 1 - s) + 1           `moe_train.plan.ticks`
+experts under span: the sum over source stages, P^2, spread over P ranks: P on each
 """
 
 from __future__ import annotations

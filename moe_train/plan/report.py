@@ -19,6 +19,7 @@ from moe_train.plan.vocabulary import vocabulary
 VERSION = 2
 """Raised when a key of the report changes its meaning or goes away."""
 
+
 def _ranges(numbers: list[int]) -> str:
     """``1-4`` or ``1-2, 9-10``."""
     parts: list[list[int]] = []

@@ -79,9 +79,7 @@ def _span(layout: Layout) -> Iterator[ConfigError]:
             "parallel.virtual_pipeline=1",
         )
     if layout.context != 1:
-        yield ConfigError(
-            "parallel.context", "span keeps sequences whole", "parallel.context=1"
-        )
+        yield ConfigError("parallel.context", "span keeps sequences whole", "parallel.context=1")
 
 
 def _indivisible(

@@ -102,7 +102,7 @@ def build_engine(
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, config.train.steps),
         forward_backward=SpanSchedule(span, groups) if span else get_forward_backward_func(),
-        routing=RoutingRecorder(chunks, config.model.layers, config.model.experts),
+        routing=RoutingRecorder(chunks, config.model.layers, config.model.experts, backend.device),
         microbatches=microbatches,
     )
 

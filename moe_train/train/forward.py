@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+from torch.distributed.nn.functional import all_reduce
 
 MicroBatch = dict[str, torch.Tensor]
 
@@ -22,7 +23,7 @@ def mean_loss(
     mask_BS = mask_BS.to(loss_BS.dtype)
     total = torch.stack([(loss_BS * mask_BS).sum(), mask_BS.sum()])
     if cp_group.size() > 1:
-        total = torch.distributed.nn.functional.all_reduce(total, group=cp_group)
+        total = all_reduce(total, group=cp_group)
         # Megatron's schedule multiplies by the context size, as each rank holds a part.
         loss = total[0] / total[1] / cp_group.size()
         return loss, {"loss": (loss.detach() * cp_group.size())}

@@ -37,13 +37,21 @@ class RoutingStats:
 class RoutingRecorder:
     """Counts on this rank, through forward hooks on Megatron's routers.
 
+    Counts stay on the routers' device until the end of the step: no synchronisation per layer.
+
     A layer that is recomputed runs its router twice, once without gradients, so only calls
     with gradients enabled count; validation, without gradients, never does.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], layers: int, experts: int) -> None:
-        self._tokens_LE = torch.zeros(layers, experts, dtype=torch.float64)
-        self._dropped = 0.0
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        layers: int,
+        experts: int,
+        device: torch.device,
+    ) -> None:
+        self._tokens_LE = torch.zeros(layers, experts, dtype=torch.float64, device=device)
+        self._routed = 0
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, TopKRouter):
@@ -53,10 +61,9 @@ class RoutingRecorder:
         if not torch.is_grad_enabled():
             return
         map_NE = output[1]
-        tokens_E = map_NE.sum(dim=0).double().cpu()
         assert router.layer_number is not None
-        self._tokens_LE[router.layer_number - 1] += tokens_E
-        self._dropped += map_NE.shape[0] * router.topk - float(tokens_E.sum())
+        self._tokens_LE[router.layer_number - 1] += map_NE.sum(dim=0)
+        self._routed += map_NE.shape[0] * router.topk
 
     def vector(self, data_size: int) -> torch.Tensor:
         """This rank's share, flat float64: sums over all ranks give the totals.
@@ -73,8 +80,10 @@ class RoutingRecorder:
                 share /= data_size
             kind = "z" if name == "z_loss" else "aux"
             losses[kind] += float(entry.values.sum()) * share
-        head = torch.tensor([self._dropped, losses["aux"], losses["z"]], dtype=torch.float64)
-        return torch.cat([head, self._tokens_LE.flatten()])
+        tokens_LE = self._tokens_LE.cpu()
+        dropped = self._routed - float(tokens_LE.sum())
+        head = torch.tensor([dropped, losses["aux"], losses["z"]], dtype=torch.float64)
+        return torch.cat([head, tokens_LE.flatten()])
 
     def stats(self, summed: torch.Tensor, microbatches: int) -> RoutingStats:
         """Totals from the world's sum of :meth:`vector`.
@@ -90,5 +99,5 @@ class RoutingRecorder:
     def clear(self) -> None:
         """Start the next step."""
         self._tokens_LE.zero_()
-        self._dropped = 0.0
+        self._routed = 0
         get_moe_metrics_tracker().clear()

@@ -151,14 +151,15 @@ class _Flush:
         forward_only: bool,
     ) -> None:
         self.span, self.stage = schedule.span, schedule.stage
-        self.config: Any = chunk.config
+        config: Any = chunk.config
+        self.config = config
         self.forward_only = forward_only
         self.counts = FlushCounts()
         groups = schedule.groups
-        shape = (seq_length // groups.tp.size(), micro_batch_size, self.config.hidden_size)
-        message = (shape, self.config.pipeline_dtype, self.span.device)
-        self._activations = Edge(groups.pp, +1, *message)
-        self._gradients = Edge(groups.pp, -1, *message)
+        shape = (seq_length // groups.tp.size(), micro_batch_size, config.hidden_size)
+        dtype, device = config.pipeline_dtype, self.span.device
+        self._activations = Edge(groups.pp, +1, shape, dtype, device)
+        self._gradients = Edge(groups.pp, -1, shape, dtype, device)
         self._held: deque[tuple[torch.Tensor | None, torch.Tensor]] = deque()
 
     def forward_half(self, tick: Tick, step: Any, losses: list[Any]) -> None:

@@ -57,7 +57,7 @@ class HostAdam(torch.optim.Optimizer):
             "master_param": master_weight_dtype,
         }
         super().__init__(
-            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0)
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
         )
 
     def state_names(self) -> tuple[str, ...]:

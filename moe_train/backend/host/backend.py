@@ -47,19 +47,19 @@ class HostBackend:
 
     def transformer_overrides(self) -> dict[str, Any]:
         """No fused CUDA kernels; everything else as on CUDA."""
-        return dict(
-            transformer_impl="local",
-            gradient_accumulation_fusion=False,
-            persist_layer_norm=False,
-            masked_softmax_fusion=False,
-            moe_permute_fusion=False,
-            cross_entropy_loss_fusion=False,
-            batch_p2p_sync=False,
-        )
+        return {
+            "transformer_impl": "local",
+            "gradient_accumulation_fusion": False,
+            "persist_layer_norm": False,
+            "masked_softmax_fusion": False,
+            "moe_permute_fusion": False,
+            "cross_entropy_loss_fusion": False,
+            "batch_p2p_sync": False,
+        }
 
     def optimizer_overrides(self) -> dict[str, Any]:
         """Master weights are stored whole: HostAdam has no 16-bit remainders."""
-        return dict(store_param_remainders=False)
+        return {"store_param_remainders": False}
 
     def peak_memory_bytes(self) -> int:
         """Peak resident set of this process."""

@@ -48,7 +48,8 @@ class SpanExperts(MegatronModule):
         ((axis, layer, layers),) = sharded_offsets
         per_stage = layers // len(self.by_stage)
         state: dict[str, Any] = {}
-        for stage, experts in enumerate(self.by_stage):
+        stages: list[Any] = list(self.by_stage)
+        for stage, experts in enumerate(stages):
             offset = (axis, stage * per_stage + layer % per_stage, layers)
             part = experts.sharded_state_dict(prefix, (offset,), metadata)
             for name, value in part.items():
