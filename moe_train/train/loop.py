@@ -88,7 +88,7 @@ def run_loop(
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "consumed_samples": source.consumed,
-            "consumed_tokens": step * tokens_per_step,
+            "consumed_tokens": source.consumed * engine.config.data.sequence,
             "step_seconds": seconds,
             "tokens_per_second": tokens_per_step / seconds,
             "peak_memory_bytes": peak_memory,
