@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from moe_train.testing import layouts
 from moe_train.testing.compare import EARLY, Difference, compare, same_bits
 from moe_train.testing.document import document
-from moe_train.testing.layouts import Layout, Runs
+from moe_train.testing.layouts import SMALL, Layout, Runs
+from moe_train.testing.world import run_world
 
 DOCS = Path(__file__).parents[1] / "docs" / "parity.md"
 CONDITIONS = (
@@ -83,3 +85,27 @@ OVERLAP = Layout(
 def test_overlapped_expert_communication_changes_no_bit(small_runs: Runs) -> None:
     plain = small_runs.get(OVERLAP)
     same_bits(small_runs.get(OVERLAP, "parallel.overlap_expert_comm=true"), plain)
+
+
+def plans_built(rank: int, world: int, overrides: list[str]) -> int:
+    """How often combined 1F1B asked this rank's chunks for a plan in one step."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from moe_train.testing.schedules import record_step
+
+    plain, built = GPTModel.build_schedule_plan, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        built.append(1)
+        return plain(*args, **kwargs)
+
+    GPTModel.build_schedule_plan = counted
+    record_step(rank, world, overrides)
+    return len(built)
+
+
+def test_overlap_really_takes_the_combined_schedule() -> None:
+    words = [*SMALL, *OVERLAP.overrides, "train.steps=1"]
+    # 2 micro-batches a replica, on 2 chunks.
+    assert run_world(plans_built, 4, [*words, "parallel.overlap_expert_comm=true"]) == [4] * 4
+    assert run_world(plans_built, 4, words) == [0] * 4

@@ -39,3 +39,5 @@ def test_interleaved_order_is_megatrons_table(microbatches: int) -> None:
     for record in stages(2, *words):
         assert len(record.expected) == 2 * 2 * microbatches
         assert record.events == record.expected
+        # Interleaving pays its smaller bubble with more in flight: the count above can exceed.
+        assert record.most_in_flight > 2 - record.stage
