@@ -39,6 +39,9 @@ class Backend(Protocol):
     def optimizer_construction(self) -> AbstractContextManager[None]:
         """Context in which Megatron's OptimizerConfig is constructed."""
 
+    def devices(self, world: int) -> int:
+        """Devices behind ``world`` ranks: what a peak rate is multiplied by."""
+
     def peak_memory_bytes(self) -> int:
         """Peak memory of this process: device allocator's, or resident set on the host."""
 

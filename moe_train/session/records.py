@@ -64,7 +64,7 @@ def open_recorder(session: Session, datasets: Any, start: int, stack: ExitStack)
         progress,
         mirror,
         flops_per_token=flops.total,
-        peak_flops=peak_tflops * 1e12 * session.world,
+        peak_flops=peak_tflops * 1e12 * session.engine.backend.devices(session.world),
         unigram_entropy=entropy,
     )
 

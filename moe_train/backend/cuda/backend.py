@@ -68,6 +68,10 @@ class CudaBackend:
         """TransformerEngine is there: nothing to arrange."""
         return contextlib.nullcontext()
 
+    def devices(self, world: int) -> int:
+        """One GPU per rank."""
+        return world
+
     def peak_memory_bytes(self) -> int:
         """Peak of the caching allocator on this device."""
         return torch.cuda.max_memory_allocated(self.device)

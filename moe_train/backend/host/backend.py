@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,10 @@ class HostBackend:
     def optimizer_overrides(self) -> dict[str, Any]:
         """Master weights are stored whole: HostAdam has no 16-bit remainders."""
         return {"store_param_remainders": False}
+
+    def devices(self, world: int) -> int:
+        """Ranks of one thread share the cores."""
+        return min(world * self._threads, os.cpu_count() or 1)
 
     def peak_memory_bytes(self) -> int:
         """Peak resident set of this process."""
