@@ -64,9 +64,13 @@ fi
     "${pip[@]}" install --no-build-isolation --constraint constraints.txt \
       "./$sources" "transformer-engine[core_cu$ours]" nvidia-curand
 } >"$log" 2>&1 || failed
+# torch's own libraries lie in another environment's folder, which the loader does not know.
+libraries=$(printf '%s:' "$packages"/nvidia/*/lib)
+libraries=${libraries%:}
 # It looks for its libraries beside itself, in the system, and where these variables point.
 cat >"$launcher" <<END
 #!/bin/sh
+export LD_LIBRARY_PATH='$libraries'"\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
 export CUDNN_HOME='$packages/nvidia' NVRTC_HOME='$packages/nvidia' CURAND_HOME='$PWD/$home/venv'
 exec '$python' "\$@"
 END
