@@ -59,6 +59,7 @@ class Layout:
         return [f"parallel.{name}={size}" for name, size in self.sizes.items()] + [*self.extra]
 
 
+SPAN = ("parallel.placement=span",)
 DISTRIBUTED = ("optim.distributed=true",)
 
 SINGLE = Layout("single")
@@ -75,6 +76,9 @@ DP2_EP2_DISTRIBUTED = Layout("DP2.EP2 distributed optimizer", 2, {"expert": 2}, 
 DP2_DISTRIBUTED = Layout("DP2 distributed optimizer", 2, {}, DISTRIBUTED)
 PP2_V2 = Layout("PP2 with 2 virtual stages", 2, {"pipeline": 2, "virtual_pipeline": 2})
 TP2_PP4_EP2 = Layout("TP2.PP4.EP2", 8, {"tensor": 2, "pipeline": 4, "expert": 2})
+PP2_EP2_SPAN = Layout("PP2.EP2 span", 2, {"pipeline": 2, "expert": 2}, SPAN)
+TP2_PP2_EP4_SPAN = Layout("TP2.PP2.EP4 span", 4, {"tensor": 2, "pipeline": 2, "expert": 4}, SPAN)
+TP2_PP4_EP8_SPAN = Layout("TP2.PP4.EP8 span", 8, {"tensor": 2, "pipeline": 4, "expert": 8}, SPAN)
 
 GRID = [
     TP2,
@@ -89,6 +93,9 @@ GRID = [
     DP2_EP2_DISTRIBUTED,
     PP2_V2,
     TP2_PP4_EP2,
+    PP2_EP2_SPAN,
+    TP2_PP2_EP4_SPAN,
+    TP2_PP4_EP8_SPAN,
 ]
 
 
