@@ -107,12 +107,6 @@ def build_model(
     return wrapped
 
 
-def padded_vocab_size(vocab: int, multiple: int, tensor: int) -> int:
-    """Rows of the embedding: ``vocab`` rounded up to a multiple that every layout shares."""
-    assert multiple % tensor == 0
-    return -(-vocab // multiple) * multiple
-
-
 def unwrap(model: torch.nn.Module) -> GPTModel:
     """The GPTModel inside a DDP wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]

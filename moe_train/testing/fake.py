@@ -19,8 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_train.backend.groups import close_world, open_groups
 from moe_train.config.layers import parse_layers
-from moe_train.model.build import build_chunks, padded_vocab_size
+from moe_train.model.build import build_chunks
 from moe_train.model.transformer_config import spans, transformer_config
+from moe_train.plan.parameters import padded_vocab
 from moe_train.train.engine import open_span
 
 if TYPE_CHECKING:
@@ -75,9 +76,7 @@ def fake_chunks(config: Config, layout: Layout, backend: Backend) -> list[GPTMod
         megatron,
         backend,
         groups,
-        padded_vocab=padded_vocab_size(
-            config.model.vocab, config.model.vocab_multiple, layout.tensor
-        ),
+        padded_vocab=padded_vocab(config.model.vocab, config.model.vocab_multiple),
         recomputed=frozenset(parse_layers(config.recompute.layers, config.model.layers)),
         span=open_span(config, megatron, backend, groups) if spans(config) else None,
     )

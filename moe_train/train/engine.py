@@ -13,9 +13,10 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from moe_train.config.layers import parse_layers
-from moe_train.model.build import build_model, padded_vocab_size
+from moe_train.model.build import build_model
 from moe_train.model.span.exchange import Span
 from moe_train.model.transformer_config import optimizer_config, spans, transformer_config
+from moe_train.plan.parameters import padded_vocab
 from moe_train.train.routing import RoutingRecorder
 from moe_train.train.schedule import build_scheduler
 from moe_train.train.span_schedule import SpanSchedule
@@ -82,7 +83,7 @@ def build_engine(
         megatron,
         backend,
         groups,
-        padded_vocab=padded_vocab_size(vocab, config.model.vocab_multiple, config.parallel.tensor),
+        padded_vocab=padded_vocab(vocab, config.model.vocab_multiple),
         recomputed=frozenset(parse_layers(config.recompute.layers, config.model.layers)),
         span=span,
     )
