@@ -61,8 +61,11 @@ def sharded_state(
             optimizer reading is collective over the data-parallel group.
     """
     result: dict[str, Sharded] = {}
-    for index, (part, param) in enumerate(_model_params(optimizer)):
-        sharded = get_param_id_to_sharded_param_map(model_state, [param])[0]
+    owned = list(_model_params(optimizer))
+    # One call for all: each formats every tensor of the model that it was not asked for.
+    by_position = get_param_id_to_sharded_param_map(model_state, [param for _, param in owned])
+    for index, (part, param) in enumerate(owned):
+        sharded = by_position[index]
         if empty:
             value = torch.empty(param.shape, dtype=torch.float32, device="cpu")
         else:
