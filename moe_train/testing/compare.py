@@ -49,12 +49,6 @@ class Difference:
             for index, name in enumerate(("loss", "grad_norm"))
         )
 
-    def until_moved(self) -> Difference:
-        """The steps before the first in which any assignment moved."""
-        moved = self.moved or []
-        end = next((i for i, count in enumerate(moved) if count), len(self.steps))
-        return Difference(self.steps[:end], self.loss[:end], self.grad_norm[:end], moved[:end])
-
     def __str__(self) -> str:
         """One line a step, for a failing test."""
         moved = self.moved or [-1] * len(self.steps)

@@ -40,9 +40,6 @@ TWIN = [
 ]
 """16 layers, 64 experts; 1024 tokens a step; as it is configured."""
 
-CALM = ["optim.lr=3e-4", "optim.embedding_lr=null", "optim.warmup_steps=10"]
-"""Rates at which the twin's first steps do not magnify rounding into other routes."""
-
 
 @dataclass(frozen=True)
 class Layout:
