@@ -34,6 +34,12 @@ COMMANDS: dict[str, Command] = {
         "legality, layout and parameters, before launch",
         "plan experiment=moe_30b_8x64gb --json plan.json",
     ),
+    "schedule": Command(
+        "moe_train.plan.schedule.command",
+        "schedule_main",
+        "the step as a graph: times, picture, trace",
+        "schedule experiment=moe_30b_8x64gb --figure step.svg --dag step.graphml",
+    ),
     "data prepare": Command(
         "moe_train.data.command",
         "prepare_main",

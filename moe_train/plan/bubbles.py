@@ -18,3 +18,21 @@ def span_dense_bubble(stages: int, microbatches: int) -> float:
     The experts' bubble is 0: every rank serves whichever stages are active.
     """
     return bubble(stages, microbatches)
+
+
+def span_bubble(
+    stages: int, microbatches: int, dense: float, experts: float, exchange: float = 0.0
+) -> float:
+    """Share of a spanning step in which a stage waits, for uniform stages.
+
+    A step is M + P - 1 halves each way. Each costs `dense` (which idle stages wait for) and
+    `exchange` (in which all take part); the experts' seconds, in proportion to the active stages,
+    add up to those of M full halves and keep every rank busy.
+
+    Args:
+        dense, exchange: seconds of a forward and a backward half together.
+        experts: the same with all stages active.
+    """
+    halves = microbatches + stages - 1
+    whole = halves * (dense + exchange) + microbatches * experts
+    return (stages - 1) * dense / whole if whole else 0.0
