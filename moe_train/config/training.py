@@ -90,7 +90,7 @@ class TrainConfig:
     non_finite: str = "stop"
     """On a non-finite loss or gradient: stop."""
     trace: bool = False
-    """Write a Chrome trace of one step."""
+    """Write the second step after a start to the run folder's trace.json, for Perfetto."""
 
 
 @dataclass

@@ -96,6 +96,7 @@ def validate(config: Config) -> list[ConfigError]:
         *_recompute(config),
         *_optimizer(config),
         *_data(config),
+        *_trace(config),
     ]
 
 
@@ -262,6 +263,16 @@ def _optimizer(config: Config) -> Iterable[ConfigError]:
     if optim.grad_dtype == "bf16" and config.dtype == "fp32":
         yield ConfigError(
             "optim.grad_dtype", "bf16 gradients of fp32 weights", "optim.grad_dtype=fp32"
+        )
+
+
+def _trace(config: Config) -> Iterable[ConfigError]:
+    parallel = config.parallel
+    if config.train.trace and parallel.overlap_expert_comm and parallel.placement != "span":
+        yield ConfigError(
+            "train.trace",
+            "the combined schedule runs forward and backward passes as one, not to be told apart",
+            "parallel.overlap_expert_comm=false or train.trace=false",
         )
 
 

@@ -38,6 +38,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def trace(self) -> Path:
+        """One step of every rank (``train.trace``), for a trace viewer (JSON)."""
+        return self.path / "trace.json"
+
+    @property
     def status(self) -> Path:
         """What became of the run (JSON)."""
         return self.path / "status.json"

@@ -15,6 +15,7 @@ from moe_train.session.opening import Session
 from moe_train.session.records import describe_run, finish, open_recorder
 from moe_train.session.restore import restore
 from moe_train.session.standing import Follower, Standing
+from moe_train.session.traces import TraceListener, plan_trace
 from moe_train.train.interrupt import Interrupt
 from moe_train.train.loop import Intervals, run_loop
 
@@ -44,6 +45,7 @@ def train(session: Session, standing: Standing, stack: ExitStack, begun: float) 
         describe_run(folder, config, session.layout, start)
         standing.taken_up = True
     recorder = open_recorder(session, datasets, start, stack) if session.rank == 0 else None
+    plan_trace(session, start)
 
     def validation() -> list[list[MicroBatch]]:
         same = _source(session, datasets.valid, 0)
@@ -59,7 +61,7 @@ def train(session: Session, standing: Standing, stack: ExitStack, begun: float) 
                 config.train.steps, config.train.eval_every, config.checkpoint.every
             ),
             tokens_per_step=session.batch * config.data.sequence,
-            listener=Follower(recorder or Silent(), standing),
+            listener=Follower(TraceListener(recorder or Silent(), session), standing),
             save=_saver(session, source),
             interrupt=interrupt,
         )

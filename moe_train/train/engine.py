@@ -20,6 +20,7 @@ from moe_train.plan.parameters import padded_vocab
 from moe_train.train.routing import RoutingRecorder
 from moe_train.train.schedule import build_scheduler
 from moe_train.train.span_schedule import SpanSchedule
+from moe_train.train.tracing import Tracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,7 @@ class Engine:
     routing: RoutingRecorder
     microbatches: int
     """Micro-batches per replica and optimizer step."""
+    tracer: Tracer
 
     @property
     def is_last_stage(self) -> bool:
@@ -93,7 +95,10 @@ def build_engine(
         use_gloo_process_groups=backend.name != "host",
         pg_collection=None,
     )
-    _connect(megatron, config, chunks, optimizer)
+    tracer = Tracer(groups.pp.rank(), backend.synchronize)
+    if config.train.trace:
+        tracer.know_groups(groups)
+    _connect(megatron, config, chunks, optimizer, tracer)
     return Engine(
         config=config,
         backend=backend,
@@ -102,9 +107,12 @@ def build_engine(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, config.train.steps),
-        forward_backward=SpanSchedule(span, groups) if span else get_forward_backward_func(),
+        forward_backward=(
+            SpanSchedule(span, groups, tracer) if span else get_forward_backward_func()
+        ),
         routing=RoutingRecorder(chunks, config.model.layers, config.model.experts, backend.device),
         microbatches=microbatches,
+        tracer=tracer,
     )
 
 
@@ -121,6 +129,7 @@ def open_span(
         dtype=megatron.pipeline_dtype,
         device=backend.device,
         recompute="moe" in config.recompute.modules,
+        overlap=config.parallel.overlap_expert_comm,
     )
 
 
@@ -135,9 +144,12 @@ def _connect(
     config: Config,
     chunks: list[DistributedDataParallel],
     optimizer: Any,
+    tracer: Tracer,
 ) -> None:
     """Give the schedules their hooks into DDP and the optimizer (as Megatron's training does)."""
-    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.finalize_model_grads_func = tracer.around(
+        "gradients", "gradients", finalize_model_grads
+    )
     megatron.grad_scale_func = optimizer.scale_loss
     if chunks[0].ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]

@@ -78,7 +78,8 @@ def run_loop(
     """
     for step in range(start + 1, intervals.steps + 1):
         begun = time.perf_counter()
-        result = train_step(engine, source.next_step(), step)
+        with engine.tracer.watch(step):
+            result = train_step(engine, source.next_step(), step)
         engine.backend.synchronize()
         seconds = time.perf_counter() - begun
         peak_memory, stop = _agree(engine, interrupt)

@@ -7,7 +7,7 @@ loss scaling, auxiliary-loss scaling and gradient finalisation are Megatron's ow
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,8 @@ from megatron.core.pipeline_parallel.schedules import (
 
 from moe_train.model.span.exchange import Span
 from moe_train.plan.ticks import Tick, ticks
+from moe_train.train.tracing import Tracer
+from moe_train.train.turns import Turns
 
 
 class Edge:
@@ -95,10 +97,11 @@ class SpanSchedule:
     Args:
         span: the exchange that the model's layers use.
         groups: Megatron's process groups.
+        tracer: is told of the halves in which this stage serves the others.
     """
 
-    def __init__(self, span: Span, groups: Any) -> None:
-        self.span, self.groups = span, groups
+    def __init__(self, span: Span, groups: Any, tracer: Tracer) -> None:
+        self.span, self.groups, self.tracer = span, groups, tracer
         self.stage: int = groups.pp.rank()
         self.counts = FlushCounts()
 
@@ -128,15 +131,34 @@ class SpanSchedule:
             is_last_stage=self.stage == self.span.stages - 1,
         )
         losses: list[Any] = []
-        for tick in ticks(self.span.stages, num_microbatches, forward_only=forward_only):
+        halves = ticks(
+            self.span.stages,
+            num_microbatches,
+            forward_only=forward_only,
+            delay=int(self.span.overlap),
+        )
+        for tick in halves:
+            forward = partial(flush.forward_half, tick, step, losses)
+            backward = partial(flush.backward_half, tick)
+            if self.span.overlap and tick.forward and tick.backward:
+                self._side_by_side(forward, backward)
+                continue
             if tick.forward:
-                flush.forward_half(tick, step, losses)
+                forward()
             if tick.backward:
-                flush.backward_half(tick)
+                backward()
         flush.close()
         if not forward_only:
             flush.config.finalize_model_grads_func([chunk], None, pg_collection=self.groups)
         return losses
+
+    def _side_by_side(self, forward: Callable[[], None], backward: Callable[[], None]) -> None:
+        turns = Turns()
+        self.span.yield_turn = turns.give
+        try:
+            turns.run(forward, backward)
+        finally:
+            self.span.yield_turn = None
 
 
 class _Flush:
@@ -150,7 +172,7 @@ class _Flush:
         micro_batch_size: int,
         forward_only: bool,
     ) -> None:
-        self.span, self.stage = schedule.span, schedule.stage
+        self.span, self.stage, self.tracer = schedule.span, schedule.stage, schedule.tracer
         config: Any = chunk.config
         self.config = config
         self.forward_only = forward_only
@@ -168,14 +190,16 @@ class _Flush:
         self.counts.forward_halves += 1
         output = None
         if self.stage in tick.forward:
+            if not self.forward_only:
+                self.counts.most_held = max(self.counts.most_held, len(self._held) + 1)
             received = self._activations.take()
             output, _ = step(input_tensor=received, forward_data_store=losses)
             if not self.forward_only:
                 self._held.append((received, output))
-                self.counts.most_held = max(self.counts.most_held, len(self._held))
         else:
-            for layer in range(self.span.layers):
-                self.span.forward(layer)
+            with self.tracer.region("serve", "serve", tick=tick.number):
+                for layer in range(self.span.layers):
+                    self.span.forward(layer)
         self._activations.post(tick.forward, output)
 
     def backward_half(self, tick: Tick) -> None:
@@ -189,8 +213,9 @@ class _Flush:
             deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
             gradient = backward_step(received, output, incoming, self.config)
         else:
-            for layer in reversed(range(self.span.layers)):
-                self.span.backward(layer)
+            with self.tracer.region("serve", "serve", tick=tick.number):
+                for layer in reversed(range(self.span.layers)):
+                    self.span.backward(layer)
         self._gradients.post(tick.backward, gradient)
 
     def close(self) -> None:

@@ -58,8 +58,9 @@ def train_step(engine: Engine, batches: Sequence[MicroBatch], step: int) -> Step
             "resume from the last checkpoint with a lower optim.lr or other data",
         )
     lr = set_step(engine.scheduler, step)
-    _clip(engine.optimizer, grad_norm)
-    engine.optimizer.step_with_ready_grads()
+    with engine.tracer.region("optimizer", "optimizer"):
+        _clip(engine.optimizer, grad_norm)
+        engine.optimizer.step_with_ready_grads()
     return StepResult(loss, grad_norm, lr, stats)
 
 
@@ -81,8 +82,9 @@ def _run(engine: Engine, batches: Sequence[MicroBatch], forward_only: bool) -> l
     chunks = engine.chunks
     # Each virtual stage walks the same micro-batches at its own pace.
     iterators = [iter(batches) for _ in chunks]
+    step = partial(forward_step, engine.groups, engine.backend.device)
     output: list[Any] = engine.forward_backward(
-        forward_step_func=partial(forward_step, engine.groups, engine.backend.device),
+        forward_step_func=engine.tracer.passes(step, list(chunks)),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=len(batches),
