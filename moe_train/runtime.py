@@ -22,6 +22,7 @@ from moe_train.errors import (
 from moe_train.monitor.rank_log import log_to_file
 from moe_train.monitor.run_folder import create_run_folder, default_run_name
 from moe_train.monitor.status import State, write_status
+from moe_train.plan.fit import launch_fault, unpriced
 from moe_train.plan.machine import accelerator_present, visible_devices
 from moe_train.plan.prepare import prepare
 from moe_train.session.standing import Standing
@@ -78,8 +79,9 @@ def planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout]:
 
     Raises:
         ConfigFaults: all faults together.
+        ConfigError: the plan does not fit the memory of this machine's GPUs.
     """
-    on_cpu = "device=cpu" in overrides
+    facts = None if "device=cpu" in overrides else visible_devices(world)
     faults = []
     if "device=cuda" in overrides and not accelerator_present():
         faults.append(
@@ -90,11 +92,18 @@ def planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout]:
             )
         )
     try:
-        config, layout = prepare(overrides, world, None if on_cpu else visible_devices(world))
+        config, layout = prepare(overrides, world, facts)
     except ConfigFaults as refused:
         raise ConfigFaults([*refused.faults, *faults]) from refused
     if faults:
         raise ConfigFaults(faults)
+    fault = launch_fault(config, layout, facts) if facts and config.device != "cpu" else None
+    if fault is not None:
+        if not (changed := unpriced(config)):
+            raise fault
+        if world_of_process()[0] == 0:
+            print(f"warning: {fault}\n    started all the same, since {', '.join(changed)} "
+                  "may change that", flush=True)  # fmt: skip
     return config, layout
 
 

@@ -7,12 +7,14 @@ import dataclasses
 from collections.abc import Iterator
 
 from moe_train.config.convert import to_mapping
+from moe_train.config.experiment import MachineFacts
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
 from moe_train.plan.layout import Layout
 from moe_train.plan.memory import GB, StageMemory, plan_memory, stage_memory, worst
 from moe_train.plan.optimizer_bytes import variants
 from moe_train.plan.shapes import Assumptions
+from moe_train.plan.vocabulary import vocabulary
 
 FIELD = "memory"
 """Field of the fault of a plan that does not fit."""
@@ -84,6 +86,36 @@ def memory_fault(
         f"{config.hardware.name} has {config.hardware.memory_gb:g} GB",
         "\n      or ".join(fixes) if fixes else more,
     )
+
+
+def launch_fault(config: Config, layout: Layout, facts: MachineFacts) -> ConfigError | None:
+    """Why the plan does not fit the devices that are there, or None if it does.
+
+    A run is judged by what its devices have, whatever profile it is planned with, and without
+    an allowance for fragmentation: that only a plan should be careful about. A CPU's ranks
+    share their memory with everything else, so nothing is refused there.
+    """
+    if facts.kind == "cpu":
+        return None
+    found = dataclasses.replace(
+        config.hardware,
+        name=f"the smallest of this machine's devices ({facts.kind})",
+        kind="accelerator",
+        memory_gb=facts.memory_gb,
+    )
+    here = copy.copy(config)
+    here.hardware = found
+    taken = assumptions_of(here, fragmentation=0.0)
+    return memory_fault(here, layout, vocabulary(config)[0], taken)
+
+
+def unpriced(config: Config) -> list[str]:
+    """``megatron.*`` overrides that are set: they may change memory unknown to the formulas."""
+    megatron = config.megatron
+    sections = {
+        "transformer": megatron.transformer, "ddp": megatron.ddp, "optimizer": megatron.optimizer
+    }  # fmt: skip
+    return [f"megatron.{name}.{key}" for name, keys in sections.items() for key in keys]
 
 
 def memory_rows(

@@ -11,6 +11,7 @@ from moe_train.config.validate import sizes_refused, validate
 from moe_train.errors import ConfigFaults
 from moe_train.plan.layout import Layout
 from moe_train.plan.legality import check
+from moe_train.plan.machine import accelerator_present
 from moe_train.plan.search import planned, resolve
 
 
@@ -23,7 +24,8 @@ def prepare(
         overrides: Hydra overrides.
         world: number of ranks.
         facts: the machine, from which experiment=auto is chosen; None leaves it auto
-            (which then has the twin's values).
+            (which then has the twin's values). A machine that certainly has no GPU brings
+            the host's own rules, as ``device=cpu`` does.
 
     Returns:
         The config with every parallel size filled in, and its layout.
@@ -36,7 +38,14 @@ def prepare(
     if not sizes_refused([*faults, *validate(config)]):
         config = resolve(config, world)
     # A refused value stands at its default, which is not the user's to answer for.
-    faults.extend(fault for fault in check(config, world) if fault.field not in refused)
+    on_host = config.device == "cpu" or (
+        config.device == "auto"
+        and facts is not None
+        and facts.kind == "cpu"
+        and not accelerator_present()
+    )
+    found = check(config, world, host=on_host)
+    faults.extend(fault for fault in found if fault.field not in refused)
     if faults:
         raise ConfigFaults(faults)
     return config, planned(config, world)

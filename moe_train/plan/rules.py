@@ -15,6 +15,7 @@ from moe_train.config.root import Config
 from moe_train.errors import ConfigError
 from moe_train.plan.batch import microbatches_per_step
 from moe_train.plan.layout import Layout
+from moe_train.plan.parameters import padded_vocab
 from moe_train.plan.sizes import divisors
 
 
@@ -105,11 +106,24 @@ def _model_shapes(config: Config, layout: Layout) -> Iterator[ConfigError]:
             f"{tensor} is neither divisor nor multiple of model.kv_heads={kv_heads}",
             f"legal: {divisors(kv_heads)} or multiples of {kv_heads}",
         )
-    if model.vocab_multiple % tensor:
+    rows = (model.heads + 2 * kv_heads) * (model.head_dim or model.hidden // model.heads)
+    if kv_heads < tensor and tensor % kv_heads == 0 and rows % tensor:
+        # Megatron splits the rows of Q, K and V together where ranks share a key/value head.
+        yield ConfigError(
+            "parallel.tensor",
+            f"{tensor} does not divide the {rows} rows of Q, K and V, as it must with fewer "
+            f"than {tensor} model.kv_heads",
+            f"legal: {divisors(kv_heads)}, or another model.head_dim",
+        )
+    # A known vocabulary may fit by its own size; an unknown one is safe by the multiple alone.
+    padded = model.vocab_multiple
+    if model.vocab is not None:
+        padded = padded_vocab(model.vocab, model.vocab_multiple)
+    if padded % tensor:
         yield ConfigError(
             "model.vocab_multiple",
-            f"{model.vocab_multiple} is not a multiple of parallel.tensor={tensor}",
-            f"model.vocab_multiple={-(-model.vocab_multiple // tensor) * tensor}",
+            f"{padded} rows are not a multiple of parallel.tensor={tensor}",
+            f"model.vocab_multiple={math.lcm(model.vocab_multiple, tensor)}",
         )
     if model.expert_hidden % layout.expert_tensor:
         yield _indivisible(
@@ -160,9 +174,9 @@ def _sequence(config: Config, layout: Layout) -> Iterator[ConfigError]:
 def _options(config: Config, layout: Layout) -> Iterator[ConfigError]:
     parallel, optim, router = config.parallel, config.optim, config.model.router
     if parallel.dispatcher == "flex":
-        if layout.tensor * layout.expert == 1:
+        if layout.expert_tensor * layout.expert == 1:
             yield ConfigError(
-                "parallel.dispatcher", "flex needs TP x EP > 1", "parallel.dispatcher=alltoall"
+                "parallel.dispatcher", "flex needs ETP x EP > 1", "parallel.dispatcher=alltoall"
             )
         if router.pad_to_capacity:
             yield ConfigError(
@@ -176,7 +190,7 @@ def _options(config: Config, layout: Layout) -> Iterator[ConfigError]:
             "needs the distributed optimizer and overlapped gradient reduction",
             "optim.distributed=true parallel.overlap_grad_reduce=true",
         )
-    if parallel.overlap_expert_comm:
+    if parallel.overlap_expert_comm and not layout.span:
         yield from _overlap(config, layout)
     if layout.span:
         yield from _span_options(config)
@@ -231,8 +245,6 @@ def _overlap(config: Config, layout: Layout) -> Iterator[ConfigError]:
         yield ConfigError(field, "forbids recomputing moe", "drop moe from recompute.modules")
     if config.parallel.dispatcher == "allgather":
         yield ConfigError(field, "needs all-to-all dispatch", "parallel.dispatcher=alltoall")
-    if layout.span:
-        yield ConfigError(field, "belongs to placement=stage", f"{field}=false")
 
 
 def _batch(config: Config, layout: Layout) -> Iterator[ConfigError]:
