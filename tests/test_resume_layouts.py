@@ -41,6 +41,10 @@ MOVES = [
     (layouts.DP2_EP2_DISTRIBUTED, layouts.TP2_EP2),
     (layouts.DP2_DISTRIBUTED, layouts.TP2_PP2_EP2),
     (layouts.TP2_PP2_EP2, layouts.SINGLE),
+    (layouts.SINGLE, layouts.PP2_EP2_SPAN),
+    (layouts.PP2_EP2_SPAN, layouts.EP2),
+    (layouts.EP2, layouts.TP2_PP2_EP4_SPAN),
+    (layouts.TP2_PP2_EP4_SPAN, layouts.SINGLE),
 ]
 
 

@@ -6,7 +6,8 @@ faults that the exchange could have are planted to see that this notices them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,8 @@ class Step:
     grad_norm: float
     gradients: list[Shard]
     counts: Any
-    flops: list[float]
+    expert_rows: int
+    """Token copies that this rank's experts computed."""
 
 
 def one_step(
@@ -63,9 +65,28 @@ def one_step(
     if fault:
         plant(engine, fault)
     tokens = np.random.default_rng(5).integers(0, 128, (sequences, 33))
-    result = train_step(engine, micro_batches(engine, tokens), 1)
+    with rows_through_experts() as rows:
+        result = train_step(engine, micro_batches(engine, tokens), 1)
     counts = getattr(engine.forward_backward, "counts", None)
-    return Step(result.loss, result.grad_norm, gradient_shards(engine), counts, [])
+    return Step(result.loss, result.grad_norm, gradient_shards(engine), counts, sum(rows))
+
+
+@contextmanager
+def rows_through_experts() -> Iterator[list[int]]:
+    """Rows of every pass through hosted experts, as they are: FLOPs are proportional to them."""
+    from moe_train.model.span import hosting
+
+    run, rows = hosting._run, []
+
+    def counted(experts: Any, counts: Any, tokens: Any, probs: Any) -> Any:
+        rows.append(tokens.shape[0])
+        return run(experts, counts, tokens, probs)
+
+    hosting._run = counted
+    try:
+        yield rows
+    finally:
+        hosting._run = run
 
 
 def plant(engine: Any, fault: str) -> None:
@@ -96,10 +117,9 @@ def plant(engine: Any, fault: str) -> None:
 
         def swapped(self: Any, layer: int, grad: Any = None) -> Any:
             for queue in self._hosted.values():
-                if len(queue) > 1 and queue[0].counts_TE.equal(queue[0].counts_TE):
-                    first, second = queue[0].tokens_NH, queue[1].tokens_NH
-                    if first.shape == second.shape:
-                        queue[0], queue[1] = queue[1], queue[0]
+                # Padded routing: every micro-batch has the same rows for every expert.
+                if len(queue) > 1:
+                    queue[0], queue[1] = queue[1], queue[0]
             return held(self, layer, grad)
 
         exchange.Span.backward = swapped
@@ -172,6 +192,56 @@ def test_tensor_parallel_and_recompute(reference: Any, recompute: list[str]) -> 
     hold(run_world(one_step, 4, [*TP2_PP2_EP4, *recompute], 4), reference(4))
 
 
+PADDED = ["model.router.capacity_factor=1.0", "model.router.pad_to_capacity=true"]
+ASSIGNED = 4 * 32 * 2 * 4
+"""Sequences x tokens x experts per token x layers."""
+
+
+def test_expert_work_is_level_up_to_routing(reference: Any) -> None:
+    routed = [step.expert_rows for step in run_world(one_step, 4, TP2_PP2_EP4, 4)]
+    assert sum(routed) == ASSIGNED and len(set(routed)) > 1
+    level = [step.expert_rows for step in run_world(one_step, 4, [*TP2_PP2_EP4, *PADDED], 4)]
+    assert len(set(level)) == 1 and level[0] > 0
+
+
+OVERLAP = "parallel.overlap_expert_comm=true"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["recompute.layers=all", "recompute.modules=[moe]"], ["model.shared_expert_hidden=48"]],
+    ids=["none", "recompute", "shared expert"],
+)
+def test_overlap_changes_no_bit(reference: Any, options: list[str]) -> None:
+    plain = run_world(one_step, 4, [*TP2_PP2_EP4, *options], 4)
+    overlapped = run_world(one_step, 4, [*TP2_PP2_EP4, *options, OVERLAP], 4)
+    for stage, (one, other) in enumerate(zip(plain, overlapped, strict=True)):
+        assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
+        for mine, yours in zip(one.gradients, other.gradients, strict=True):
+            assert mine.key == yours.key and np.array_equal(mine.data, yours.data), mine.key
+        assert other.counts.most_held == min(4, 2 * (1 - stage // 2) + 2)
+        assert other.counts.forward_halves == other.counts.backward_halves == 5
+    hold(overlapped, reference(4, *[word for word in options if word.startswith("model.")]))
+
+
+def test_sixteen_bit_is_as_near_as_one_process_is() -> None:
+    """bf16 under span is no further from the exact gradients than bf16 in one process."""
+    exact = assemble([run_world(one_step, 1, [], 4)[0].gradients])
+    errors = []
+    for world, layout in ((1, []), (4, TP2_PP2_EP4)):
+        steps = run_world(one_step, world, [*layout, "dtype=bf16"], 4)
+        found = assemble([step.gradients for step in steps])
+        errors.append({
+            key: float(np.linalg.norm(found[key] - exact[key]) / np.linalg.norm(exact[key]))
+            for key in exact
+        })  # fmt: skip
+    single, span = errors
+    assert np.mean(list(single.values())) > 1e-3, "not computed in 16 bit"
+    assert np.mean(list(span.values())) < 1.1 * np.mean(list(single.values()))
+    worse = {key: (span[key], single[key]) for key in span if span[key] > 2 * single[key] + 0.01}
+    assert not worse, worse
+
+
 def test_two_replicas(reference: Any) -> None:
     hold(run_world(one_step, 4, PP2_EP2, 4), reference(4))
 
@@ -217,9 +287,8 @@ def test_router_and_model_options(reference: Any, options: list[str]) -> None:
     ],
 )
 def test_planted_faults_are_noticed(reference: Any, fault: str) -> None:
-    options = ["model.router.capacity_factor=1.0", "model.router.pad_to_capacity=true"]
-    steps = run_world(one_step, 2, [*PP2_EP2, *options], 4, fault)
-    worst = max(difference(steps, reference(4, *options)).values())
+    steps = run_world(one_step, 2, [*PP2_EP2, *PADDED], 4, fault)
+    worst = max(difference(steps, reference(4, *PADDED)).values())
     assert worst > 1e-3, "the comparison does not notice it"
     with pytest.raises(AssertionError):
-        hold(steps, reference(4, *options))
+        hold(steps, reference(4, *PADDED))

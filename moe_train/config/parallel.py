@@ -28,7 +28,8 @@ class ParallelConfig:
     dispatcher: str = "alltoall"
     """Token dispatcher: alltoall | allgather | flex (DeepEP, CUDA only)."""
     overlap_expert_comm: bool = False
-    """Hide expert all-to-all behind compute (Megatron's combined 1F1B; bf16)."""
+    """Hide expert all-to-all behind compute (stage: Megatron's combined 1F1B, bf16; span: a tick's
+    two halves take turns)."""
     overlap_grad_reduce: bool = True
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False

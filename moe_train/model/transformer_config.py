@@ -74,7 +74,8 @@ def transformer_config(config: Config, backend: Backend) -> TransformerConfig:
         expert_tensor_parallel_size=parallel.expert_tensor,
         overlap_p2p_comm=_chunks(parallel.virtual_pipeline) is not None,
         batch_p2p_comm=_chunks(parallel.virtual_pipeline) is None,
-        overlap_moe_expert_parallel_comm=parallel.overlap_expert_comm,
+        # The spanning exchange has an overlap of its own.
+        overlap_moe_expert_parallel_comm=parallel.overlap_expert_comm and not spans(config),
         deallocate_pipeline_outputs=True,
         **_moe_fields(config),
     )

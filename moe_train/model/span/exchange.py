@@ -5,17 +5,24 @@ tokens with probabilities, results. Backward: gradients of the results, gradient
 probabilities; both sides know the counts by then. A rank whose own stage is idle sends nothing
 and still serves its experts.
 
+Every all-to-all is started, then the program may do something else, then it is awaited: with
+``parallel.overlap_expert_comm`` that is the tick's other half or the shared experts, without it
+nothing.
+
 Shape letters: N tokens, H hidden width, R ranks of the replica, E experts of a layer per rank.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from moe_train.errors import HungError
 from moe_train.model.span.hosting import Hosted, host_backward, host_forward
@@ -23,6 +30,20 @@ from moe_train.model.span.packing import pack, unpack, width
 
 PROBS = torch.float32
 """Dtype of routing probabilities (``moe_router_dtype=fp32``)."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """The half-tick that a direction is in, the same on every rank of the replica."""
+
+    active: frozenset[int] = frozenset()
+    """Stages that have a micro-batch."""
+    keep: bool = False
+    """A backward pass will follow this forward half."""
+    place: str = ""
+
+
+FORWARD, BACKWARD = 0, 1
 
 
 class Span:
@@ -33,6 +54,7 @@ class Span:
         tensor, stages: TP and PP sizes.
         hidden, dtype: of the tokens.
         recompute: run the experts again in the backward pass instead of keeping activations.
+        overlap: do other work while an all-to-all is under way.
     """
 
     def __init__(
@@ -45,18 +67,18 @@ class Span:
         dtype: torch.dtype,
         device: torch.device,
         recompute: bool,
+        overlap: bool = False,
     ) -> None:
         assert group.size() == tensor * stages
         self.group, self.tensor, self.stages = group, tensor, stages
         self._hidden, self._dtype, self.device = hidden, dtype, device
-        self._recompute = recompute
+        self._recompute, self.overlap = recompute, overlap
         self._experts: dict[int, Any] = {}
         self._sent: dict[int, deque[list[int]]] = {}
         self._hosted: dict[tuple[int, int], deque[Hosted]] = {}
-        self._active: frozenset[int] = frozenset()
-        self._keep = False
-        self._place = ""
-        self.backward_half = False
+        self._halves = {FORWARD: Half(), BACKWARD: Half()}
+        self.yield_turn: Callable[[int], None] | None = None
+        """Called with a direction whose all-to-all is under way; set by the schedule."""
 
     @property
     def layers(self) -> int:
@@ -75,8 +97,9 @@ class Span:
             active: stages that have a micro-batch in this half.
             keep: a backward pass will follow this forward half.
         """
-        self._active, self._keep, self.backward_half = frozenset(active), keep, backward
-        self._place = f"tick {tick}, {'backward' if backward else 'forward'} half"
+        place = f"tick {tick}, {'backward' if backward else 'forward'} half"
+        direction = BACKWARD if backward else FORWARD
+        self._halves[direction] = Half(frozenset(active), keep, place)
 
     def end(self) -> None:
         """Leave a flush: everything kept must have been used."""
@@ -88,47 +111,64 @@ class Span:
         tokens_NH: torch.Tensor | None = None,
         probs_N: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Exchange one layer's tokens; without tokens, serve the others.
 
         Args:
             tokens_NH, probs_N: this rank's routed tokens, sorted by expert.
             counts: tokens for each expert of the layer.
+            meanwhile: work that does not depend on the exchange, such as shared experts.
 
         Returns:
             Expert outputs [N, H] in the order of ``tokens_NH``.
         """
-        ranks = self.group.size()
-        experts = self._experts[layer]
-        if tokens_NH is None or probs_N is None or counts is None:
-            out_RE = torch.zeros(ranks, experts.per_rank, dtype=torch.int64, device=self.device)
+        if tokens_NH is None or probs_N is None:
             packed = self._empty(0, packed=True)
         else:
-            out_RE = counts.view(ranks, -1).to(torch.int64)
             packed = pack(tokens_NH.detach(), probs_N.detach().to(PROBS))
-        in_RE = torch.empty_like(out_RE)
-        self._all_to_all(layer, in_RE, out_RE)
-        in_RE = in_RE.cpu()
-        sent: list[int] = out_RE.sum(dim=1).tolist()
-        received: list[int] = in_RE.sum(dim=1).tolist()
+        sent, in_RE = self.exchange_counts(layer, counts)
+        received: list[int] = in_RE.sum(axis=1).tolist()
         packed_in = self._empty(sum(received), packed=True)
-        self._all_to_all(layer, packed_in, packed, received, sent)
+        self._all_to_all(FORWARD, layer, packed_in, packed, received, sent, meanwhile)
         outputs = self._host(layer, in_RE, received, packed_in)
         result_NH = self._empty(sum(sent))
-        self._all_to_all(layer, result_NH, outputs, sent, received)
-        if self._keep and tokens_NH is not None:
+        self._all_to_all(FORWARD, layer, result_NH, outputs, sent, received)
+        if self._halves[FORWARD].keep and tokens_NH is not None:
             self._sent.setdefault(layer, deque()).append(sent)
         return result_NH
 
+    def exchange_counts(
+        self, layer: int, counts: torch.Tensor | None
+    ) -> tuple[list[int], NDArray[np.int64]]:
+        """Tell every rank how many rows it gets; the numbers of both sides, on the host.
+
+        Args:
+            counts: rows for each expert of the layer; None sends none.
+
+        Returns:
+            Rows sent to each rank, and rows received by source rank and local expert [R, E].
+        """
+        ranks = self.group.size()
+        if counts is None:
+            experts = self._experts[layer].per_rank
+            out_RE = torch.zeros(ranks, experts, dtype=torch.int64, device=self.device)
+        else:
+            out_RE = counts.view(ranks, -1).to(torch.int64)
+        in_RE = torch.empty_like(out_RE)
+        self._all_to_all(FORWARD, layer, in_RE, out_RE)
+        return out_RE.sum(dim=1).tolist(), in_RE.cpu().numpy()
+
     def _host(
-        self, layer: int, in_RE: torch.Tensor, received: list[int], packed: torch.Tensor
+        self, layer: int, in_RE: NDArray[np.int64], received: list[int], packed: torch.Tensor
     ) -> torch.Tensor:
         outputs, start = [], 0
+        half = self._halves[FORWARD]
         for stage in range(self.stages):
             sources = slice(stage * self.tensor, (stage + 1) * self.tensor)
             rows = sum(received[sources])
-            if stage not in self._active:
-                assert rows == 0, f"tokens from idle stage {stage} at {self._place}"
+            if stage not in half.active:
+                assert rows == 0, f"tokens from idle stage {stage} at {half.place}"
                 continue
             tokens_NH, probs_N = unpack(packed[start : start + rows], PROBS)
             start += rows
@@ -138,7 +178,7 @@ class Span:
                 in_RE[sources],
                 tokens_NH,
                 probs_N,
-                keep=self._keep,
+                keep=half.keep,
                 recompute=self._recompute,
             )
             if hosted is not None:
@@ -162,7 +202,7 @@ class Span:
         hosted = {
             stage: self._hosted[layer, stage].popleft()
             for stage in range(self.stages)
-            if stage in self._active
+            if stage in self._halves[BACKWARD].active
         }
         received = [
             rows
@@ -171,7 +211,7 @@ class Span:
         ]
         grads_in = self._empty(sum(received))
         outgoing = self._empty(0) if grad_NH is None else grad_NH.contiguous()
-        self._all_to_all(layer, grads_in, outgoing, received, sent)
+        self._all_to_all(BACKWARD, layer, grads_in, outgoing, received, sent)
         back, start = [], 0
         for stage, kept in hosted.items():
             rows = sum(kept.rows)
@@ -180,7 +220,7 @@ class Span:
             back.append(pack(*host_backward(self._experts[layer][stage], kept, part)))
         packed_out = torch.cat(back) if back else self._empty(0, packed=True)
         packed = self._empty(sum(sent), packed=True)
-        self._all_to_all(layer, packed, packed_out, sent, received)
+        self._all_to_all(BACKWARD, layer, packed, packed_out, sent, received)
         return unpack(packed, PROBS)
 
     def _empty(self, rows: int, packed: bool = False) -> torch.Tensor:
@@ -189,18 +229,32 @@ class Span:
 
     def _all_to_all(
         self,
+        direction: int,
         layer: int,
         output: torch.Tensor,
         data: torch.Tensor,
         output_splits: list[int] | None = None,
         input_splits: list[int] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
         try:
-            dist.all_to_all_single(output, data, output_splits, input_splits, group=self.group)
+            work = dist.all_to_all_single(
+                output, data, output_splits, input_splits, group=self.group, async_op=True
+            )
+            assert work is not None
+            if not self.overlap:
+                work.wait()
+            if meanwhile is not None:
+                meanwhile()
+            if self.overlap:
+                if self.yield_turn is not None:
+                    self.yield_turn(direction)
+                work.wait()
         except RuntimeError as failure:
             raise HungError(
                 f"rank {dist.get_rank()}",
-                f"the exchange of local layer {layer} failed at {self._place}: {failure}",
+                f"the exchange of local layer {layer} failed at {self._halves[direction].place}: "
+                f"{failure}",
                 "a peer was lost or hung: look at the other ranks' logs, then resume",
             ) from failure
 
@@ -216,18 +270,21 @@ class Exchange(torch.autograd.Function):
         tokens_NH: torch.Tensor,
         probs_N: torch.Tensor,
         counts: torch.Tensor,
+        meanwhile: Callable[[], None] | None,
     ) -> torch.Tensor:
         """Expert outputs [N, H] in the order of ``tokens_NH``."""
         ctx.span, ctx.layer = span, layer
         ctx.probs_dtype = probs_N.dtype
-        if span.backward_half:
-            # A recomputed layer. All that follows the experts is linear in their output, so no
-            # gradient depends on its value and the exchange need not be repeated.
+        if torch._C._current_graph_task_id() != -1:
+            # Inside a backward pass: a recomputed layer. All that follows the experts is linear in
+            # their output, so no gradient depends on its value and no exchange is repeated.
+            if meanwhile is not None:
+                meanwhile()
             return torch.zeros_like(tokens_NH)
-        return span.forward(layer, tokens_NH, probs_N, counts)
+        return span.forward(layer, tokens_NH, probs_N, counts, meanwhile)
 
     @staticmethod
     def backward(ctx: Any, grad_NH: torch.Tensor) -> Any:  # type: ignore[override]
         """Gradients of tokens and probabilities, from the ranks that host the experts."""
         tokens_NH, probs_N = ctx.span.backward(ctx.layer, grad_NH)
-        return None, None, tokens_NH, probs_N.to(ctx.probs_dtype), None
+        return None, None, tokens_NH, probs_N.to(ctx.probs_dtype), None, None

@@ -9,15 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
+from numpy.typing import NDArray
 
 
 @dataclass
 class Hosted:
     """One stage's tokens of one micro-batch and layer, kept until that stage comes back."""
 
-    counts_TE: torch.Tensor
+    counts_TE: NDArray[np.int64]
     tokens_NH: torch.Tensor
     probs_N: torch.Tensor
     output_NH: torch.Tensor | None
@@ -26,13 +28,13 @@ class Hosted:
     @property
     def rows(self) -> list[int]:
         """Tokens from each source rank of the stage."""
-        rows: list[int] = self.counts_TE.sum(dim=1).tolist()
+        rows: list[int] = self.counts_TE.sum(axis=1).tolist()
         return rows
 
 
 def host_forward(
     experts: Any,
-    counts_TE: torch.Tensor,
+    counts_TE: NDArray[np.int64],
     tokens_NH: torch.Tensor,
     probs_N: torch.Tensor,
     *,
@@ -75,18 +77,18 @@ def host_backward(
 
 
 def _run(
-    experts: Any, counts_TE: torch.Tensor, tokens_NH: torch.Tensor, probs_N: torch.Tensor
+    experts: Any, counts_TE: NDArray[np.int64], tokens_NH: torch.Tensor, probs_N: torch.Tensor
 ) -> torch.Tensor:
     sources, hosted = counts_TE.shape
-    by_source = torch.arange(sources * hosted).view(sources, hosted)
+    by_source = np.arange(sources * hosted).reshape(sources, hosted)
     if sources > 1:
         tokens_NH, probs = sort_chunks_by_idxs(
             tokens_NH, counts_TE.ravel(), by_source.T.ravel(), probs=probs_N
         )
         assert probs is not None
         probs_N = probs
-    output_NH, _ = experts(tokens_NH, counts_TE.sum(dim=0), probs_N)
+    output_NH, _ = experts(tokens_NH, counts_TE.sum(axis=0), probs_N)
     if sources > 1:
-        by_expert = torch.arange(sources * hosted).view(hosted, sources)
+        by_expert = np.arange(sources * hosted).reshape(hosted, sources)
         output_NH, _ = sort_chunks_by_idxs(output_NH, counts_TE.T.ravel(), by_expert.T.ravel())
     return output_NH

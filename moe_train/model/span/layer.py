@@ -93,7 +93,6 @@ class SpanMoELayer(MoELayer):
     ) -> tuple[torch.Tensor, None]:
         """Hidden states [sequence / TP, batch, hidden] in and out."""
         assert intermediate_tensors is None and padding_mask is None
-        shared = self.shared_experts_compute(hidden_states)
         probs, routing_map = self.route(hidden_states)
         shape = hidden_states.shape
         tokens = hidden_states.view(-1, shape[-1])
@@ -107,7 +106,17 @@ class SpanMoELayer(MoELayer):
             fused=self.config.moe_permute_fusion,
             drop_and_pad=padded,
         )
-        result = Exchange.apply(self.span, self.local_layer, routed, routed_probs, counts)
+        grad, shared = torch.is_grad_enabled(), []
+
+        def shared_experts() -> None:
+            # Called from inside an autograd function, which switches gradients off.
+            with torch.set_grad_enabled(grad):
+                shared.append(self.shared_experts_compute(hidden_states))
+
+        meanwhile = shared_experts if self.use_shared_expert else None
+        result = Exchange.apply(
+            self.span, self.local_layer, routed, routed_probs, counts, meanwhile
+        )
         output = unpermute(
             result,
             order,
@@ -116,7 +125,7 @@ class SpanMoELayer(MoELayer):
             fused=self.config.moe_permute_fusion,
             drop_and_pad=padded,
         ).view(shape)
-        return (output if shared is None else output + shared), None
+        return (output + shared[0] if shared else output), None
 
     def _counts(self, routing_map: torch.Tensor, padded: bool) -> torch.Tensor:
         """Tokens that go to each expert, [experts]."""
