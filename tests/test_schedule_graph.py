@@ -139,7 +139,7 @@ def random_span(draw: st.DrawFn) -> SpanWork:
         (Piece("dispatch", draw(SECONDS), 1.0), Piece("combine", draw(SECONDS), 1.0)),
         served, tuple(2 * each for each in served),
         (Piece("head", draw(SECONDS)), Piece("head", draw(SECONDS))),
-        ends(stages, 1, draw(SECONDS), draw(SECONDS)),
+        ends(stages, 1, draw(SECONDS), draw(SECONDS)), draw(st.integers(0, 1)),
     )  # fmt: skip
 
 

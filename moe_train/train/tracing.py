@@ -11,6 +11,7 @@ slower than others and shows no overlap.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -57,6 +58,7 @@ class Tracer:
         self.events: list[Event] = []
         self._recording = False
         self._zero = 0.0
+        self._home = threading.get_ident()
         self._categories: dict[str, str] = {}
 
     def know_groups(self, groups: Any) -> None:
@@ -75,7 +77,7 @@ class Tracer:
         # All ranks leave the barrier together: the best common zero that clocks of several
         # machines have.
         dist.barrier()
-        self._zero = self._now()
+        self._zero, self._home = self._now(), threading.get_ident()
         self._recording = True
         try:
             with self._waiting_seen():
@@ -143,7 +145,9 @@ class Tracer:
     def _add(self, name: str, category: str, start: float, facts: Mapping[str, Any]) -> None:
         seconds = self._now() - start
         whole = {"stage": self.stage, **facts}
-        self.events.append(span(name, category, start - self._zero, seconds, 0, whole))
+        # Two threads only where two halves of a tick take turns, or a device has its own.
+        track = int(threading.get_ident() != self._home)
+        self.events.append(span(name, category, start - self._zero, seconds, 0, whole, track))
 
     @contextmanager
     def _waiting_seen(self) -> Iterator[None]:

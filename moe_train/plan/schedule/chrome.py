@@ -41,12 +41,17 @@ def process(number: int, name: str, place: int) -> list[Event]:
 
 
 def span(
-    name: str, category: str, start: float, seconds: float, number: int, args: dict[str, Any]
-) -> Event:
-    """A span of process `number`; `start` in seconds from the step's beginning."""
+    name: str, category: str, start: float, seconds: float, number: int, args: dict[str, Any],
+    track: int = 0,
+) -> Event:  # fmt: skip
+    """A span of process `number`; `start` in seconds from the step's beginning.
+
+    Args:
+        track: spans of one track lie inside one another or apart.
+    """
     return {
         "ph": "X", "name": name, "cat": category, "ts": 1e6 * start, "dur": 1e6 * seconds,
-        "pid": number, "tid": 0, "args": args,
+        "pid": number, "tid": track, "args": args,
     }  # fmt: skip
 
 

@@ -151,6 +151,7 @@ def _span_work(
         experts_backward=tuple(passes * each for each in served),
         head=(Piece("head", head), Piece("head", 2 * head)),
         ends=ends,
+        delay=int(config.parallel.overlap_expert_comm),
     )
 
 

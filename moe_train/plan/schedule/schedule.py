@@ -84,7 +84,7 @@ def build_schedule(
     stages, count = layout.pipeline, predicted.microbatches
     if isinstance(work, SpanWork):
         graph = span_graph(work, detail)
-        held = tuple(in_flight(stages, stage, count) for stage in range(stages))
+        held = tuple(in_flight(stages, stage, count, work.delay) for stage in range(stages))
         formula = span_formula(work)
     else:
         assert isinstance(work, PipedWork)

@@ -32,7 +32,7 @@ def span_graph(work: SpanWork, detail: str) -> Any:
     """Directed acyclic graph (networkx) of one step; `detail` is ``stage`` or ``layer``."""
     builder = Builder(work.ends)
     ends: dict[tuple[str, int, int], tuple[str, str]] = {}
-    for tick in ticks(work.stages, work.microbatches):
+    for tick in ticks(work.stages, work.microbatches, delay=work.delay):
         for direction, active in ((FORWARD, tick.forward), (BACKWARD, tick.backward)):
             if active:
                 add = _stages if detail == "stage" else _layers

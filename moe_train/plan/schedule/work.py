@@ -87,6 +87,8 @@ class SpanWork:
     head: tuple[Piece, Piece]
     """Forward and backward, on the last stage."""
     ends: Ends
+    delay: int = 0
+    """Ticks by which backward halves come later, see `moe_train.plan.ticks`."""
 
 
 def total(pieces: tuple[Piece, ...] | list[Piece]) -> float:
