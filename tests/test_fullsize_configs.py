@@ -36,7 +36,6 @@ MACHINE = {
     },
     "ddp": {},
     "optimizer": {
-        "store_param_remainders": ("True", "False"),
         "optimizer_offload_fraction": ("1.0", "0.0"),
     },
 }

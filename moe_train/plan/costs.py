@@ -20,6 +20,8 @@ from moe_train.plan.terms import Term
 ASSUMED = {
     "routing": "every rank's experts receive imbalance x the average rows",
     "allocator": "fragmentation is that share of what comes and goes; state is allocated once",
+    "optimizer": "master weights are whole: precision-aware is 12 bytes a parameter, and would be "
+    "10 with TransformerEngine's 16-bit remainders, which checkpoints cannot hold",
     "order": "kernels of one device run one after the other",
     "exchange": "expert all-to-all is exposed unless parallel.overlap_expert_comm is on",
     "gradients": "their reduction hides behind one micro-batch's backward pass where it overlaps",

@@ -190,6 +190,12 @@ def _options(config: Config, layout: Layout) -> Iterator[ConfigError]:
             "needs the distributed optimizer and overlapped gradient reduction",
             "optim.distributed=true parallel.overlap_grad_reduce=true",
         )
+    if config.megatron.optimizer.get("store_param_remainders"):
+        yield ConfigError(
+            "megatron.optimizer.store_param_remainders",
+            "keeps the lower half of each master weight, while checkpoints hold whole ones",
+            "megatron.optimizer.store_param_remainders=false (12 bytes a parameter, not 10)",
+        )
     if parallel.overlap_expert_comm and not layout.span:
         yield from _overlap(config, layout)
     if layout.span:

@@ -61,8 +61,12 @@ class CudaBackend:
         }
 
     def optimizer_overrides(self) -> dict[str, Any]:
-        """Offloading means all of the state: Megatron's dataclass would offload a share of 0."""
-        return {"optimizer_offload_fraction": 1.0}
+        """Offloading means all of the state: Megatron's dataclass would offload a share of 0.
+
+        Master weights are stored whole, as on the host: of 16-bit remainders, which Megatron
+        stores by default, a checkpoint could not make a master weight again.
+        """
+        return {"optimizer_offload_fraction": 1.0, "store_param_remainders": False}
 
     def optimizer_construction(self) -> contextlib.AbstractContextManager[None]:
         """TransformerEngine is there: nothing to arrange."""
