@@ -27,6 +27,7 @@ def write(root: Path, step: int, content: str = "weights") -> Path:
     """A committed checkpoint of one file, through the program's own life cycle."""
     staging = folders.staging_folder(root, step)
     (staging / "__0_0.distcp").write_text(content)
+    (staging / "tensors.json").write_text("{}")
     Manifest(
         step=step,
         consumed_samples=step * 8,
@@ -39,7 +40,7 @@ def write(root: Path, step: int, content: str = "weights") -> Path:
         optimizer_states=[],
         tokenizer="abc",
         rng_sizes=[],
-        files={"__0_0.distcp": file_facts(staging / "__0_0.distcp")},
+        files={name: file_facts(staging / name) for name in ("__0_0.distcp", "tensors.json")},
     ).write(staging)
     return folders.commit(staging)
 
@@ -67,7 +68,7 @@ def test_links_are_neither_taken_nor_followed(tmp_path: Path) -> None:
     (root / "step_00000008").symlink_to(outside)
     (root / "step_00000009.tmp").symlink_to(outside)
     folders.staging_folder(root, 4)
-    folders.purge(root, 1)
+    folders.purge(root / "step_00000002", 1)
     assert [path.name for path in folders.committed(root)] == ["step_00000002"]
     assert verify(outside).step == 8
 
@@ -82,11 +83,31 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 def test_keep(tmp_path: Path) -> None:
     for step in (2, 4, 6, 100_000_0):
-        write(tmp_path, step)
-    folders.purge(tmp_path, 2)
+        newest = write(tmp_path, step)
+    folders.purge(newest, 2)
     assert names(tmp_path) == ["step_00000006", "step_01000000"]
-    folders.purge(tmp_path, 0)
+    folders.purge(newest, 0)
     assert names(tmp_path) == ["step_01000000"]
+
+
+def test_what_is_kept_is_whole(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        newest = write(tmp_path, step)
+    (tmp_path / "step_00000004" / "__0_0.distcp").unlink()
+    folders.purge(newest, 2)
+    assert names(tmp_path) == ["step_00000002", "step_00000006"]
+
+
+def test_the_new_one_stays_even_below_later_steps(tmp_path: Path) -> None:
+    """A run that went on from step 2, past damage at 6, has just saved 4."""
+    for step in (2, 6):
+        flip(write(tmp_path, step) / "__0_0.distcp")
+    folders.purge(write(tmp_path, 4), 1)
+    assert names(tmp_path) == ["step_00000004", "step_00000006.left1"]
+    write(tmp_path, 6)
+    folders.purge(write(tmp_path, 5), 1)
+    assert names(tmp_path) == ["step_00000005", "step_00000006.left1", "step_00000006.left2"]
+    assert [path.name for path in folders.committed(tmp_path)] == ["step_00000005"]
 
 
 def flip(path: Path) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from itertools import count
 from pathlib import Path
+
+from moe_train.checkpoint.manifest import verify
+from moe_train.errors import CheckpointError
 
 _COMMITTED = re.compile(r"^step_(\d{8})$")
 _STAGED = re.compile(r"^step_\d{8}\.(tmp|old)$")
@@ -70,7 +74,42 @@ def committed(root: Path) -> list[Path]:
     return sorted((p for p in found if p.is_dir()), key=lambda p: p.name, reverse=True)
 
 
-def purge(root: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` committed checkpoints (at least one stays)."""
-    for old in committed(root)[max(keep, 1) :]:
-        shutil.rmtree(old)
+def purge(newest: Path, keep: int) -> None:
+    """Retire what the checkpoint just committed makes old; it itself always stays.
+
+    Of the earlier steps the newest ``keep`` - 1 stay that are whole. Later steps belong to a
+    history that this run has left (it went on from an earlier checkpoint, because they were
+    damaged or by request): they are set aside under a name that is no checkpoint's, so that the
+    newest name stays the newest state, and not deleted, because no newer one replaces them.
+
+    Args:
+        newest: a committed checkpoint that has been verified.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    left = max(keep, 1) - 1
+    for other in committed(newest.parent):
+        if other.name > newest.name:
+            _set_aside(other)
+        elif other.name < newest.name:
+            if left > 0 and _whole(other):
+                left -= 1
+            else:
+                shutil.rmtree(other)
+
+
+def _set_aside(folder: Path) -> None:
+    for number in count(1):
+        target = folder.with_name(f"{folder.name}.left{number}")
+        if not target.exists():
+            folder.rename(target)
+            return
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        verify(folder, deep=False)
+    except CheckpointError:
+        return False
+    return True

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 
 from moe_train.checkpoint import folders, optimizer_state, rng
 from moe_train.checkpoint.manifest import Manifest, read_manifest, verify
 from moe_train.checkpoint.model_state import load_model_state, sharded_model_state
+from moe_train.checkpoint.tensors import read_tensors
 from moe_train.errors import CheckpointError
 
 
@@ -29,7 +29,8 @@ def find_checkpoint(root: Path, resume: str) -> tuple[Path | None, list[str]]:
     if resume == "never":
         return None, []
     if resume != "auto":
-        folder = Path(resume)
+        # A link that a user names is the user's; those inside are refused.
+        folder = Path(resume).resolve()
         verify(folder)
         return folder, []
     warnings: list[str] = []
@@ -100,23 +101,13 @@ def load_checkpoint(
         Whether the random states were restored.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape.
+        CheckpointError: a tensor is missing, damaged or has another shape; on every rank.
     """
-    try:
-        load_model_state(chunks, _load(sharded_model_state(chunks), folder))
-        if optimizer is None:
-            return False
-        _load_optimizer(folder, manifest, chunks, optimizer)
-        return _load_rng(folder, manifest, layout)
-    except (RuntimeError, ValueError, KeyError, OSError) as problem:
-        raise CheckpointError(str(folder), f"cannot be loaded: {problem}") from problem
-    except dist_checkpointing.core.CheckpointingException as problem:
-        raise CheckpointError(str(folder), f"does not fit this model: {problem}") from problem
-
-
-def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
-    return loaded
+    load_model_state(chunks, read_tensors(sharded_model_state(chunks), folder, manifest))
+    if optimizer is None:
+        return False
+    _load_optimizer(folder, manifest, chunks, optimizer)
+    return _load_rng(folder, manifest, layout)
 
 
 def _load_optimizer(folder: Path, manifest: Manifest, chunks: list[Any], optimizer: Any) -> None:
@@ -129,7 +120,7 @@ def _load_optimizer(folder: Path, manifest: Manifest, chunks: list[Any], optimiz
             continue
         # One state at a time bounds the extra memory to one fp32 copy of the parameters.
         empty = optimizer_state.sharded_state(optimizer, model_state, name, empty=True)
-        loaded = _load({"optimizer": empty}, folder)
+        loaded = read_tensors({"optimizer": empty}, folder, manifest)
         optimizer_state.load_state(optimizer, name, loaded["optimizer"])
     optimizer_state.set_optimizer_step(optimizer, manifest.optimizer_step)
 
@@ -139,6 +130,6 @@ def _load_rng(folder: Path, manifest: Manifest, layout: str) -> bool:
     rank, world = dist.get_rank(), dist.get_world_size()
     if (manifest.layout, manifest.world, manifest.rng_sizes) != (layout, world, sizes):
         return False
-    loaded = _load({"rng": rng.sharded(packed, rank, world)}, folder)
+    loaded = read_tensors({"rng": rng.sharded(packed, rank, world)}, folder, manifest)
     rng.unpack(loaded["rng"], sizes)
     return True

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,9 +17,14 @@ from typing import Any
 
 from moe_train.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
+INDEX = "tensors.json"
 MAX_BYTES = 64 * 2**20
+_FILE = re.compile(rf"__\d{{1,9}}_\d{{1,9}}\.distcp|{re.escape(INDEX)}", re.ASCII)
+"""The only names that a manifest may list: no other file of the folder is ever opened."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_STATES = {"exp_avg", "exp_avg_sq", "param"}
 
 
 @dataclass
@@ -59,14 +66,7 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: missing, too large, not JSON, of another format or incomplete.
     """
     path = folder / NAME
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(str(path), f"larger than {MAX_BYTES} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise CheckpointError(
-            str(path), f"cannot be read: {problem}", "the folder is not a complete checkpoint"
-        ) from problem
+    raw = read_json(path, MAX_BYTES)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise CheckpointError(str(path), f"is not a manifest of format {FORMAT}")
     try:
@@ -77,6 +77,26 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def read_json(path: Path, limit: int) -> Any:
+    """Content of a JSON file of at most ``limit`` bytes.
+
+    Raises:
+        CheckpointError: no plain file, too large, or not JSON.
+    """
+    try:
+        # A link could lead out of the folder, and a pipe or a device would never end.
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(str(path), "is not a plain file")
+        if found.st_size > limit:
+            raise CheckpointError(str(path), f"has {found.st_size} bytes, more than {limit}")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise CheckpointError(
+            str(path), f"cannot be read: {problem}", "the folder is not a complete checkpoint"
+        ) from problem
+
+
 def _check_types(path: Path, manifest: Manifest) -> None:
     numbers = ("step", "consumed_samples", "consumed_tokens", "world", "seed", "optimizer_step")
     for name in numbers:
@@ -85,14 +105,26 @@ def _check_types(path: Path, manifest: Manifest) -> None:
             raise CheckpointError(str(path), f"{name} is {value!r}, not a count")
     if not isinstance(manifest.model, dict) or not isinstance(manifest.files, dict):
         raise CheckpointError(str(path), "model and files must be objects")
-    for sequence in (manifest.optimizer_states, manifest.rng_sizes):
-        if not isinstance(sequence, list):
-            raise CheckpointError(str(path), "optimizer_states and rng_sizes must be lists")
+    texts = (manifest.layout, manifest.tokenizer)
+    if not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(str(path), "layout and tokenizer must be texts")
+    states, sizes = manifest.optimizer_states, manifest.rng_sizes
+    if not isinstance(states, list) or not all(
+        isinstance(state, str) and state in _STATES for state in states
+    ):
+        raise CheckpointError(str(path), f"optimizer_states are not among {sorted(_STATES)}")
+    if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise CheckpointError(str(path), "rng_sizes must be counts")
     for name, facts in manifest.files.items():
-        plain = Path(name).name == name and name not in ("", ".", "..")
-        known = isinstance(facts, dict) and type(facts.get("size")) is int
-        if not plain or not known or not isinstance(facts.get("sha256"), str):
-            raise CheckpointError(str(path), f"entry {name!r} is not a plain file with facts")
+        known = isinstance(facts, dict) and facts.keys() == {"size", "sha256"}
+        if not known or type(facts["size"]) is not int or not _is_digest(facts["sha256"]):
+            raise CheckpointError(str(path), f"entry {name[:80]!r} has no size and SHA-256")
+        if not _FILE.fullmatch(name):
+            raise CheckpointError(str(path), f"entry {name[:80]!r} is not a checkpoint's file")
+
+
+def _is_digest(text: Any) -> bool:
+    return isinstance(text, str) and _SHA256.fullmatch(text) is not None
 
 
 def file_facts(path: Path) -> dict[str, Any]:
@@ -109,11 +141,22 @@ def verify(folder: Path, deep: bool = True) -> Manifest:
         deep: compare hashes too, not sizes alone.
 
     Raises:
-        CheckpointError: names the first file that is missing, a link, or different.
+        CheckpointError: names the first file that is missing, unlisted, a link, or different.
     """
     manifest = read_manifest(folder)
-    if not manifest.files:
-        raise CheckpointError(str(folder), "its manifest lists no files")
+    try:
+        _compare(folder, manifest, deep)
+    except OSError as problem:
+        raise CheckpointError(str(folder), f"cannot be read: {problem}", _FALL_BACK) from problem
+    return manifest
+
+
+def _compare(folder: Path, manifest: Manifest, deep: bool) -> None:
+    if INDEX not in manifest.files:
+        raise CheckpointError(str(folder / NAME), f"does not list {INDEX}", _FALL_BACK)
+    for path in sorted(folder.iterdir()):
+        if path.name != NAME and path.name not in manifest.files:
+            raise CheckpointError(str(path), "is not in the manifest", "remove it if it is yours")
     for name, facts in sorted(manifest.files.items()):
         path = folder / name
         if path.is_symlink() or not path.is_file():
@@ -124,7 +167,6 @@ def verify(folder: Path, deep: bool = True) -> Manifest:
             )
         if deep and file_facts(path)["sha256"] != facts["sha256"]:
             raise CheckpointError(str(path), "does not match its SHA-256", _FALL_BACK)
-    return manifest
 
 
 _FALL_BACK = "resume from an older checkpoint: checkpoint.resume=PATH"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import queue
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from moe_train.checkpoint import folders, manifest, optimizer_state, rng
+from moe_train.checkpoint import folders, manifest, optimizer_state, rng, space
+from moe_train.checkpoint.index import write_index
 from moe_train.checkpoint.manifest import Manifest
 from moe_train.checkpoint.model_state import sharded_model_state
+from moe_train.checkpoint.tensors import Written, check_complete, split, write_tensors
+from moe_train.checkpoint.together import together
 from moe_train.errors import CheckpointError
 
 
@@ -36,36 +38,63 @@ def save_checkpoint(
         The committed folder.
 
     Raises:
-        CheckpointError: on every rank, when any rank could not write; the previous checkpoint
-            is untouched.
+        CheckpointError: on every rank, when any rank could not write or the disk has no room;
+            the previous checkpoint is untouched, and what was written of this one is removed.
     """
     rank = dist.get_rank()
     final = root / folders.committed_name(step)
     staging = root / f"{final.name}.tmp"
-    _together(lambda: folders.staging_folder(root, step) if rank == 0 else None, staging)
     state, rng_sizes = _state(chunks, optimizer)
-    # Megatron's writer threads answer through a Manager, which only asynchronous saving needs:
-    # a spawned copy of the program per rank (340 MB), that outlives a rank which is killed.
-    filesystem_async._results_queue = queue.Queue()
-    _together(lambda: dist_checkpointing.save(state, str(staging)), staging)
-    table = _together(lambda: _describe(staging, rank), staging)
-    described = Manifest(
-        step=step,
-        optimizer_step=optimizer_state.optimizer_step(optimizer),
-        optimizer_states=optimizer_state.state_names(optimizer),
-        rng_sizes=rng_sizes,
-        files=manifest.merged(table),
-        **facts,
-    )
+    sharded = split(state)
+    size = sum(_together(lambda: space.bytes_to_write(sharded), staging))
+    # Megatron checks its own rule here (rank 0), so the outcome has to be shared as well.
+    _together(lambda: check_complete(sharded), staging)
 
-    def publish() -> None:
+    def stage() -> None:
         if rank == 0:
-            described.write(staging)
-            folders.commit(staging)
-            folders.purge(root, keep)
+            folders.staging_folder(root, step)
+            space.check_free(root, size)
 
-    _together(publish, staging)
+    def publish(written: Written | None, table: dict[str, dict[str, Any]]) -> None:
+        if rank == 0:
+            assert written is not None
+            write_index(staging, *written)
+            table[manifest.INDEX] = manifest.file_facts(staging / manifest.INDEX)
+            Manifest(
+                step=step,
+                optimizer_step=optimizer_state.optimizer_step(optimizer),
+                optimizer_states=optimizer_state.state_names(optimizer),
+                rng_sizes=rng_sizes,
+                files=table,
+                **facts,
+            ).write(staging)
+            folders.commit(staging)
+
+    try:
+        _together(stage, staging)
+        written: list[Written | None] = []
+        _together(lambda: written.append(write_tensors(sharded, staging)), staging)
+        tables = _together(lambda: _describe(staging, rank), staging)
+        _together(lambda: publish(written[0], manifest.merged(tables)), staging)
+    except CheckpointError:
+        if rank == 0:
+            # Its room may be what the next attempt needs.
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    together(lambda: _retire(final, keep) if rank == 0 else None, final, "is not sound", READ)
     return final
+
+
+READ = "look at the disk: moe-train checkpoint list RUN shows what is sound"
+
+
+def _retire(final: Path, keep: int) -> None:
+    """Delete old checkpoints, once the new one is seen to be there as its manifest says.
+
+    Its bytes were hashed as they lay when it was staged: here its names and sizes are compared.
+    """
+    manifest.verify(final, deep=False)
+    folders.purge(final, keep)
 
 
 def _state(chunks: list[Any], optimizer: Any) -> tuple[dict[str, Any], list[int]]:
@@ -81,34 +110,18 @@ def _state(chunks: list[Any], optimizer: Any) -> tuple[dict[str, Any], list[int]
 
 
 def _describe(staging: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Flush and hash the files that this rank answers for: its own, and rank 0 the rest."""
+    """Flush and hash this rank's own files."""
     mine = {}
-    for path in sorted(staging.iterdir()):
-        owner = path.name.split("_")[2] if path.name.startswith("__") else "0"
-        if owner == str(rank):
-            folders.sync_file(path)
-            mine[path.name] = manifest.file_facts(path)
+    for path in sorted(staging.glob(f"__{rank}_*.distcp")):
+        folders.sync_file(path)
+        mine[path.name] = manifest.file_facts(path)
     return mine
 
 
-def _together(work: Any, staging: Path) -> list[Any]:
-    """Run ``work`` on every rank; if it failed anywhere, raise the same error everywhere.
-
-    torch's writers raise RuntimeError and CheckpointException, not only OSError, on a full
-    disk.
-    """
-    result, problem = None, None
-    try:
-        result = work()
-    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
-        problem = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (problem, result))
-    problems = [outcome[0] for outcome in outcomes if outcome[0]]
-    if problems:
-        raise CheckpointError(
-            str(staging),
-            f"could not be written: {problems[0]}",
-            "free disk space or fix the folder; the previous checkpoint is untouched",
-        )
-    return [outcome[1] for outcome in outcomes]
+def _together[T](work: Callable[[], T], staging: Path) -> list[T]:
+    return together(
+        work,
+        staging,
+        "could not be written",
+        "free disk space or fix the folder; the previous checkpoint is untouched",
+    )

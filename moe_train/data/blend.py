@@ -12,13 +12,13 @@ from moe_train.config.training import DataConfig
 from moe_train.data import tokenizer as tokenizers
 from moe_train.data.cache import cache_folder, lock
 from moe_train.data.corpus import DEFAULT_TOKENIZER, embedded_corpus
-from moe_train.data.manifest import write_json
+from moe_train.data.manifest import beside, write_json
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.data.verify import Facts, check_files, check_vocabulary, largest_id
 from moe_train.errors import DataError
 
-SCAN_BYTES = 1 << 30
-"""Files up to this size are read whole once; above, a manifest is trusted."""
+SCAN_BYTES = 32 << 30
+"""Files up to this size are read whole once (about a minute); above, a manifest is trusted."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,16 @@ def _part(prefix: Path, weight: float | None, cache: Path) -> Part:
 
 
 def _largest_id(facts: Facts, cache: Path) -> int:
-    """Largest id, read from the tokens once per state of the file."""
+    """Largest id, read from the tokens and checked against digests once per state of the files."""
     stat = facts.bin_path.stat()
+    index = beside(facts.prefix, ".idx").stat()
     if facts.manifest is not None and stat.st_size > SCAN_BYTES:
         return facts.manifest.max_token_id
     record = cache / "scans" / f"{stat.st_dev}-{stat.st_ino}.json"
     state = [str(facts.bin_path.resolve()), stat.st_size, stat.st_mtime_ns]
+    state += [index.st_size, index.st_mtime_ns]
+    if facts.manifest is not None:
+        state += [facts.manifest.bin_sha256, facts.manifest.idx_sha256]
     with lock(record):
         try:
             known = json.loads(record.read_text(encoding="utf-8"))

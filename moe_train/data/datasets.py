@@ -17,6 +17,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from moe_train.config.training import DataConfig
+from moe_train.data import indices
 from moe_train.data.blend import Corpus, Part, open_corpus
 from moe_train.data.cache import cache_folder, lock
 from moe_train.data.packing import EndlessGPTDataset
@@ -180,7 +181,8 @@ def _index_folder(config: DataConfig, corpus: Corpus) -> Path:
 
 @contextmanager
 def _building(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock while indices are built in it, and drop what a killed build left.
+    """Hold the folder's lock while indices are built in it, and drop damage and what a killed
+    build left.
 
     With a process group Megatron writes on rank 0 alone and has the others wait for it.
     """
@@ -189,8 +191,11 @@ def _building(folder: Path) -> Iterator[None]:
         return
     with lock(folder):
         unfinished = folder.with_name(folder.name + ".building")
-        if unfinished.exists():
+        indices.refuse_pickles(folder)
+        if unfinished.exists() or not indices.unchanged(folder):
             shutil.rmtree(folder, ignore_errors=True)
         unfinished.touch()
         yield
+        if folder.is_dir():
+            indices.record(folder)
         unfinished.unlink()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+import stat
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ from moe_train.data import tokenizer as tokenizers
 from moe_train.errors import DataError
 
 FORMAT = 1
+MAX_BYTES = 256 * 2**20
+BLOCK = 16 * 2**20
+"""Bytes of .bin that one digest of ``bin_blocks`` stands for."""
+_COUNTS = (
+    *("documents", "tokens", "skipped_documents", "vocab_size", "max_token_id"),
+    *("bin_bytes", "idx_bytes"),
+)
+_TEXTS = ("dtype", "tokenizer", "tokenizer_fingerprint", "bin_sha256", "idx_sha256")
 
 
 def beside(prefix: Path, ending: str) -> Path:
@@ -44,6 +53,8 @@ class Manifest:
     sources: list[dict[str, Any]] = field(default_factory=list)
     """path, bytes, sha256, documents and tokens of every input file, in order."""
     format: int = FORMAT
+    bin_blocks: list[str] = field(default_factory=list)
+    """SHA-256 of every `BLOCK` of .bin, so that damage can be placed; empty in older data."""
 
     def write(self, path: Path) -> None:
         """Write the file whole or not at all."""
@@ -79,20 +90,57 @@ def read_manifest(prefix: Path) -> Manifest | None:
         DataError: there is one, but it cannot be read or is of another format.
     """
     path = beside(prefix, ".json")
-    if not path.exists():
-        return None
     again = "prepare the data again"
     try:
+        found = path.stat()
+        # A pipe or a device would never end.
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(str(path), "is not a plain file", again)
+        if found.st_size > MAX_BYTES:
+            raise DataError(str(path), f"has {found.st_size} bytes, more than {MAX_BYTES}", again)
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(str(path), f"manifest cannot be read: {error}", again) from error
-    known = {item.name for item in fields(Manifest)}
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(str(path), f"is no manifest of format {FORMAT}", again)
-    if set(content) != known:
-        odd = ", ".join(sorted(set(content) ^ known))
-        raise DataError(str(path), f"manifest fields missing or unknown: {odd}", again)
-    return Manifest(**content)
+    known = {item.name for item in fields(Manifest)}
+    needed = {
+        item.name
+        for item in fields(Manifest)
+        if item.default is MISSING and item.default_factory is MISSING
+    }
+    if odd := (set(content) - known) | (needed - set(content)):
+        raise DataError(
+            str(path), f"manifest fields missing or unknown: {', '.join(sorted(odd))[:200]}", again
+        )
+    manifest = Manifest(**content)
+    if fault := _mistyped(manifest):
+        raise DataError(str(path), f"manifest field {fault} has a value that it cannot have", again)
+    return manifest
+
+
+def _mistyped(manifest: Manifest) -> str | None:
+    """The first field whose value is not of its type."""
+    for name in _COUNTS:
+        value = getattr(manifest, name)
+        if type(value) is not int or not 0 <= value < 2**63:
+            return name
+    for name in _TEXTS:
+        if not isinstance(getattr(manifest, name), str):
+            return name
+    eod = manifest.eod
+    checks = {
+        "eod": eod is None or (type(eod) is int and eod >= 0),
+        "appended_eod": isinstance(manifest.appended_eod, bool),
+        "unigram_entropy": type(manifest.unigram_entropy) in (int, float),
+        "sources": isinstance(manifest.sources, list),
+        "bin_blocks": isinstance(manifest.bin_blocks, list)
+        and all(isinstance(digest, str) for digest in manifest.bin_blocks)
+        and len(manifest.bin_blocks) in (0, -(-manifest.bin_bytes // BLOCK)),
+    }
+    return next((name for name, sound in checks.items() if not sound), None)
 
 
 def write_json(path: Path, content: Any) -> None:

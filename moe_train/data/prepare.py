@@ -23,7 +23,7 @@ from moe_train.data.manifest import Manifest, beside, write_json
 from moe_train.data.pipeline import End, encode_all
 from moe_train.data.shards import Shard, ShardFolder, ShardWriter
 from moe_train.data.sources import Source, digest, expand, read
-from moe_train.data.verify import check_files
+from moe_train.data.verify import block_digests, check_files
 from moe_train.errors import DataError
 
 OUTPUTS = (".json", ".bin", ".idx", ".tokenizer.json")
@@ -124,6 +124,7 @@ def _prepare(request: Request, sources: list[Source], work: Path, report: Report
     full = [folder.prefix(s) for s, shard in zip(sources, shards, strict=True) if shard.documents]
     _merge(merged, full, dtype)
     counts = count_tokens(_tokens(beside(merged, ".bin"), dtype))
+    whole, blocks = block_digests(beside(merged, ".bin"))
     manifest = Manifest(
         documents=documents,
         tokens=int(counts.sum()),
@@ -137,7 +138,8 @@ def _prepare(request: Request, sources: list[Source], work: Path, report: Report
         tokenizer_fingerprint=tokenizer.fingerprint,
         unigram_entropy=entropy_of_counts(counts),
         bin_bytes=beside(merged, ".bin").stat().st_size,
-        bin_sha256=digest(beside(merged, ".bin")),
+        bin_sha256=whole,
+        bin_blocks=blocks,
         idx_bytes=beside(merged, ".idx").stat().st_size,
         idx_sha256=digest(beside(merged, ".idx")),
         sources=[

@@ -7,6 +7,7 @@ The .idx layout is that of Megatron's indexed dataset, version 1: magic (9 bytes
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_train.data.manifest import Manifest, beside, read_manifest
+from moe_train.data.manifest import BLOCK, Manifest, beside, read_manifest
 from moe_train.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -92,6 +93,7 @@ def check_files(prefix: Path) -> Facts:
     if int(lengths.min()) < 0:
         at = HEADER.size + 4 * int(np.argmin(lengths))
         raise DataError(str(idx), f"negative sequence length at offset {at}", AGAIN)
+    _check_places(idx, raw, lengths, int(entries), dtype.itemsize)
     tokens = int(lengths.sum(dtype=np.int64))
     if tokens == 0:
         raise DataError(str(binary), "holds no token: empty corpus", "prepare other sources")
@@ -99,11 +101,41 @@ def check_files(prefix: Path) -> Facts:
     return Facts(prefix, dtype, lengths, entries - 1, tokens, manifest)
 
 
+def _check_places(
+    idx: Path,
+    raw: npt.NDArray[np.uint8],
+    lengths: npt.NDArray[np.int32],
+    entries: int,
+    itemsize: int,
+) -> None:
+    """Refuse an index that leads a reader outside of the tokens, or to others than it says."""
+    places = HEADER.size + 4 * lengths.size
+    documents = places + 8 * lengths.size
+    begins = raw[places:documents].view(np.int64)
+    expected = 0
+    for start in range(0, lengths.size, SCAN):
+        sizes = lengths[start : start + SCAN].astype(np.int64) * itemsize
+        ends = expected + np.cumsum(sizes)
+        wrong = np.flatnonzero(begins[start : start + SCAN] != ends - sizes)
+        if wrong.size:
+            at = places + 8 * (start + int(wrong[0]))
+            raise DataError(str(idx), f"wrong place of a sequence at offset {at}", AGAIN)
+        expected = int(ends[-1])
+    bounds = raw[documents : documents + 8 * entries].view(np.int64)
+    falls = np.flatnonzero(np.diff(bounds) < 0)
+    if falls.size:
+        at = documents + 8 * (int(falls[0]) + 1)
+        raise DataError(str(idx), f"documents out of order at offset {at}", AGAIN)
+    if int(bounds[0]) != 0 or int(bounds[-1]) != lengths.size:
+        at = documents + (8 * (entries - 1) if int(bounds[0]) == 0 else 0)
+        raise DataError(str(idx), f"documents do not span the sequences (offset {at})", AGAIN)
+
+
 def largest_id(facts: Facts) -> int:
-    """Largest id in the tokens, by reading them all.
+    """Largest id in the tokens, by reading them all; both files against the manifest's SHA-256.
 
     Raises:
-        DataError: an id is negative (file and offset).
+        DataError: an id is negative, or a digest differs (file and offset).
     """
     largest = 0
     for index, chunk in enumerate(facts.chunks()):
@@ -112,7 +144,43 @@ def largest_id(facts: Facts) -> int:
             at = (index * SCAN + int(np.argmin(chunk))) * facts.dtype.itemsize
             raise DataError(str(facts.bin_path), f"negative token id {low} at offset {at}", AGAIN)
         largest = max(largest, int(chunk.max()))
+    if facts.manifest is not None:
+        # First what has one exact place, then what digests can only place in a block.
+        owner = "the tokenizer's vocabulary"
+        check_vocabulary(facts, largest, facts.manifest.vocab_size, owner)
+        _check_digests(facts, facts.manifest)
     return largest
+
+
+def _check_digests(facts: Facts, manifest: Manifest) -> None:
+    idx = beside(facts.prefix, ".idx")
+    with idx.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != manifest.idx_sha256:
+        raise DataError(str(idx), "does not match the SHA-256 of its manifest", AGAIN)
+    whole, blocks = block_digests(facts.bin_path)
+    for number, (told, here) in enumerate(zip(manifest.bin_blocks, blocks, strict=False)):
+        if told != here:
+            begin, end = number * BLOCK, min((number + 1) * BLOCK, manifest.bin_bytes)
+            raise DataError(
+                str(facts.bin_path),
+                f"does not match the SHA-256 of its manifest between offsets {begin} and {end}",
+                AGAIN,
+            )
+    if whole != manifest.bin_sha256:
+        raise DataError(
+            str(facts.bin_path), "does not match the SHA-256 of its manifest (from offset 0)", AGAIN
+        )
+
+
+def block_digests(path: Path) -> tuple[str, list[str]]:
+    """SHA-256 of a file, and of each `BLOCK` of it."""
+    whole, blocks = hashlib.sha256(), []
+    with path.open("rb") as stream:
+        while piece := stream.read(BLOCK):
+            whole.update(piece)
+            blocks.append(hashlib.sha256(piece).hexdigest())
+    return whole.hexdigest(), blocks
 
 
 def check_vocabulary(facts: Facts, largest: int, limit: int, owner: str) -> None:

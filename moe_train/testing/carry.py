@@ -40,16 +40,17 @@ def rewrite(rank: int, world: int, overrides: Sequence[str], source: str, root: 
 def digests(rank: int, world: int, folders: Sequence[str]) -> list[dict[str, str]]:
     """Digest of every global tensor of checkpoints, random states left out; on one rank."""
     import torch
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+    from moe_train.checkpoint.manifest import read_manifest
+    from moe_train.checkpoint.tensors import reader
+
     found = []
-    for folder in folders:
+    for folder in map(Path, folders):
         state: dict[str, torch.Tensor] = {}
-        _load_state_dict(
-            state, FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True
-        )
+        with reader(folder, read_manifest(folder)) as opened:
+            _load_state_dict(state, opened, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
         found.append(
             {
                 key: f"{value.dtype} {hashlib.sha256(value.view(torch.uint8).numpy()).hexdigest()}"

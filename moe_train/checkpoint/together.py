@@ -1,0 +1,48 @@
+"""One outcome for all ranks of a piece of work that may fail on some of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+
+from moe_train.errors import CheckpointError
+
+LOGGER = logging.getLogger(__name__)
+
+
+def together[T](work: Callable[[], T], folder: Path, failure: str, fix: str) -> list[T]:
+    """Run ``work`` on every rank; if it failed anywhere, raise the same error everywhere.
+
+    Without this a rank that failed would leave its peers waiting in their next collective.
+
+    Args:
+        folder: what is worked on, for the message.
+        failure: what a failure means, such as ``could not be written``.
+
+    Returns:
+        The ranks' results, by rank; they travel between ranks, so they should be small.
+
+    Raises:
+        CheckpointError: with the first rank's reason.
+    """
+    problem, cause = "", None
+    result: T | None = None
+    try:
+        result = work()
+    # A full disk is an OSError, a RuntimeError or torch's CheckpointException, depending on who
+    # wrote; a damaged item is whatever unpacking it makes of it. All of it must reach the peers.
+    except (Exception, CheckpointException) as error:
+        LOGGER.warning("%s %s", folder, failure, exc_info=True)
+        told = error if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        problem, cause = f"{failure} (rank {dist.get_rank()}): {told}", error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (problem, result))
+    for other, _ in outcomes:
+        if other:
+            raise CheckpointError(str(folder), other, fix) from cause
+    return [outcome for _, outcome in outcomes]
