@@ -40,6 +40,12 @@ COMMANDS: dict[str, Command] = {
         "the step as a graph: times, picture, trace",
         "schedule experiment=moe_30b_8x64gb --figure step.svg --dag step.graphml",
     ),
+    "dryrun": Command(
+        "moe_train.dryrun.command",
+        "dryrun_main",
+        "a rank's real step at full size on fake tensors: its memory",
+        "dryrun experiment=moe_30b_8x64gb --json dryrun.json",
+    ),
     "data prepare": Command(
         "moe_train.data.command",
         "prepare_main",
@@ -72,6 +78,13 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
+CALIBRATE = Command(
+    "moe_train.calibrate.command",
+    "calibrate_main",
+    "measure this machine and write its hardware profile",
+    "plan --calibrate",
+)
+
 TRAIN_HELP = """usage: moe-train train [overrides ...]
 
 Train on this process's rank. One process is one rank; for several, start
@@ -87,13 +100,17 @@ Overrides are key=value; moe-train plan shows what they lead to and names every 
 """
 
 
-def usage() -> str:
-    """The text of ``moe-train --help``."""
-    width = max(map(len, COMMANDS)) + 2
-    lines = ["usage: moe-train <command> [arguments ...]", "", "commands:"]
-    lines += [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
+def usage(group: str = "") -> str:
+    """The text of ``moe-train --help``, or of ``moe-train GROUP --help``."""
+    shown = {
+        name: one for name, one in COMMANDS.items() if name.startswith(group + " " * bool(group))
+    }
+    width = max(map(len, shown)) + 2
+    lines = [f"usage: moe-train {group or '<command>'} {'<command> ' * bool(group)}[arguments ...]"]
+    lines += ["", "commands:"]
+    lines += [f"  {name:<{width}}{command.summary}" for name, command in shown.items()]
     lines += ["", "examples:"]
-    lines += [f"  moe-train {command.example}" for command in COMMANDS.values()]
+    lines += [f"  moe-train {command.example}" for command in shown.values()]
     lines += ["", "moe-train <command> --help tells more of one."]
     return "\n".join(lines)
 
@@ -111,6 +128,9 @@ def _run(name: str, rest: list[str]) -> int:
         print(TRAIN_HELP)
         return EXIT_FINISHED
     command = COMMANDS[name]
+    if name == "plan" and any(word.split("=")[0] == "--calibrate" for word in rest):
+        # Planning imports no torch; measuring has to.
+        command = CALIBRATE
     function: Callable[[list[str]], int] = getattr(
         importlib.import_module(command.module), command.function
     )
@@ -134,9 +154,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if found is None:
         asked = " ".join(argv[:2])
         below = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
+        if below and (len(argv) == 1 or argv[1] in ("-h", "--help", "help")):
+            print(usage(argv[0]))
+            return EXIT_FINISHED if argv[1:] else EXIT_CONFIG
         options = ", ".join(below or COMMANDS)
         print(f"moe-train: no command {asked!r}\n    fix: one of: {options}", file=sys.stderr)
-        return EXIT_FINISHED if below and argv[1:] in (["-h"], ["--help"]) else EXIT_CONFIG
+        return EXIT_CONFIG
     try:
         return _run(*found)
     except MoeTrainError as error:

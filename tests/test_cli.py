@@ -24,7 +24,7 @@ def test_help_lists_every_command_with_an_example(capsys: pytest.CaptureFixture[
         assert f"moe-train {command.example}" in text
 
 
-@pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.parametrize("command", ["train", "plan", "schedule"])
 def test_command_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = cli.main([command, "--help"])
@@ -36,11 +36,26 @@ def test_command_help_has_examples(command: str, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     ("argv", "word"),
-    [(["trian"], "train"), (["data"], "data prepare"), (["data", "eat"], "data inspect")],
+    [(["trian"], "train"), (["data", "eat"], "data inspect")],
 )
 def test_unknown_commands(argv: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == EXIT_CONFIG
     assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [(["data", "--help"], 0), (["checkpoint", "-h"], 0), (["data"], EXIT_CONFIG)],
+)
+def test_a_group_shows_its_commands_alone(
+    argv: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == code
+    told = capsys.readouterr()
+    inside = {name for name in cli.COMMANDS if name.startswith(argv[0] + " ")}
+    assert all(f"moe-train {cli.COMMANDS[name].example}" in told.out for name in inside)
+    assert "experiment=" not in told.out
+    assert not told.err
 
 
 def test_no_command_shows_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ parallel rings do).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from moe_train.config.hardware import HardwareConfig
@@ -65,30 +66,35 @@ def members(layout: Layout, kind: str, rank: int) -> list[int]:
 
 def group(layout: Layout, hardware: HardwareConfig, kind: str) -> Group:
     """The worse placed of the first and the last rank's groups of one kind."""
+    return _worse(layout, hardware.devices_per_node, kind)
+
+
+@lru_cache(maxsize=4096)
+def _worse(layout: Layout, devices_per_node: int, kind: str) -> Group:
     found = []
     for rank in {0, layout.world - 1}:
         ranks = members(layout, kind, rank)
         nodes: dict[int, int] = {}
         for each in ranks:
-            node = each // hardware.devices_per_node
+            node = each // devices_per_node
             nodes[node] = nodes.get(node, 0) + 1
         found.append(Group(kind, len(ranks), min(nodes.values())))
     return min(found, key=lambda one: one.per_node)
 
 
-def _rates(hardware: HardwareConfig) -> tuple[float, float, float]:
-    """Bytes per second inside and between nodes, and seconds of latency."""
+def _rates(hardware: HardwareConfig, size: int = 2) -> tuple[float, float, float]:
+    """Bytes per second inside and between nodes, and seconds of latency for `size` members."""
     share = hardware.link_efficiency * 1e9
     fast = max(hardware.intra_node_gbps * share, 1.0)
     slow = max(hardware.inter_node_gbps * share, 1.0)
-    return fast, slow, hardware.latency_us * 1e-6
+    return fast, slow, (hardware.latency_us + (size - 1) * hardware.message_us) * 1e-6
 
 
 def ring(hardware: HardwareConfig, where: Group, full: float) -> Sent:
     """An all-gather or reduce-scatter whose unsharded size is `full` bytes."""
     if where.size == 1:
         return Sent(0.0, 0.0, 0.0)
-    fast, slow, latency = _rates(hardware)
+    fast, slow, latency = _rates(hardware, where.size)
     sent = full * (where.size - 1) / where.size
     if where.inside:
         return Sent(sent, 0.0, latency + sent / fast)
@@ -107,7 +113,7 @@ def all_to_all(hardware: HardwareConfig, where: Group, data: float) -> Sent:
     """An exchange in which each rank starts with `data` bytes, evenly addressed."""
     if where.size == 1:
         return Sent(0.0, 0.0, 0.0)
-    fast, slow, latency = _rates(hardware)
+    fast, slow, latency = _rates(hardware, where.size)
     intra = data * (where.per_node - 1) / where.size
     inter = data * (where.size - where.per_node) / where.size
     return Sent(intra, inter, latency + max(intra / fast, inter / slow))

@@ -12,7 +12,12 @@ from moe_train.plan.costs import cost_report
 from moe_train.plan.deployment import deployment
 from moe_train.plan.fit import assumptions_of
 from moe_train.plan.layout import GROUP_KINDS, Layout
-from moe_train.plan.parameters import model_parameters, padded_vocab, rank_parameters
+from moe_train.plan.parameters import (
+    RankParameters,
+    model_parameters,
+    padded_vocab,
+    rank_parameters,
+)
 from moe_train.plan.shapes import Assumptions
 from moe_train.plan.vocabulary import vocabulary
 
@@ -31,9 +36,8 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def _rank(config: Config, layout: Layout, rank: int, vocab: int) -> dict[str, Any]:
-    place, counts = layout.coordinates(rank), rank_parameters(config.model, layout, rank, vocab)
-    experts = layout.local_experts(rank)
+def _rank(config: Config, layout: Layout, rank: int, counts: RankParameters) -> dict[str, Any]:
+    place, experts = layout.coordinates(rank), layout.local_experts(rank)
     return {
         "rank": rank,
         "node": rank // config.hardware.devices_per_node,
@@ -61,8 +65,12 @@ def plan_report(
     vocab, vocab_source = vocabulary(config)
     model = config.model
     counts = model_parameters(model, vocab)
-    ranks = [_rank(config, layout, rank, vocab) for rank in range(layout.world)]
     per_stage = layout.world // layout.pipeline
+    # All ranks of a stage hold as much.
+    held = [
+        rank_parameters(model, layout, stage * per_stage, vocab) for stage in range(layout.pipeline)
+    ]
+    ranks = [_rank(config, layout, rank, held[rank // per_stage]) for rank in range(layout.world)]
     return {
         "version": VERSION,
         "experiment": config.experiment,
