@@ -104,8 +104,10 @@ def _frame(axes: Axes, schedule: Schedule, unit: str, end: float, title: str) ->
         f" (uniform stages: {100 * schedule.formula:.1f} %)",
         loc="left", fontsize=11,
     )  # fmt: skip
-    shown = {facts["op"] for facts in schedule.graph.nodes.values() if facts["seconds"] > 0}
-    directions = {facts["direction"] for facts in schedule.graph.nodes.values()}
+    visible = timing.step / 2000
+    nodes = schedule.graph.nodes.values()
+    shown = {facts["op"] for facts in nodes if facts["seconds"] > visible}
+    directions = {facts["direction"] for facts in nodes}
     entries: list[tuple[Any, str]] = []
     if schedule.detail == "stage":
         entries += [(colorsys.hls_to_rgb(hue, 0.72, 0.75), name) for name, hue in HUES.items()]
