@@ -14,6 +14,7 @@ sections:
         vary: data.sequence           integer key to solve for
         under: ["parallel.expert=2"]  overrides under which it may hold
         against: ["5.1"]              claims that such a condition may break
+        provided: ...                 condition that the plan takes for granted and cannot compute
         about: ["1.", "2.3"]          instead of a quantity: the verdicts of these claims
         shows: [memory.plain_adam_gb] quantities to print beside the verdict
         subject: memory               claims of one subject must agree
@@ -26,10 +27,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moe_train.config.compose import config_dir
 from moe_train.config.convert import nearest
+from moe_train.config.files import read_yaml
 from moe_train.errors import ConfigError
 from moe_train.plan.claims import features, judgements, quantities  # noqa: F401  (register)
 from moe_train.plan.claims.subject import QUANTITIES
@@ -55,6 +55,7 @@ class Claim:
     """While data.sequence varies, batch.micro keeps a micro-batch's tokens."""
     under: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
+    provided: str = ""
     about: tuple[str, ...] = ()
     shows: tuple[str, ...] = ()
     subject: str | None = None
@@ -117,10 +118,7 @@ def load(path: Path) -> Document:
     Raises:
         ConfigError: it cannot be read, or a claim is malformed.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(FIELD, f"{path}: {error}", "give a readable YAML file") from error
+    raw = read_yaml(path, FIELD)
     try:
         sections = tuple(
             Section(str(section["title"]), tuple(_claim(c) for c in section["claims"]))

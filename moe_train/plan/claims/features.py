@@ -7,7 +7,10 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from moe_train.config.convert import dotted_keys
+from moe_train.config.root import Config
 from moe_train.config.training import BackendConfig
+from moe_train.config.validate import value_at
 from moe_train.plan.claims.subject import Subject, quantity
 from moe_train.plan.deployment import PATTERN, deployment
 from moe_train.plan.layout import Layout
@@ -80,7 +83,25 @@ def _complete(s: Subject) -> float:
     return float(placed and _patterns(s) == 1.0 and s.time.step > 0)
 
 
-@quantity("layout.gain", "of time", "what the fastest legal layout that fits saves a token")
+STRATEGIES = (
+    "recompute.layers", "batch.accumulation", "parallel.overlap_expert_comm",
+    "parallel.dispatcher", "parallel.placement", "model.router.balancing", "data.sequence",
+)  # fmt: skip
+"""Config keys of the strategies that section 5 names; a run's folder keeps all of them."""
+
+
+@quantity("deployment.strategies", "yes/no", "the resolved config states every strategy that runs")
+def _strategies(s: Subject) -> float:
+    known = dotted_keys(Config)
+    return float(all(k in known and value_at(s.config, k) is not None for k in STRATEGIES))
+
+
+def _fastest_overrides(s: Subject) -> str:
+    return " ".join(fastest(s).overrides())
+
+
+@quantity("layout.gain", "of time", "what the fastest legal layout that fits saves a token",
+          _fastest_overrides)  # fmt: skip
 def _gain(s: Subject) -> float:
     best = fastest(s)
     other = replace(s, config=with_layout(s.config, best), layout=best)

@@ -35,6 +35,10 @@ def _plain(s: Subject) -> StageMemory:
     return s.changed(variants(s.config)["plain Adam"][0]).fullest
 
 
+def _precision_aware(s: Subject) -> StageMemory:
+    return s.changed(variants(s.config)["precision-aware"][0]).fullest
+
+
 _simple("model.parameters_billion", "B", "parameters of the model",
         lambda s: _total(s) / 1e9)  # fmt: skip
 _simple("model.fp32_gb", "GB", "weights at 4 bytes", lambda s: 4 * _total(s) / GB)
@@ -58,7 +62,14 @@ _simple("memory.plain_adam_gb", "GB", "weights, gradients and plain mixed-precis
         lambda s: _plain(s).state.device / GB)  # fmt: skip
 _simple("memory.fraction", "of device", "peak of the fullest rank over the device's memory",
         lambda s: s.fullest.total / capacity(s.config))  # fmt: skip
-_simple("memory.without_optimizer_fraction", "of device", "the same, no optimizer state",
+_simple("memory.plain_adam_fraction", "of device",
+        "peak of the fullest rank under plain mixed-precision Adam (18 B)",
+        lambda s: _plain(s).total / capacity(s.config))  # fmt: skip
+_simple("memory.precision_aware_fraction", "of device",
+        "peak of the fullest rank under the precision-aware optimizer (12 B)",
+        lambda s: _precision_aware(s).total / capacity(s.config))  # fmt: skip
+_simple("memory.without_optimizer_fraction", "of device",
+        "peak of the fullest rank without optimizer state",
         lambda s: s.fullest.without_optimizer / capacity(s.config))  # fmt: skip
 _simple("memory.state_fraction", "of device", "weights, gradients and optimizer state",
         lambda s: s.fullest.state.device / capacity(s.config))  # fmt: skip
@@ -90,7 +101,7 @@ _simple("batch.accumulation", "rounds", "rounds of gradient accumulation",
         lambda s: s.config.batch.accumulation)  # fmt: skip
 _simple("pipeline.bubble", "of step", "share of a step in which a stage waits",
         lambda s: s.time.bubble)  # fmt: skip
-_simple("pipeline.bubble_one_round", "of step", "the same if every round were flushed",
+_simple("pipeline.bubble_one_round", "of step", "bubble if every round were flushed",
         lambda s: bubble(s.layout.pipeline, s.config.batch.microbatches))  # fmt: skip
 _simple("time.layer_ms", "ms", "forward and backward of one layer, one micro-batch",
         lambda s: 1e3 * (s.time.layer.forward()

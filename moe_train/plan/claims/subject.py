@@ -67,18 +67,27 @@ class Quantity:
     compute: Callable[[Subject], float]
     unit: str
     meaning: str
+    detail: Callable[[Subject], str] | None = None
+    """What the number is about, where that follows from the plan (a layout's overrides, say)."""
+
+    def named(self, subject: Subject) -> str:
+        """The meaning, with the detail in parentheses."""
+        told = self.detail(subject) if self.detail else ""
+        return f"{self.meaning} ({told})" if told else self.meaning
 
 
 QUANTITIES: dict[str, Quantity] = {}
 """All quantities by name."""
 
 
-def quantity(name: str, unit: str, meaning: str) -> Callable[..., Callable[[Subject], float]]:
+def quantity(
+    name: str, unit: str, meaning: str, detail: Callable[[Subject], str] | None = None
+) -> Callable[..., Callable[[Subject], float]]:
     """Register a function as the quantity `name`."""
 
     def register(compute: Callable[[Subject], float]) -> Callable[[Subject], float]:
         assert name not in QUANTITIES
-        QUANTITIES[name] = Quantity(compute, unit, meaning)
+        QUANTITIES[name] = Quantity(compute, unit, meaning, detail)
         return compute
 
     return register

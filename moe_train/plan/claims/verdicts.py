@@ -16,6 +16,7 @@ from moe_train.errors import ConfigFaults
 from moe_train.plan.claims.document import Claim, Document
 from moe_train.plan.claims.solve import solve
 from moe_train.plan.claims.subject import QUANTITIES, Subject
+from moe_train.plan.fit import fits
 from moe_train.plan.rules import layout_faults
 
 CONFIRMED = "confirmed"
@@ -75,10 +76,12 @@ def judge(document: Document, subject: Subject, replan: Replan) -> list[Verdict]
 
 
 def _judge(claim: Claim, subject: Subject, replan: Replan, document: Document) -> Verdict:
-    compute, meaning = QUANTITIES[claim.quantity].compute, QUANTITIES[claim.quantity].meaning
-    value = compute(subject)
+    asked = QUANTITIES[claim.quantity]
+    value = asked.compute(subject)
     shown = {name: QUANTITIES[name].compute(subject) for name in claim.shows}
-    base = f"{meaning}: {said(claim.quantity, value)}"
+    base = f"{asked.named(subject)}: {said(claim.quantity, value)}"
+    if claim.holds(value) and claim.provided:
+        return Verdict(claim, CONDITIONAL, value, base, claim.provided, shown=shown)
     if claim.holds(value):
         return Verdict(claim, CONFIRMED, value, base, shown=shown)
     verdict = Verdict(claim, REFUTED, value, base, shown=shown)
@@ -132,13 +135,15 @@ def _solved(verdict: Verdict, key: str, subject: Subject) -> Verdict:
             tokens = subject.config.batch.micro * subject.config.data.sequence
             config.batch.micro = max(round(tokens / config.data.sequence), 1)
         legal = not any(True for _ in layout_faults(config, subject.layout))
-        return compute(subject.changed(config)) if legal else None
+        # A value that the device could not run is no condition under which a claim holds.
+        runs = legal and fits(config, subject.layout, subject.vocab, subject.assumptions)
+        return compute(subject.changed(config)) if runs else None
 
     unit = subject.layout.tensor * (2 * subject.layout.context if subject.layout.context > 1 else 1)
     found = solve(claim, value_at, unit if key == "data.sequence" else 1)
     if found.low is None:
         nearest = f"{said(claim.quantity, found.best)} at {key}={found.best_at}"
-        reason = f"{verdict.reason}; nearest over all {key}: {nearest}"
+        reason = f"{verdict.reason}; nearest over every {key} that fits the device: {nearest}"
         return replace(verdict, reason=reason)
     condition = f"{key} is {found.low:,} to {found.high:,}"
     if claim.hold_tokens:
