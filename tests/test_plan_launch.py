@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_train import runtime
+from moe_train.cli import main
 from moe_train.config.experiment import MachineFacts
 from moe_train.errors import EXIT_CONFIG, ConfigError, ConfigFaults
 from moe_train.plan import prepare as preparing
@@ -107,3 +108,12 @@ def test_a_machine_without_gpus_refuses_what_only_gpus_do(
     with pytest.raises(ConfigFaults) as refused:
         runtime.planned([*words, "device=cpu"], 2)
     assert word.partition("=")[0] in {fault.field for fault in refused.value.faults}
+
+
+def test_the_plan_says_what_a_parameter_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    """So that a reader sees where 18, 12 and the figure without an optimizer come from."""
+    assert main(["plan", *PRECISION]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 weight + 4 gradient + 4 master + 8 moments = 18" in told
+    assert "2 weight + 2 gradient + 4 master + 4 moments = 12" in told
+    assert "without an optimizer are weights, gradients and activations" in told

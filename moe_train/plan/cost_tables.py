@@ -68,6 +68,15 @@ def _optimizers(memory: dict[str, Any], console: Console) -> None:
             "yes" if row["fits"] else "[bold]no[/bold]",
         )
     console.print(table)
+    kinds = []
+    for row in memory["optimizers"]:
+        if row["optimizer"] in ("plain Adam", "precision-aware"):
+            parts = " + ".join(f"{size} {part}" for part, size in row["each"].items())
+            kinds.append(f"{row['optimizer']} {parts} = {sum(row['each'].values())}")
+    console.print(
+        f"Bytes a parameter: {'; '.join(kinds)}. Figures quoted without an optimizer are weights, "
+        "gradients and activations alone (first row)."
+    )
 
 
 def _compute(costs: dict[str, Any], console: Console) -> None:

@@ -12,7 +12,7 @@ from moe_train.config.root import Config
 from moe_train.errors import ConfigError
 from moe_train.plan.layout import Layout
 from moe_train.plan.memory import GB, StageMemory, plan_memory, stage_memory, worst
-from moe_train.plan.optimizer_bytes import variants
+from moe_train.plan.optimizer_bytes import bytes_per_parameter, variants
 from moe_train.plan.shapes import Assumptions
 from moe_train.plan.vocabulary import vocabulary
 
@@ -121,14 +121,20 @@ def unpriced(config: Config) -> list[str]:
 def memory_rows(
     config: Config, layout: Layout, vocab: int, assumptions: Assumptions
 ) -> list[dict[str, object]]:
-    """The worst stage under each optimizer, and without one; bytes."""
+    """The worst stage under each optimizer, and without one; bytes.
+
+    ``each`` has the bytes per parameter, by what they are for, before any sharding.
+    """
     rows: list[dict[str, object]] = []
     plain: StageMemory | None = None
     for name, (changed, words) in variants(config).items():
         need = worst(plan_memory(changed, layout, vocab, assumptions))
         if name == "precision-aware":
             plain = need
-        rows.append(_row(config, name, words, need.state.device, need.total, need))
+        each = dataclasses.asdict(bytes_per_parameter(changed.dtype, changed.optim))
+        rows.append(
+            {**_row(config, name, words, need.state.device, need.total, need), "each": each}
+        )
     assert plain is not None
     bare = plain.state.weights + plain.state.gradients
     without = plain.total - plain.state.optimizer
