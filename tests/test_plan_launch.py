@@ -117,3 +117,11 @@ def test_the_plan_says_what_a_parameter_costs(capsys: pytest.CaptureFixture[str]
     assert "2 weight + 4 gradient + 4 master + 8 moments = 18" in told
     assert "2 weight + 2 gradient + 4 master + 4 moments = 12" in told
     assert "without an optimizer are weights, gradients and activations" in told
+
+
+def test_a_plan_for_hardware_without_the_dtype_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", *PRECISION, "dtype=fp8"]) == EXIT_CONFIG
+    assert "a100_64gb has no fp8" in capsys.readouterr().err
+    assert main(["plan", *PRECISION, "dtype=fp8", "hardware=h100_64gb"]) == 0

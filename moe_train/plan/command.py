@@ -109,6 +109,13 @@ def plan_main(argv: Sequence[str]) -> int:
     if config.experiment == AUTO and config.device != "cpu":
         facts = visible_devices(world)
     config, layout = prepare(asked.overrides, world, facts)
+    hardware = config.hardware
+    if hardware.kind == "accelerator" and config.dtype not in hardware.peak_tflops:
+        raise ConfigError(
+            "dtype",
+            f"{hardware.name} has no {config.dtype}",
+            f"one of {', '.join(hardware.peak_tflops)}, or another hardware profile",
+        )
     console = Console()
     assumptions = assumptions_of(config, asked.imbalance, asked.fragmentation)
     report = plan_report(config, layout, assumptions)
