@@ -86,6 +86,18 @@ def test_the_longest_path_agrees_with_the_planners_formula(words: list[str]) -> 
     assert found.timing.step == pytest.approx(found.predicted.step, rel=0.05)
 
 
+@pytest.mark.parametrize("detail", ["stage", "layer"])
+def test_turns_of_a_tick_hide_the_exchange(detail: str) -> None:
+    """Between nodes the exchange is what takes longest; without turns all of it is waited for."""
+    plain = built(*MISSION, *FEW, detail=detail)
+    turns = built(*MISSION, *FEW, "parallel.overlap_expert_comm=true", detail=detail)
+    assert turns.timing.step < plain.timing.step
+    assert turns.held == (8, 6, 4, 2) and plain.held == (7, 5, 3, 1)
+    assert len(turns.graph) == len(plain.graph)
+    assert turns.formula is None and plain.formula is not None
+    assert turns.timing.step == pytest.approx(turns.predicted.step, rel=0.05)
+
+
 def test_nodes_and_edges_say_who_and_how_much() -> None:
     graph = built(*STAGE, *FEW, detail="layer").graph
     experts = graph.nodes["F3@1/L6/experts"]

@@ -104,6 +104,23 @@ def test_measured_span_shows_every_half(span_run: Run) -> None:
 
 
 @pytest.mark.world
+def test_measured_turns_have_tracks_of_their_own(tmp_path: Path) -> None:
+    """Halves that take turns overlap in time: the second one has a track for itself."""
+    words = [*SPAN, "train.trace=true", "parallel.overlap_expert_comm=true"]
+    run = train_run(tmp_path / "run", words, 2)
+    assert run.codes == [0, 0]
+    trace = json.loads((run.folder / "trace.json").read_text())
+    assert check_trace(trace) == []
+    assert_nested(trace)
+    assert {event["tid"] for event in spans(trace, "forward")} == {0}
+    assert 1 in {event["tid"] for event in spans(trace, "backward")}
+    for category, letter in (("forward", "F"), ("backward", "B")):
+        for rank in range(2):
+            seen = [e["name"] for e in spans(trace, category) if e["pid"] == rank]
+            assert seen == [f"{letter}{batch}" for batch in range(4)]
+
+
+@pytest.mark.world
 def test_a_traced_run_computes_the_same(span_run: Run, tmp_path: Path) -> None:
     plain = train_run(tmp_path / "plain", SPAN, 2)
     assert not (plain.folder / "trace.json").exists()

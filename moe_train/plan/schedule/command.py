@@ -165,11 +165,12 @@ def _show(schedule: Schedule, report: dict[str, Any], console: Any) -> None:
         f"Graph: {report['nodes']:,} nodes, {report['edges']:,} edges, one node a "
         f"{'pass' if schedule.detail == 'stage' else 'piece of a layer'}"
     )
+    formula = schedule.formula
+    uniform = f" (uniform stages: {100 * formula:.1f} %)" if formula is not None else ""
     console.print(
         f"Step {report['step_seconds']:.4f} s by longest path (the plan's formula: "
         f"{report['planner_step_seconds']:.4f} s), pipeline {report['pipeline_seconds']:.4f} s, "
-        f"bubble {100 * report['bubble']:.1f} % (uniform stages: "
-        f"{100 * report['bubble_of_uniform_stages']:.1f} %)"
+        f"bubble {100 * report['bubble']:.1f} %{uniform}"
     )
     console.print(
         f"Bounds: busiest stage {report['resource_bound_seconds']:.4f} s, "

@@ -35,8 +35,8 @@ class Schedule:
     timing: Timing
     held: tuple[int, ...]
     """Micro-batches (chunks, when interleaved) that each stage keeps at most."""
-    formula: float
-    """The bubble's closed form for uniform stages."""
+    formula: float | None
+    """The bubble's closed form for uniform stages; None where there is none."""
     predicted: StepTime
     """The planner's closed form of the same step."""
 
@@ -82,6 +82,7 @@ def build_schedule(
     predicted = step_time(config, layout, vocab, assumptions)
     work = work_of(config, layout, vocab, assumptions, predicted)
     stages, count = layout.pipeline, predicted.microbatches
+    formula: float | None
     if isinstance(work, SpanWork):
         graph = span_graph(work, detail)
         held = tuple(in_flight(stages, stage, count, work.delay) for stage in range(stages))
@@ -95,8 +96,13 @@ def build_schedule(
     return Schedule(kind, detail, layout, graph, run_clock(graph), held, formula, predicted)
 
 
-def span_formula(work: SpanWork) -> float:
-    """`span_bubble` for this work's layer, forward and backward together."""
+def span_formula(work: SpanWork) -> float | None:
+    """`span_bubble` for this work's layer, forward and backward together.
+
+    None where halves take turns: how much exchange is waited for differs from tick to tick.
+    """
+    if work.delay:
+        return None
     dense = total(work.forward) + total(work.backward)
     if work.repeated and any(work.repeated):
         dense += total(work.forward)

@@ -22,7 +22,7 @@ from moe_train.plan.schedule.builder import Builder
 from moe_train.plan.schedule.orders import BACKWARD, FORWARD
 from moe_train.plan.schedule.piped import piece_name
 from moe_train.plan.schedule.work import Piece, SpanWork, total
-from moe_train.plan.ticks import ticks
+from moe_train.plan.ticks import Tick, ticks
 
 SERVE = "serve"
 """Direction of the work of a stage that has no micro-batch in a half."""
@@ -36,7 +36,8 @@ def span_graph(work: SpanWork, detail: str) -> Any:
         for direction, active in ((FORWARD, tick.forward), (BACKWARD, tick.backward)):
             if active:
                 add = _stages if detail == "stage" else _layers
-                found = add(builder, work, direction, tick.number, active)
+                exposed = _exposed(work, direction, tick)
+                found = add(builder, exposed, direction, tick.number, active)
                 for stage, names in found.items():
                     ends[direction, stage, active[stage]] = names
     for (direction, stage, batch), (first, last) in ends.items():
@@ -51,6 +52,31 @@ def span_graph(work: SpanWork, detail: str) -> Any:
             builder.edge(sent, first, "gradient", work.ends.messages[stage].bytes)
     builder.update(range(work.stages))
     return builder.graph
+
+
+def _exposed(work: SpanWork, direction: str, tick: Tick) -> SpanWork:
+    """`work` with what of this half's exchanges the other half of the tick does not hide.
+
+    With a delay the halves take turns: one's exchange runs while the other computes, as the
+    planner's step time has it.
+    """
+    other, active = (BACKWARD, tick.backward) if direction == FORWARD else (FORWARD, tick.forward)
+    whole = work.local_layers * total(work.exchange)
+    if not (work.delay and active and whole):
+        return work
+    share = max(0.0, 1 - _computing(work, other, active) / whole)
+    first, second = (replace(piece, seconds=share * piece.seconds) for piece in work.exchange)
+    return replace(work, exchange=(first, second))
+
+
+def _computing(work: SpanWork, direction: str, active: Mapping[int, int]) -> float:
+    """Seconds that a half computes: the experts, and the slowest active stage's dense work."""
+    dense = max(
+        total(_head(work, direction, stage))
+        + sum(total(_dense(work, direction, stage, i)) for i in range(work.local_layers))
+        for stage in active
+    )
+    return dense + work.local_layers * _experts(work, direction, len(active))
 
 
 def _dense(work: SpanWork, direction: str, stage: int, local: int) -> list[Piece]:

@@ -88,7 +88,8 @@ class SpanWork:
     """Forward and backward, on the last stage."""
     ends: Ends
     delay: int = 0
-    """Ticks by which backward halves come later, see `moe_train.plan.ticks`."""
+    """1 where a tick's halves take turns and hide each other's exchange, see
+    `moe_train.plan.ticks`."""
 
 
 def total(pieces: tuple[Piece, ...] | list[Piece]) -> float:
