@@ -159,3 +159,49 @@ if x.device.type == "cuda":
     s = "torch.cuda.FloatTensor"
 """
     assert unanswered(uses("fine", source)) == []
+
+
+def _polling_threads(rank: int, world: int, shared: bool) -> int:
+    """Threads that poll the network after making three groups."""
+    import torch.distributed as dist
+
+    from moe_train.backend.groups import open_world
+    from moe_train.backend.host import gloo
+    from moe_train.backend.host.backend import HostBackend
+    from moe_train.config.training import BackendConfig
+
+    if not shared:
+        dist.distributed_c10d._register_builtin_gloo_backend()
+    else:
+        gloo.share_device()
+    open_world(HostBackend(BackendConfig()), rank, world, 60)
+    kept = [dist.new_group([0, 1]) for _ in range(3)]
+    dist.barrier(kept[-1])
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("gloo_tcp_loop") for name in names)
+
+
+@pytest.mark.world
+def test_groups_share_one_network_device() -> None:
+    assert run_world(_polling_threads, 2, False) == [4, 4], "torch shares it by itself now"
+    assert run_world(_polling_threads, 2, True) == [1, 1]
+
+
+def _compiler_imported(rank: int, world: int) -> list[bool]:
+    """Whether torch's compiler is there: after an engine was built and has made a step."""
+    import sys
+
+    _loaded(rank, world)
+    ours = "torch._dynamo" in sys.modules
+    plain = __import__("torch").optim.Optimizer.zero_grad.__wrapped__
+    delattr(plain, "__dynamo_disable")
+    torch = __import__("torch")
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)]).zero_grad()
+    return [ours, "torch._dynamo" in sys.modules]
+
+
+@pytest.mark.world
+def test_the_compiler_stays_out() -> None:
+    ours, without_the_patch = run_world(_compiler_imported, 1)[0]
+    assert not ours
+    assert without_the_patch, "torch no longer imports its compiler for an optimizer"

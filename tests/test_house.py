@@ -27,9 +27,11 @@ HEIGHT = {
     "train": 5,
     "checkpoint": 5,
     "monitor": 5,
+    "dryrun": 6,
     "session": 6,
     "runtime": 7,
     # Beside the chain: they look down on it, and nothing in it looks at them.
+    "calibrate": 8,
     "convert": 8,
     "evaluate": 8,
     "testing": 9,

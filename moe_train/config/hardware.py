@@ -39,8 +39,16 @@ class HardwareConfig:
     """Share of a link's bandwidth that a collective reaches."""
     latency_us: float = 15.0
     """Time that a collective takes however small it is, in microseconds."""
+    message_us: float = 0.0
+    """Time that a collective takes for each peer beyond the rank itself, in microseconds."""
     layer_overhead_us: float = 0.0
     """Time of a layer's forward pass that is neither arithmetic nor traffic (launches), in
     microseconds; a backward pass has it twice."""
+    expert_overhead_us: float = 0.0
+    """The same for each expert that a rank runs, in microseconds."""
+    microbatch_overhead_us: float = 0.0
+    """Time of a micro-batch's both passes outside the layers that is launches, in microseconds."""
+    cores: int = 0
+    """Cores that all ranks share, each with one thread; 0: every rank has a device of its own."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where each number comes from, or the word assumed."""

@@ -80,6 +80,8 @@ def expert_parts(config: Config, z: Shapes, share: float = 1.0, layers: int = 1)
         _part(config, "experts", 6 * rows * z.H * z.F, hardware.grouped_efficiency,
               layers * z.local_experts * 3 * z.H * z.F * z.b, "6 R H F"),
         Part("permutation and SwiGLU", 0.0, moved / _bandwidth(hardware), "2 x saved bytes"),
+        Part("launches", 0.0, layers * z.local_experts * hardware.expert_overhead_us * 1e-6,
+             "hardware profile"),
     ]  # fmt: skip
 
 
@@ -90,6 +92,9 @@ def head_parts(config: Config, z: Shapes) -> list[Part]:
         _part(config, "head", 2 * z.A * z.H * z.V, config.hardware.gemm_efficiency,
               z.H * z.V * z.b, "2 A H V"),
         Part("loss", 0.0, moved / _bandwidth(config.hardware), "2 x saved bytes"),
+        # The profile has both passes together, and a backward pass is counted twice.
+        Part("launches", 0.0, config.hardware.microbatch_overhead_us * 1e-6 / 3,
+             "hardware profile"),
     ]  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 Assumptions, all of which the report repeats: kernels of one device run one after the other;
 tensor-parallel and expert collectives are exposed (expert ones are hidden behind compute only
 with ``parallel.overlap_expert_comm``); gradient reduction hides behind one micro-batch's backward
-pass where it overlaps; experts are as busy as `imbalance` says on every layer.
+pass where it overlaps; experts are as busy as `imbalance` says on every layer. Ranks that share
+cores (`hardware.cores`) are never faster than all their work spread over the cores (Brent's bound,
+"The parallel evaluation of general arithmetic expressions", 1974).
 """
 
 from __future__ import annotations
@@ -108,7 +110,7 @@ def layer_time(config: Config, layout: Layout, z: Shapes) -> LayerTime:
     experts = seconds(expert_parts(config, z, layers=stages))
     traffic = layer_traffic(config, layout, z)
     exchange = traffic.expert_forward.seconds
-    if config.parallel.overlap_expert_comm:
+    if config.parallel.overlap_expert_comm and not layout.span:
         exchange = max(0.0, exchange - dense - experts)
     return LayerTime(
         dense, experts, traffic.tensor_forward.seconds, traffic.tensor_backward.seconds, exchange
@@ -133,6 +135,11 @@ def step_time(config: Config, layout: Layout, vocab: int, assumptions: Assumptio
         fill = sum(one.both for one in stages) - slowest
         pipeline = count * slowest + fill / layout.virtual_pipeline
     gradients, optimizer = _update(config, layout, vocab, stages)
+    if cores := config.hardware.cores:
+        work = _work(config, layout, z, stages, count)
+        pipeline = max(pipeline, work / cores)
+        turns = max(1.0, layout.world / cores)
+        gradients, optimizer = gradients * turns, optimizer * turns
     sequences = sequences_per_step(config, layout.data)
     tokens = sequences * config.data.sequence
     total = pipeline + gradients + optimizer
@@ -169,10 +176,39 @@ def _stage_time(
     return StageTime(stage, forward, backward)
 
 
+def _work(
+    config: Config, layout: Layout, z: Shapes, stages: tuple[StageTime, ...], count: int
+) -> float:
+    """Seconds that all ranks together compute and communicate in a step."""
+    if not layout.span:
+        return layout.world // layout.pipeline * count * sum(one.both for one in stages)
+    layer, local = layer_time(config, layout, z), len(layout.stage_layers(0))
+    whole = frozenset(parse_layers(config.recompute.layers, config.model.layers))
+    dense = layer.dense + layer.tensor_forward
+    own = 2 * layer.dense + layer.tensor_backward
+    sources = sum(
+        count * (dense * (2 if number in whole else 1) + own)
+        for number in range(1, config.model.layers + 1)
+    ) + 3 * count * seconds(head_parts(config, z))
+    again = 1 if "moe" in config.recompute.modules else 0
+    served = 0.0
+    for tick in ticks(layout.pipeline, count):
+        for half, passes in ((tick.forward, 1), (tick.backward, 2 + again)):
+            active = len(half)
+            experts = seconds(expert_parts(config, z, active / layout.pipeline, active))
+            served += local * (passes * experts + layer.exchange) * bool(half)
+    replicas = layout.world // (layout.tensor * layout.pipeline)
+    return replicas * layout.tensor * (sources + layout.pipeline * served)
+
+
 def _span_seconds(
     config: Config, layout: Layout, z: Shapes, layer: LayerTime, count: int, whole: frozenset[int]
 ) -> float:
-    """Sum over half-ticks; each waits for the slowest active stage at every local layer."""
+    """Sum over half-ticks; each waits for the slowest active stage at every local layer.
+
+    With ``parallel.overlap_expert_comm`` the halves of a tick take turns: each one's exchange runs
+    while the other computes, and only what is longer than that computing is waited for.
+    """
     stages, local = layout.pipeline, len(layout.stage_layers(0))
     head = seconds(head_parts(config, z))
     message = point_to_point(layout, config.hardware, 0, z.N * z.H * z.b).seconds
@@ -185,18 +221,24 @@ def _span_seconds(
     ]
     expert_again = "moe" in config.recompute.modules
     forward_dense = layer.dense + layer.tensor_forward
-    spent = 0.0
-    for tick in ticks(stages, count):
+    overlap, spent = config.parallel.overlap_expert_comm, 0.0
+    for tick in ticks(stages, count, delay=int(overlap)):
+        forward = backward = 0.0
         if tick.forward:
-            each = forward_dense + served[len(tick.forward)] + layer.exchange
-            spent += local * each + head * (stages - 1 in tick.forward) + message
+            forward = local * (forward_dense + served[len(tick.forward)])
+            forward += head * (stages - 1 in tick.forward)
         if tick.backward:
             rows = served[len(tick.backward)] * (3 if expert_again else 2)
             for i in range(local):
                 repeat = any(again[stage][i] for stage in tick.backward)
-                spent += 2 * layer.dense + layer.tensor_backward + rows + layer.exchange
-                spent += forward_dense if repeat else 0.0
-            spent += 2 * head * (stages - 1 in tick.backward) + message
+                backward += 2 * layer.dense + layer.tensor_backward + rows
+                backward += forward_dense if repeat else 0.0
+            backward += 2 * head * (stages - 1 in tick.backward)
+        spent += forward + backward
+        for half, other in ((tick.forward, backward), (tick.backward, forward)):
+            if half:
+                hidden = other if overlap else 0.0
+                spent += max(0.0, local * layer.exchange - hidden) + message
     return spent
 
 

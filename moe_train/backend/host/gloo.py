@@ -13,14 +13,16 @@ def _device() -> Any:
     return ProcessGroupGloo.create_default_device()
 
 
-def _create(options: Any, _: object | None) -> ProcessGroupGloo:
-    own = ProcessGroupGloo._Options()
+def _create(options: Any, _: object | None) -> Any:
+    # torch's type stubs lack both the options' fields and the constructor that takes them.
+    group: Any = ProcessGroupGloo
+    own = group._Options()
     own._devices = [_device()]
     own._threads = 1
     own._timeout = options.timeout
     own.global_ranks_in_group = options.global_ranks_in_group
     own.group_name = options.group_id
-    return ProcessGroupGloo(options.store, options.group_rank, options.group_size, own)
+    return group(options.store, options.group_rank, options.group_size, own)
 
 
 def share_device() -> None:

@@ -133,7 +133,7 @@ def keep_compiler_out() -> None:
     """
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         plain = getattr(torch.optim.Optimizer, name).__wrapped__
-        setattr(plain, "__dynamo_disable", plain)  # noqa: B010 - would be mangled in a class
+        setattr(plain, "__dynamo_disable", plain)
 
 
 @contextlib.contextmanager

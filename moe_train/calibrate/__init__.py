@@ -1,0 +1,1 @@
+"""Measure this machine for the planner: ``moe-train plan --calibrate``."""

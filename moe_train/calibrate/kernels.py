@@ -1,0 +1,57 @@
+"""Rates of one thread: matrix products, grouped products, attention, memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+REPEATS = 7
+
+
+def median_seconds(work: Callable[[], object], least: float = 0.02) -> float:
+    """Median time of one call, each sample at least ``least`` seconds long."""
+    work()
+    calls = 1
+    while (once := _timed(work, calls)) < least:
+        calls = max(calls + 1, int(calls * least / max(once, 1e-9)))
+    return statistics.median(_timed(work, calls) for _ in range(REPEATS)) / calls
+
+
+def _timed(work: Callable[[], object], calls: int) -> float:
+    begun = time.perf_counter()
+    for _ in range(calls):
+        work()
+    return time.perf_counter() - begun
+
+
+def gemm_flops(dtype: torch.dtype, rows: int, width: int = 512) -> float:
+    """FLOP/s of [rows, width] x [width, width]."""
+    left, right = torch.randn(rows, width).to(dtype), torch.randn(width, width).to(dtype)
+    return 2 * rows * width * width / median_seconds(lambda: left @ right)
+
+
+def grouped_flops(dtype: torch.dtype, rows: int, experts: int = 8, width: int = 256) -> float:
+    """FLOP/s of grouped products with ``rows`` rows for each expert."""
+    tokens = torch.randn(rows * experts, width).to(dtype)
+    weights = torch.randn(experts, width, width).to(dtype)
+    ends = torch.arange(1, experts + 1, dtype=torch.int32) * rows
+    seconds = median_seconds(lambda: torch._grouped_mm(tokens, weights, offs=ends))
+    return 2 * tokens.shape[0] * width * width / seconds
+
+
+def attention_flops(dtype: torch.dtype, sequence: int = 512, heads: int = 8) -> float:
+    """FLOP/s of causal attention, counting the half that is needed."""
+    query = torch.randn(1, heads, sequence, 64).to(dtype)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    seconds = median_seconds(lambda: attend(query, query, query, is_causal=True))
+    return 2 * 2 * heads * 64 * sequence * (sequence + 1) / 2 / seconds
+
+
+def memory_bytes_per_second(megabytes: int = 64) -> float:
+    """Bytes read and written per second by a copy that no cache holds."""
+    source = torch.zeros(megabytes * 250_000)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source))
