@@ -12,9 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from moe_train.config.compose import collect, group_options
+from moe_train.config.files import read_yaml
 from moe_train.errors import EXIT_FINISHED, CheckpointError, ConfigError, MoeTrainError
 from moe_train.monitor.files import write_atomically
 from moe_train.monitor.rank_log import log_to_file
@@ -160,10 +159,12 @@ def _planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout, Path
 def _inherited(folder: RunFolder, overrides: Sequence[str]) -> list[str]:
     """The run's own settings as overrides; none where it has left no readable config."""
     try:
-        config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
         plan = json.loads(folder.plan.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except FileNotFoundError:
         return []
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(str(folder.plan), str(error), "restore it from a copy") from error
+    config = read_yaml(folder.config, str(folder.config))
     chosen = {word.partition("=")[0].lstrip("+") for word in overrides} & set(group_options())
     words: list[str] = []
     for key in INHERITED:

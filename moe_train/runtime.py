@@ -19,6 +19,7 @@ from moe_train.errors import (
     ConfigFaults,
     MoeTrainError,
 )
+from moe_train.monitor.lock import FolderLock
 from moe_train.monitor.rank_log import log_to_file
 from moe_train.monitor.run_folder import create_run_folder, default_run_name
 from moe_train.monitor.status import State, write_status
@@ -152,6 +153,8 @@ def run(overrides: Sequence[str], suffix: str = "") -> int:
         tell_status(standing, "failed", f"{type(crash).__name__}: {crash}")
         raise
     finally:
+        if standing.lock is not None:
+            standing.lock.release()
         log_to_file(None)
 
 
@@ -168,7 +171,7 @@ def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing)
     run is known to continue it.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be written, or another job trains in it.
     """
     from moe_train.session.records import describe_run
 
@@ -178,6 +181,7 @@ def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing)
         default_name=default_run_name(config.experiment, layout.tag) + suffix,
         fresh=config.checkpoint.resume == "never",
     )
+    standing.lock = FolderLock(folder.path)
     config.run.name = folder.path.name
     standing.folder = folder
     if not folder.config.exists():

@@ -93,6 +93,9 @@ def read_index(folder: Path, manifest: Manifest) -> Metadata:
             raise CheckpointError(
                 str(path), f"tensor {key!r} is malformed ({type(problem).__name__}: {problem})"
             ) from problem
+    used = {place.relative_path for place in places.values()}
+    if idle := sizes.keys() - used - {INDEX}:
+        raise CheckpointError(str(folder / min(idle)), "holds no tensor that the index names")
     return Metadata(state_dict_metadata=described, storage_data=places)
 
 

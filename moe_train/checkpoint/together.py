@@ -38,11 +38,21 @@ def together[T](work: Callable[[], T], folder: Path, failure: str, fix: str) -> 
     # wrote; a damaged item is whatever unpacking it makes of it. All of it must reach the peers.
     except (Exception, CheckpointException) as error:
         LOGGER.warning("%s %s", folder, failure, exc_info=True)
-        told = error if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-        problem, cause = f"{failure} (rank {dist.get_rank()}): {told}", error
+        problem, cause = f"{failure} ({_told(error)})", error
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (problem, result))
     for other, _ in outcomes:
         if other:
             raise CheckpointError(str(folder), other, fix) from cause
     return [outcome for _, outcome in outcomes]
+
+
+def _told(error: BaseException) -> str:
+    """Rank and reason; torch's exception of many ranks is one long text of tracebacks."""
+    rank = dist.get_rank()
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = min(error.failures.items())
+        error = inner
+    if isinstance(error, CheckpointError):
+        return f"rank {rank}: {error.field}: {error.problem}"
+    return f"rank {rank}: {type(error).__name__}: {error}"

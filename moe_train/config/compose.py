@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moe_train.config.convert import dotted_keys, from_mapping, nearest
 from moe_train.config.megatron_fields import check_megatron
 from moe_train.config.root import Config
+from moe_train.config.secrets import refuse_secrets
 from moe_train.config.validate import validate
 from moe_train.errors import ConfigError, ConfigFaults
 
@@ -76,6 +77,10 @@ def _parse(overrides: Sequence[str], faults: list[ConfigError]) -> list[Override
 def _line(override: Override, faults: list[ConfigError]) -> str | None:
     """The override as Hydra shall see it, or None with a fault recorded."""
     key, text = override.key_or_group, override.input_line or ""
+    if key.split(".")[0].split("/")[0] == "hydra":
+        # Its keys name further folders of configs and code to start jobs with.
+        faults.append(ConfigError(key, "Hydra's own settings are not for overrides", "remove it"))
+        return None
     if override.is_sweep_override():
         faults.append(
             ConfigError(
@@ -118,7 +123,13 @@ def _line(override: Override, faults: list[ConfigError]) -> str | None:
 
 
 def _merge(overrides: Sequence[str], faults: list[ConfigError]) -> dict[str, Any]:
-    """Merge the groups and those of `overrides` that are well-formed; record faults."""
+    """Merge the groups and those of `overrides` that are well-formed; record faults.
+
+    Raises:
+        ConfigFaults: Hydra cannot merge.
+        ConfigError: a value would carry a secret of the environment into files and logs; alone,
+            since another fault's message could show it.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -138,6 +149,7 @@ def _merge(overrides: Sequence[str], faults: list[ConfigError]) -> dict[str, Any
         faults.append(ConfigError(str(key), reason, hint))
         raise ConfigFaults(faults) from error
     assert isinstance(merged, dict)
+    refuse_secrets(merged)
     faults.extend(_targets(merged, ""))
     return {str(k): v for k, v in merged.items()}
 

@@ -92,6 +92,9 @@ def _scalar(kind: Any, value: Any) -> Any:
         return None if value is None else _REFUSED
     if isinstance(value, bool):
         return value if kind is bool else _REFUSED
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        # Beyond any count; Python itself refuses to print or convert the largest.
+        return _REFUSED
     if kind is float and isinstance(value, int | float):
         return float(value)
     if kind is int:
@@ -133,8 +136,15 @@ def _value(kind: Any, value: Any, key: str, root: type, faults: list[ConfigError
         fix += f", e.g. {key}=[{value}]" if isinstance(value, str) else f", e.g. {key}=[]"
     elif isinstance(value, str) and kind in (int, float, bool):
         fix += " without quotes"
-    faults.append(ConfigError(key, f"{value!r} is not a {_type_name(kind)}", fix))
+    faults.append(ConfigError(key, f"{_shown(value)} is not a {_type_name(kind)}", fix))
     return _REFUSED
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return "an integer of thousands of digits"
 
 
 def _object(cls: type, mapping: Any, prefix: str, root: type, faults: list[ConfigError]) -> Any:

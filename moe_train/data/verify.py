@@ -97,6 +97,12 @@ def check_files(prefix: Path) -> Facts:
     tokens = int(lengths.sum(dtype=np.int64))
     if tokens == 0:
         raise DataError(str(binary), "holds no token: empty corpus", "prepare other sources")
+    if manifest is not None and tokens * dtype.itemsize != manifest.bin_bytes:
+        # The tokens are as many as the manifest says: it is the index that does not fit.
+        at = HEADER.size + 4 * (int(sequences) - 1)
+        raise DataError(
+            str(idx), f"sequences up to offset {at} make up {tokens} tokens, too many or few", AGAIN
+        )
     _check_size(binary, tokens * dtype.itemsize, "index")
     return Facts(prefix, dtype, lengths, entries - 1, tokens, manifest)
 

@@ -23,9 +23,17 @@ def vocabulary(config: Config) -> tuple[int, str]:
         return BYTE_VOCAB, "byte tokenizer"
     for entry in config.data.train:
         manifest = Path(entry.rpartition(":")[2] + ".json")
-        if manifest.is_file():
-            size = json.loads(manifest.read_text(encoding="utf-8")).get("vocab_size")
-            if isinstance(size, int) and size > 0:
-                return size, str(manifest)
+        if manifest.is_file() and (size := _vocab_size(manifest)) is not None:
+            return size, str(manifest)
     source = "the data's tokenizer decides" if config.data.train else "embedded corpus"
     return EMBEDDED_VOCAB, f"assumed ({source}); set model.vocab to fix it"
+
+
+def _vocab_size(manifest: Path) -> int | None:
+    """The manifest's size, or None: what is wrong with the file is told when data is opened."""
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    size = content.get("vocab_size") if isinstance(content, dict) else None
+    return size if type(size) is int and 0 < size < 1 << 31 else None

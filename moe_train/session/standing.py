@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moe_train.monitor.lock import FolderLock
 from moe_train.monitor.run_folder import RunFolder
 
 
@@ -14,6 +15,8 @@ class Standing:
 
     folder: RunFolder | None = None
     """The run folder, on rank 0."""
+    lock: FolderLock | None = None
+    """Keeps other jobs out of the folder, on rank 0."""
     taken_up: bool = False
     """Whether the folder's files speak of this run: a refused one leaves an earlier run's be."""
     step: int = 0
