@@ -177,7 +177,7 @@ def refusals(rank: int, one: int, drawn: list[tuple[dict[str, Any], int]]) -> li
     from moe_train.backend.host.backend import HostBackend
     from moe_train.plan.search import planned
 
-    said = []
+    said: list[str] = []
     for mapping, world in drawn:
         config, faults = from_mapping(Config, mapping)
         assert not faults
