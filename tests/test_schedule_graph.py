@@ -195,6 +195,25 @@ def test_lockstep_of_layers_costs_no_less_than_that_of_halves(work: SpanWork) ->
     assert by_layer >= by_stage - halves * outside - 1e-9 * (1 + by_stage)
 
 
+@settings(deadline=None, max_examples=30)
+@given(random_span())
+def test_halves_do_not_overlap(work: SpanWork) -> None:
+    """By stage, no stage begins a half before every stage has ended the one before."""
+    graph = span_graph(work, "stage")
+    run_clock(graph)
+    halves: dict[tuple[int, bool], list[tuple[float, float]]] = {}
+    for name, facts in graph.nodes(data=True):
+        if facts["tick"] >= 0:
+            back = name.startswith(("B", f"S{facts['tick']}b"))
+            lane = halves.setdefault((facts["tick"], back), [])
+            lane.append((facts["start"], facts["finish"]))
+    assert len(halves) == 2 * (work.microbatches + work.stages - 1)
+    assert all(len(lane) == work.stages for lane in halves.values())
+    for before, after in itertools.pairwise(sorted(halves)):
+        latest = max(end for _, end in halves[before])
+        assert min(begin for begin, _ in halves[after]) >= latest - 1e-9 * (1 + latest)
+
+
 def megatrons(stages: int, stage: int, batches: int, chunks: int) -> list[tuple[str, int, int]]:
     """(direction, micro-batch, chunk) in the order of Megatron's own tables."""
     schedules = pytest.importorskip("megatron.core.pipeline_parallel.schedules")
