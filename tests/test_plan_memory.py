@@ -91,8 +91,9 @@ def test_recomputation_orders_memory(name: str, fused: bool) -> None:
     for stages in zip(*needs, strict=True):
         none, mission, every = (one.activations for one in stages)
         assert none > mission
-        # A layer recomputed while it is the last keeps its input besides.
-        assert mission >= every - 4096 * 4608
+        # A layer recomputed while it is the last holds its output besides, and its dispatcher
+        # the gradient of its input.
+        assert mission >= every - 2 * 4096 * 4608
     assert worst(needs[0]).activations > 1.5 * worst(needs[2]).activations
 
 

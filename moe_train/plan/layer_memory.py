@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 from moe_train.plan.activations import (
     dense_terms,
@@ -26,6 +27,13 @@ SELECTIVE = {
     ),
 }  # fmt: skip
 """What Megatron's selective recomputation drops, by ``recompute.modules``."""
+
+
+class Phase(NamedTuple):
+    """A part of a pass, and what is alive in it beside what is saved."""
+
+    name: str
+    terms: tuple[Term, ...]
 
 
 INPUT_TWICE = "layer input, counted already"
@@ -70,6 +78,8 @@ def recomputed_terms(
     if recomputed and (z.fused or z.b == 4):
         # The first norm saves its input as it is; in 16 bits the host's saves fp32 copies.
         again.append(Term(INPUT_TWICE, -layer_input(z).bytes, "- N H b", MEGATRON))
+    if recomputed:
+        again.append(Term("layer output, made again", layer_input(z).bytes, "N H b", MEGATRON))
     return again
 
 
@@ -82,32 +92,122 @@ def forward_buffers(z: Shapes) -> list[Term]:
     ]
 
 
-def backward_buffers(z: Shapes) -> list[Term]:
-    """Gradients alive while the experts of one layer go backward."""
-    gradients = [
-        Term("gradient of combined rows", z.N * z.K * z.H * z.b, "N K H b", MEGATRON),
-        Term("gradient of expert output", z.R * z.H * z.b, "R H b", MEGATRON),
-        Term("gradient of fc1 output", 2 * z.R * z.F * z.b, "2 R F b", MEGATRON),
-        Term("gradient of expert input", z.R * z.H * z.b, "R H b", MEGATRON),
-    ]
+def layer_backward(z: Shapes, kept: Collection[str], passes: int) -> list[Phase]:
+    """The phases of one layer's backward pass in which most is alive, beside what it saved.
+
+    Args:
+        kept: names of what the layer saved (recomputed terms included), which its passes free.
+        passes: groups of rows that the experts take one after the other: the stages, with
+            ``placement=span``, whose rows are on a hosting rank together.
+
+    A pass's saved tensors are gone once their operation went backward: at the first matrix
+    neither the combined rows nor the second matrix's input exist any more.
+    """
+    rows = z.R / passes
     if z.fused:
-        return gradients
-    weight = z.local_experts * 2 * z.F * z.H * z.b
+        gradients = (
+            Term("gradient of combined rows", z.N * z.K * z.H * z.b, "N K H b", MEGATRON),
+            Term("gradient of expert output", z.R * z.H * z.b, "R H b", MEGATRON),
+            Term("gradient of fc1 output", 2 * z.R * z.F * z.b, "2 R F b", MEGATRON),
+            Term("gradient of expert input", z.R * z.H * z.b, "R H b", MEGATRON),
+        )
+        return [Phase("", gradients)]
+    freed = {
+        "combined rows": z.N * z.K * z.H * z.b,
+        "fc2 input": rows * z.F * z.b,
+        "fc1 output": 2 * rows * z.F * z.b,
+    }
+
+    def gone(*names: str) -> list[Term]:
+        return [
+            Term(f"{name}, freed", -freed[name], "", MEGATRON) for name in names if name in kept
+        ]
+
+    around = [Term("gradient of expert output", z.R * z.H * z.b, "R H b", MEGATRON)]
+    if passes > 1:
+        # The exchange holds what went out and what came until every stage's rows are done.
+        around.append(
+            Term("gradient of combined rows", z.N * z.K * z.H * z.b, "N K H b", "model/span")
+        )
+    weight = z.local_experts * z.F * z.H * z.b
     # torch computes a weight's gradient whole before it is added to the gradient buffer;
     # fused accumulation adds products into the buffer itself.
     return [
-        *gradients,
-        Term("fc1 weight gradient", weight, "2 E/e F H b", HOST),
-        Term("SwiGLU gradient in fp32", 12 * z.R * z.F, "12 R F", HOST),
+        Phase(
+            ", second matrix",
+            (
+                *gone("combined rows"),
+                *around,
+                Term("gradient of fc2 input", rows * z.F * z.b, "R F b", MEGATRON),
+                Term("fc2 weight gradient", weight, "E/e F H b", HOST),
+            ),
+        ),
+        Phase(
+            ", SwiGLU",
+            (
+                *gone("combined rows", "fc2 input"),
+                *(around if passes > 1 else []),
+                Term("gradient of fc2 input", rows * z.F * z.b, "R F b", MEGATRON),
+                Term("SwiGLU gradient in fp32", 12 * rows * z.F, "12 R F", HOST),
+            ),
+        ),
+        Phase(
+            ", first matrix",
+            (
+                *gone("combined rows", "fc2 input", "fc1 output"),
+                *(around if passes > 1 else []),
+                Term("gradient of fc1 output", 2 * rows * z.F * z.b, "2 R F b", MEGATRON),
+                Term("gradient of expert input", rows * z.H * z.b, "R H b", MEGATRON),
+                Term("fc1 weight gradient", 2 * weight, "2 E/e F H b", HOST),
+            ),
+        ),
     ]
 
 
-def loss_buffers(z: Shapes) -> list[Term]:
-    """Logits in the compute dtype and their gradient, beside the kept fp32 probabilities."""
+def retained_terms(z: Shapes, recomputed: int) -> list[Term]:
+    """What the layers that went backward before still hold.
+
+    Megatron's token dispatcher keeps its last routing probabilities as an attribute. In a
+    recomputed layer they hang on the graph of its recomputation, and with it the layer's input
+    and that input's gradient stay until the dispatcher's next use. The spanning layer has no
+    dispatcher.
+
+    Args:
+        recomputed: recomputed layers of this chunk that have gone backward.
+    """
+    size = recomputed * z.N * z.H * z.b
+    source = MEGATRON + " (MoEAlltoAllTokenDispatcher.probs)"
+    return [
+        Term("inputs of recomputed layers, not yet freed", size, "N H b each", source),
+        Term("gradients of these inputs", size, "N H b each", source),
+    ]
+
+
+def standing_buffers(z: Shapes) -> list[Term]:
+    """What stays once it exists: Megatron's buffer for inputs gathered over TP."""
+    if z.t == 1 or z.fused:
+        return []
+    source = "Megatron-Core's GlobalMemoryBuffer"
+    return [Term("gathered input", z.A * z.H * z.b, "A H b", source)]
+
+
+def loss_phases(z: Shapes) -> list[Phase]:
+    """Loss and head, beside what they save (:func:`moe_train.plan.activations.head_terms`).
+
+    The loss turns logits into fp32 probabilities in place of an fp32 copy, and those into the
+    gradient, which is cast to the compute dtype. The head goes backward when they are gone.
+    """
     logits = z.A * z.V * z.b
-    terms = [Term("logits", logits, "A V b", MEGATRON)]
-    if z.b < 4:
-        terms.append(Term("gradient of logits", logits, "A V b", MEGATRON))
-    if not z.fused:
-        terms.append(Term("head weight gradient", z.V * z.H * z.b, "V H b", HOST))
-    return terms
+    if z.fused:
+        terms = [Term("logits", logits, "A V b", MEGATRON)]
+        if z.b < 4:
+            terms.append(Term("gradient of logits", logits, "A V b", MEGATRON))
+        return [Phase("loss", tuple(terms))]
+    copies = [Term("logits", logits, "A V b", MEGATRON)] if z.b < 4 else []
+    head = (
+        Term("softmax of the loss, freed", -4 * z.A * z.V, "4 A V", MEGATRON),
+        Term("gradient of logits", logits, "A V b", MEGATRON),
+        Term("gradient of head input", z.A * z.H * z.b, "A H b", MEGATRON),
+        Term("head weight gradient", z.V * z.H * z.b, "V H b", HOST),
+    )
+    return [Phase("loss", tuple(copies)), Phase("backward of the head", head)]

@@ -17,12 +17,14 @@ from moe_train.plan.activations import embedding_terms, head_terms
 from moe_train.plan.batch import microbatches_per_step
 from moe_train.plan.in_flight import chunks_in_flight, span_rows_in_flight
 from moe_train.plan.layer_memory import (
-    backward_buffers,
     forward_buffers,
     hosted_terms,
     kept_terms,
-    loss_buffers,
+    layer_backward,
+    loss_phases,
     recomputed_terms,
+    retained_terms,
+    standing_buffers,
 )
 from moe_train.plan.layout import Layout
 from moe_train.plan.optimizer_bytes import StateBytes, state_bytes
@@ -132,22 +134,35 @@ def _moments(
     *,
     last: bool,
 ) -> list[Moment]:
-    edges: tuple[Term, ...] = (Term("pipeline messages", 2 * z.N * z.H * z.b, "2 N H b", "P2P"),)
-    edges = edges if layout.pipeline > 1 else ()
-    found = [Moment("end of the forward pass", floor, (*forward_buffers(z), *edges))]
+    always = [
+        *([Term("pipeline messages", 2 * z.N * z.H * z.b, "2 N H b", "P2P")]
+          if layout.pipeline > 1 else []),
+        *standing_buffers(z),
+    ]  # fmt: skip
+    found = [Moment("end of the forward pass", floor, (*forward_buffers(z), *always))]
     if last:
         head = total(head_terms(z))
-        found.append(Moment("loss", floor + head, (*loss_buffers(z), *edges)))
+        found += [
+            Moment(phase.name, floor + head, (*phase.terms, *always)) for phase in loss_phases(z)
+        ]
     chunk = len(layers) // layout.virtual_pipeline
-    freed = 0.0
+    freed, done = 0.0, 0
+    modules = config.recompute.modules
     # The last chunk goes backward first; its layers free what they kept one after the other.
     for number, size in reversed(list(zip(layers, kept, strict=True))[-chunk:]):
-        again = recomputed_terms(
-            z, recomputed=number in whole, modules=config.recompute.modules, span=layout.span
-        )
-        buffers = (*again, *backward_buffers(z), *edges)
-        found.append(Moment(f"backward of layer {number}", floor - freed, buffers))
+        recomputed = number in whole
+        again = recomputed_terms(z, recomputed=recomputed, modules=modules, span=layout.span)
+        saved = [term.name for term in again]
+        saved += [term.name for term in kept_terms(z, recomputed=recomputed, modules=modules,
+                                                   span=layout.span)]  # fmt: skip
+        if layout.span:
+            saved += [term.name for term in hosted_terms(z, modules)]
+        before = retained_terms(z, done)
+        for phase in layer_backward(z, saved, layout.pipeline if layout.span else 1):
+            buffers = (*again, *phase.terms, *before, *always)
+            found.append(Moment(f"backward of layer {number}{phase.name}", floor - freed, buffers))
         freed += size
+        done += recomputed and not layout.span
     return found
 
 
