@@ -62,8 +62,9 @@ def _parse(overrides: Sequence[str], faults: list[ConfigError]) -> list[Override
             continue
         try:
             parsed.extend(parser.parse_overrides([text]))
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
+        except (HydraException, ValueError, RecursionError) as error:
+            # Its grammar takes numbers that Python does not, and nests without end.
+            reason = str(error).partition("\n")[0]
             faults.append(
                 ConfigError(
                     text.partition("=")[0],

@@ -30,14 +30,21 @@ class FolderLock:
         patience: seconds to wait for another holder to end.
 
     Raises:
-        ConfigError: another job holds the folder; says which.
-        OSError: the file cannot be opened.
+        ConfigError: another job holds the folder, and which; or the file cannot be opened.
     """
 
     def __init__(self, folder: Path, patience: float = PATIENCE) -> None:
         path = folder / NAME
         # Never inherited by programs that are started, which could outlive this one.
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self._file = os.open(path, flags, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                "run.dir",
+                f"{path} cannot be opened ({error.strerror})",
+                "remove it if it is a link",
+            ) from error
         until = time.monotonic() + patience
         while not self._taken():
             if time.monotonic() >= until:
