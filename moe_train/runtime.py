@@ -26,7 +26,9 @@ from moe_train.monitor.status import State, write_status
 from moe_train.plan.fit import launch_fault, unpriced
 from moe_train.plan.machine import accelerator_present, visible_devices
 from moe_train.plan.prepare import prepare
+from moe_train.session.cause import claim
 from moe_train.session.standing import Standing
+from moe_train.train.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from moe_train.config.root import Config
@@ -65,12 +67,16 @@ def main(argv: Sequence[str]) -> int:
     return next((code for code in codes if code != EXIT_FINISHED), EXIT_FINISHED)
 
 
-def report(fault: MoeTrainError) -> int:
+def report(fault: MoeTrainError, standing: Standing | None = None) -> int:
     """Tell an error once, from rank 0, and return its exit code.
 
-    A lost peer may be rank 0 itself, so that one is told by every rank that is left.
+    A lost peer may be rank 0 itself, so that one is told by the first rank that misses it, unless
+    a rank has said why it fell.
     """
-    if world_of_process()[0] == 0 or fault.exit_code == EXIT_HUNG:
+    first = world_of_process()[0] == 0
+    if fault.exit_code == EXIT_HUNG:
+        first = claim(standing.logs if standing else None, str(fault))
+    if first:
         print(f"moe_train: {fault}", file=sys.stderr, flush=True)
     return fault.exit_code
 
@@ -132,24 +138,28 @@ def run(overrides: Sequence[str], suffix: str = "") -> int:
         from moe_train.session.opening import open_session
 
         with ExitStack() as stack:
+            interrupt = stack.enter_context(Interrupt())
             session = open_session(
                 config, layout, rank, world, stack, folder=standing.folder, fault=fault
             )
+            if session.folder is not None:
+                standing.logs = session.folder.logs
             # Only now: it imports Megatron, which the backend had to prepare for.
             from moe_train.session.training import train
 
-            train(session, standing, stack, begun)
+            train(session, standing, stack, begun, interrupt)
         return EXIT_FINISHED
     except MoeTrainError as fault:
         state: State = "preempted" if fault.exit_code == EXIT_PREEMPTED else "failed"
         tell_status(standing, state, str(fault))
-        return report(fault)
+        return report(fault, standing)
     except BaseException as crash:
         from moe_train.backend.groups import lost_peer
 
         if (lost := lost_peer(crash)) is not None:
             tell_status(standing, "failed", str(lost))
-            return report(lost)
+            return report(lost, standing)
+        claim(standing.logs, f"{type(crash).__name__}: {crash}")
         tell_status(standing, "failed", f"{type(crash).__name__}: {crash}")
         raise
     finally:

@@ -23,15 +23,15 @@ SMALL = [
 ]
 
 
-def _poison(engine: Any, value: float) -> None:
-    """From now on this rank's backward pass spoils one entry of one gradient."""
+def _poison(engine: Any, value: float) -> Any:
+    """Until the hook is removed this rank's backward pass spoils one entry of one gradient."""
     import torch
 
     weight = next(p for n, p in engine.chunks[0].named_parameters() if "linear_proj" in n)
     spoilt = torch.zeros_like(weight)
     spoilt.view(-1)[0] = value
 
-    weight.register_hook(lambda gradient: gradient + spoilt)
+    return weight.register_hook(lambda gradient: gradient + spoilt)
 
 
 def _step(rank: int, world: int, layout: list[str], value: float) -> Any:
@@ -74,17 +74,27 @@ def test_a_finite_step_does_move_weights() -> None:
     assert run_world(_step, 2, [], 0.0) == [("", False), ("", False)]
 
 
-def _program(rank: int, world: int, overrides: list[str], spoil_from: int) -> Any:
-    """train.py with a gradient that rank 1 spoils at step `spoil_from`."""
+def _program(
+    rank: int, world: int, overrides: list[str], spoil_from: int, times: int = 1000
+) -> Any:
+    """train.py with a gradient that rank 1 spoils from step `spoil_from` on, so many times."""
     from moe_train.runtime import main
     from moe_train.train import loop
 
     plain = loop.train_step
 
-    def step(engine: Any, batches: Any, number: int) -> Any:
-        if rank == 1 and number == spoil_from:
-            _poison(engine, float("nan"))
-        return plain(engine, batches, number)
+    left = [times]
+
+    def step(engine: Any, batches: Any, number: int, **how: Any) -> Any:
+        hook = None
+        if rank == 1 and number >= spoil_from and left[0]:
+            left[0] -= 1
+            hook = _poison(engine, float("nan"))
+        try:
+            return plain(engine, batches, number, **how)
+        finally:
+            if hook is not None:
+                hook.remove()
 
     loop.train_step = step
     code = main(overrides)
@@ -109,3 +119,54 @@ def test_saving_leaves_no_process_behind(tmp_path: Path) -> None:
     ranks = run_world(_program, 2, [*QUIET, *SMALL, *named], 9)
     assert ranks == [(0, []), (0, [])]
     assert list((tmp_path / "save" / "checkpoints").glob("step_00000001"))
+
+
+SIX = ["train.steps=6", "checkpoint.every=2", "optim.warmup_steps=0"]
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.world
+def test_a_skipped_step_is_counted_and_changes_no_weight(tmp_path: Path) -> None:
+    named = [f"run.dir={tmp_path}", "run.name=skip", "train.non_finite=skip"]
+    ranks = run_world(_program, 2, [*QUIET, *SMALL, *SIX, *named], 3, 1)
+    assert [code for code, _ in ranks] == [0, 0]
+    lines = _lines(tmp_path / "skip")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if line.get("skipped")] == [3]
+    assert lines[2]["grad_norm"] is None and lines[2]["grad_norm_hex"] == "nan"
+    assert all(line["grad_norm"] is not None for line in lines if not line.get("skipped"))
+
+
+@pytest.mark.world
+def test_rolling_back_gives_the_undisturbed_curve(tmp_path: Path) -> None:
+    words = [*QUIET, *SMALL, *SIX, f"run.dir={tmp_path}", "train.non_finite=rollback"]
+    for name, times in (("calm", 0), ("back", 1)):
+        ranks = run_world(_program, 2, [*words, f"run.name={name}"], 4, times)
+        assert [code for code, _ in ranks] == [0, 0]
+    calm, back = _lines(tmp_path / "calm"), _lines(tmp_path / "back")
+    assert [line["step"] for line in back] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss_hex", "grad_norm_hex", "consumed_samples"):
+        assert [line[name] for line in back] == [line[name] for line in calm]
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_too_many_are_too_many(tmp_path: Path, policy: str) -> None:
+    words = [f"run.dir={tmp_path}", "run.name=many", f"train.non_finite={policy}"]
+    words += ["train.non_finite_limit=2"]
+    ranks = run_world(_program, 2, [*QUIET, *SMALL, *SIX, *words], 3)
+    assert [code for code, _ in ranks] == [EXIT_NON_FINITE, EXIT_NON_FINITE]
+    status = json.loads((tmp_path / "many" / "status.json").read_text())
+    assert status["state"] == "failed" and policy in status["reason"]
+
+
+@pytest.mark.world
+def test_rolling_back_needs_a_checkpoint(tmp_path: Path) -> None:
+    words = [f"run.dir={tmp_path}", "run.name=none", "train.non_finite=rollback"]
+    ranks = run_world(_program, 2, [*QUIET, *SMALL, *SIX, *words], 1)
+    assert [code for code, _ in ranks] == [EXIT_NON_FINITE, EXIT_NON_FINITE]
+    status = json.loads((tmp_path / "none" / "status.json").read_text())
+    assert "no checkpoint yet" in status["reason"]

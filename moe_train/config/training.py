@@ -88,7 +88,10 @@ class TrainConfig:
     log_every: int = 1
     """Console line every so many steps (metrics.jsonl has every step)."""
     non_finite: str = "stop"
-    """On a non-finite loss or gradient: stop."""
+    """On a non-finite loss or gradient: stop | skip (leave the step's update out) | rollback (to the
+    last checkpoint). No such step ever changes a weight."""
+    non_finite_limit: int = 3
+    """Steps that may be skipped or rolled back in one start of the run; one more stops it."""
     trace: bool = False
     """Write the second step after a start to the run folder's trace.json, for Perfetto."""
 
@@ -122,7 +125,8 @@ class BackendConfig:
     """The machine's communication and threads."""
 
     timeout_seconds: int = 600
-    """A collective that takes longer counts as hung."""
+    """A step, validation or save that takes longer counts as hung: its rank writes its stacks to
+    logs/, names who is to blame and ends with exit code 6."""
     host_threads: int = 1
     """CPU threads per rank on the host backend; 1 is bitwise reproducible."""
     cuda_device_max_connections: int = 1

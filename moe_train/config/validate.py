@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.schedule": ("cosine", "linear", "wsd", "constant"),
     "optim.moment_dtype": ("fp32", "bf16"),
     "optim.grad_dtype": ("fp32", "bf16"),
-    "train.non_finite": ("stop",),
+    "train.non_finite": ("stop", "skip", "rollback"),
     "log.wandb": ("auto", "online", "offline", "disabled"),
     "log.console": ("auto", "bar", "lines", "none"),
 }

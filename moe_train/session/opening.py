@@ -13,6 +13,7 @@ from moe_train.monitor.rank_log import log_to_file
 from moe_train.monitor.run_folder import RunFolder
 from moe_train.plan.batch import microbatches_per_step, sequences_per_step
 from moe_train.plan.parameters import padded_vocab
+from moe_train.session.cause import forget
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,6 +81,8 @@ def open_session(
     """
     backend = select_backend(config.device, config.backend)
     log_to_file(folder.rank_log(0) if folder else None)
+    if folder is not None:
+        forget(folder.logs)
     corpus, vocab = None, 0
     if fault is None:
         try:
@@ -112,7 +115,8 @@ def _join(
     from moe_train.backend.groups import close_world, open_world
     from moe_train.session.agreement import agree
 
-    open_world(backend, rank, world, config.backend.timeout_seconds)
+    # The watchdog speaks first; a collective that gives up by itself names nobody.
+    open_world(backend, rank, world, 2 * config.backend.timeout_seconds)
     stack.callback(close_world)
     return agree(fault, path)
 
@@ -123,7 +127,7 @@ def _build(config: Config, layout: Layout, backend: Backend, vocab: int) -> Engi
 
     groups = open_groups(
         layout,
-        timeout_seconds=config.backend.timeout_seconds,
+        timeout_seconds=2 * config.backend.timeout_seconds,
         gloo=backend.name != "host",
     )
     return build_engine(

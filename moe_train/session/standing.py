@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moe_train.monitor.lock import FolderLock
@@ -17,6 +18,8 @@ class Standing:
     """The run folder, on rank 0."""
     lock: FolderLock | None = None
     """Keeps other jobs out of the folder, on rank 0."""
+    logs: Path | None = None
+    """The run folder's logs, on every rank, once the world is open."""
     taken_up: bool = False
     """Whether the folder's files speak of this run: a refused one leaves an earlier run's be."""
     step: int = 0

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moe_train.checkpoint.save import save_checkpoint
 from moe_train.data.batches import BatchSource
 from moe_train.data.datasets import build_datasets
+from moe_train.errors import HungError, NonFiniteError
 from moe_train.monitor.recorder import Silent
+from moe_train.monitor.run_folder import RunFolder
+from moe_train.monitor.status import write_status
+from moe_train.session.cause import claim
 from moe_train.session.opening import Session
 from moe_train.session.records import describe_run, finish, open_recorder
 from moe_train.session.restore import restore
 from moe_train.session.standing import Follower, Standing
 from moe_train.session.traces import TraceListener, plan_trace
 from moe_train.train.interrupt import Interrupt
-from moe_train.train.loop import Intervals, run_loop
+from moe_train.train.loop import Intervals, Tolerance, run_loop
+from moe_train.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from moe_train.data.batches import MicroBatch
+    from moe_train.monitor.recorder import Recorder
 
 
-def train(session: Session, standing: Standing, stack: ExitStack, begun: float) -> None:
+def train(
+    session: Session, standing: Standing, stack: ExitStack, begun: float, interrupt: Interrupt
+) -> None:
     """Train an open session to its last step.
 
     Args:
         standing: kept up to date, on every rank.
         stack: closes what is opened here.
         begun: ``perf_counter`` at the start of the process.
+        interrupt: has been listening since then.
 
     Raises:
         MoeTrainError: see the rooms.
@@ -51,7 +63,13 @@ def train(session: Session, standing: Standing, stack: ExitStack, begun: float) 
         same = _source(session, datasets.valid, 0)
         return [same.next_step() for _ in range(config.train.eval_batches)]
 
-    with Interrupt() as interrupt:
+    with Watchdog(
+        folder.logs,
+        session.rank,
+        session.world,
+        config.backend.timeout_seconds,
+        partial(_hung, folder, standing),
+    ) as watchdog:
         run_loop(
             engine,
             source,
@@ -64,9 +82,40 @@ def train(session: Session, standing: Standing, stack: ExitStack, begun: float) 
             listener=Follower(TraceListener(recorder or Silent(), session), standing),
             save=_saver(session, source),
             interrupt=interrupt,
+            watchdog=watchdog,
+            tolerance=Tolerance(
+                config.train.non_finite,
+                config.train.non_finite_limit,
+                partial(_roll_back, session, source, recorder),
+            ),
         )
     if recorder is not None:
         finish(recorder, folder, time.perf_counter() - begun)
+
+
+def _hung(folder: RunFolder, standing: Standing, verdict: str) -> None:
+    """End this process, from the watchdog's thread: the main thread waits for ever."""
+    fault = HungError(f"rank {os.environ.get('RANK', '0')}", verdict, f"see {folder.logs}/*.stacks")
+    if claim(folder.logs, str(fault)):
+        print(f"moe_train: {fault}", file=sys.stderr, flush=True)
+        write_status(folder.status, "failed", standing.step, str(fault))
+    os._exit(fault.exit_code)
+
+
+def _roll_back(session: Session, source: BatchSource, recorder: Recorder | None) -> int:
+    """Go back to the newest good checkpoint of this run; returns its step."""
+    assert session.folder is not None
+    _, manifest = restore(session, session.folder.checkpoints, "auto")
+    if manifest is None:
+        raise NonFiniteError(
+            "train.non_finite",
+            "rollback: there is no checkpoint yet to go back to",
+            "start again with a lower optim.lr or other data, or a smaller checkpoint.every",
+        )
+    source.consumed = manifest.consumed_samples
+    if recorder is not None:
+        recorder.log.truncate_after(manifest.step)
+    return manifest.step
 
 
 def _datasets(session: Session, start: int, consumed: int) -> Any:

@@ -42,6 +42,7 @@ def run_world(
     timeout: float = 240.0,
     log: Path | None = None,
     tolerate: bool = False,
+    unawaited: Sequence[int] = (),
 ) -> list[Any]:
     """Call ``function(rank, world, *args)`` on every rank and return the results by rank.
 
@@ -54,6 +55,8 @@ def run_world(
         log: file that receives the ranks' output; None discards it.
         tolerate: let the others end by themselves when a rank fails, and return every rank's
             :class:`Outcome` instead of raising.
+        unawaited: ranks that will never end by themselves (with ``tolerate``): killed when the
+            others have ended.
 
     Raises:
         RankFailed: a rank raised, died or did not end in time; the others are killed.
@@ -77,7 +80,7 @@ def run_world(
         processes.append(process)
         connections.append(ours)
     try:
-        return _collect(connections, time.monotonic() + timeout, tolerate)
+        return _collect(connections, time.monotonic() + timeout, tolerate, unawaited)
     finally:
         for process in processes:
             if process.is_alive():
@@ -85,9 +88,11 @@ def run_world(
             process.join()
 
 
-def _collect(connections: list[Connection], deadline: float, tolerate: bool) -> list[Any]:
-    results: dict[int, Any] = {}
-    pending = {connection: rank for rank, connection in enumerate(connections)}
+def _collect(
+    connections: list[Connection], deadline: float, tolerate: bool, unawaited: Sequence[int]
+) -> list[Any]:
+    results: dict[int, Any] = {rank: Outcome(failure="not awaited") for rank in unawaited}
+    pending = {c: rank for rank, c in enumerate(connections) if rank not in unawaited}
     while pending:
         ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:

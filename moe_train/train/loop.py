@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from moe_train.errors import Preempted
+from moe_train.errors import NonFiniteError, Preempted
 from moe_train.train.engine import Engine
 from moe_train.train.forward import MicroBatch
 from moe_train.train.interrupt import Interrupt
 from moe_train.train.step import StepResult, train_step, validate
+from moe_train.train.watchdog import Watchdog
 
 
 class Source(Protocol):
@@ -53,6 +54,33 @@ class Intervals:
         return bool(self.save) and (step % self.save == 0 or step == self.steps)
 
 
+@dataclass
+class Tolerance:
+    """How many non-finite steps a run gets over, and how."""
+
+    policy: str
+    """stop | skip | rollback."""
+    limit: int
+    roll_back: Callable[[], int]
+    """Loads the last good checkpoint, moves the data back to it and returns its step."""
+    found: int = 0
+
+    def meet(self, step: int, result: StepResult) -> None:
+        """Count a step that was not applied.
+
+        Raises:
+            NonFiniteError: one too many.
+        """
+        self.found += 1
+        if self.found > self.limit:
+            raise NonFiniteError(
+                f"step {step}",
+                f"loss is {result.loss}, gradient norm is {result.grad_norm}; "
+                f"train.non_finite={self.policy} got over {self.limit} such steps before",
+                "resume from the last checkpoint with a lower optim.lr or other data",
+            )
+
+
 def run_loop(
     engine: Engine,
     source: Source,
@@ -64,6 +92,8 @@ def run_loop(
     listener: Listener,
     save: Callable[[int], None],
     interrupt: Interrupt,
+    watchdog: Watchdog,
+    tolerance: Tolerance,
 ) -> None:
     """Train from step ``start + 1`` to ``intervals.steps``.
 
@@ -74,14 +104,25 @@ def run_loop(
 
     Raises:
         Preempted: a stop was asked for; the state is saved.
-        NonFiniteError: see :func:`moe_train.train.step.train_step`.
+        NonFiniteError: see :func:`moe_train.train.step.train_step` and :class:`Tolerance`.
     """
-    for step in range(start + 1, intervals.steps + 1):
+    step = start
+    if _agree(engine, interrupt)[1] and start < intervals.steps:
+        raise _preempted(start, saved=start > 0)
+    while step < intervals.steps:
+        step += 1
         begun = time.perf_counter()
-        with engine.tracer.watch(step):
-            result = train_step(engine, source.next_step(), step)
-        engine.backend.synchronize()
+        with watchdog.phase("training step", step), engine.tracer.watch(step):
+            tolerate = tolerance.policy != "stop"
+            result = train_step(engine, source.next_step(), step, tolerate=tolerate)
+            engine.backend.synchronize()
         seconds = time.perf_counter() - begun
+        if not result.applied:
+            tolerance.meet(step, result)
+            if tolerance.policy == "rollback":
+                with watchdog.phase("rolling back", step):
+                    step = tolerance.roll_back()
+                continue
         peak_memory, stop = _agree(engine, interrupt)
         record = {
             "step": step,
@@ -100,19 +141,29 @@ def run_loop(
         }
         if engine.config.model.router.force_balance:
             record["force_balance"] = True
+        if not result.applied:
+            record["skipped"] = True
         listener.on_step(record, result)
         if not stop and intervals.validates(step):
-            loss = validate(engine, validation())
+            with watchdog.phase("validation", step):
+                loss = validate(engine, validation())
             listener.on_validation({"step": step, "valid_loss": loss})
+            stop = _agree(engine, interrupt)[1]
         if intervals.saves(step) or (stop and intervals.save):
-            save(step)
+            with watchdog.phase("checkpoint", step):
+                save(step)
+            stop = stop or _agree(engine, interrupt)[1]
         if stop and step < intervals.steps:
-            raise Preempted(
-                f"step {step}",
-                "a signal asked the run to stop; "
-                + ("its state is saved" if intervals.save else "checkpoint.every=0: not saved"),
-                "start it again with the same run.name to go on",
-            )
+            raise _preempted(step, saved=bool(intervals.save))
+
+
+def _preempted(step: int, *, saved: bool) -> Preempted:
+    return Preempted(
+        f"step {step}",
+        "a signal asked the run to stop; "
+        + ("its state is saved" if saved else "nothing is saved (checkpoint.every=0, or no step)"),
+        "start it again with the same run.name to go on",
+    )
 
 
 def _agree(engine: Engine, interrupt: Interrupt) -> tuple[int, bool]:

@@ -29,14 +29,19 @@ class StepResult:
     """Global L2 norm of the gradients before clipping."""
     lr: float
     routing: RoutingStats
+    applied: bool = True
+    """Whether the weights were updated; not so where loss or norm were not finite."""
 
 
-def train_step(engine: Engine, batches: Sequence[MicroBatch], step: int) -> StepResult:
+def train_step(
+    engine: Engine, batches: Sequence[MicroBatch], step: int, *, tolerate: bool = False
+) -> StepResult:
     """Forward and backward over all micro-batches, the non-finite gate, then the optimizer.
 
     Args:
         batches: this replica's micro-batches, ``engine.microbatches`` of them.
         step: 1-based number of this step.
+        tolerate: return a non-finite step, not applied, instead of raising.
 
     Raises:
         NonFiniteError: loss or gradient norm is not finite; raised on all ranks, before any
@@ -52,6 +57,8 @@ def train_step(engine: Engine, batches: Sequence[MicroBatch], step: int) -> Step
     grad_norm = float(engine.optimizer.get_grad_norm())
     loss, stats = _agree(engine, losses, len(batches))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if tolerate:
+            return StepResult(loss, grad_norm, set_step(engine.scheduler, step), stats, False)
         raise NonFiniteError(
             f"step {step}",
             f"loss is {loss}, gradient norm is {grad_norm}; no weight was changed",
