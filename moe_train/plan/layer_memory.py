@@ -114,8 +114,9 @@ def layer_backward(z: Shapes, kept: Collection[str], passes: int) -> list[Phase]
         return [Phase("", gradients)]
     freed = {
         "combined rows": z.N * z.K * z.H * z.b,
-        "fc2 input": rows * z.F * z.b,
-        "fc1 output": 2 * rows * z.F * z.b,
+        # With several passes the last one has most beside it: the others' are gone by then.
+        "fc2 input": z.R * z.F * z.b,
+        "fc1 output": 2 * z.R * z.F * z.b,
     }
 
     def gone(*names: str) -> list[Term]:
@@ -129,10 +130,19 @@ def layer_backward(z: Shapes, kept: Collection[str], passes: int) -> list[Phase]
         around.append(
             Term("gradient of combined rows", z.N * z.K * z.H * z.b, "N K H b", "model/span")
         )
+        earlier = (z.R - rows) * (2 * z.H * z.b + 4)
+        around.append(
+            Term("other stages' gradients", earlier, "(1 - 1/P) R (2 H b + 4)", "model/span")
+        )
     weight = z.local_experts * z.F * z.H * z.b
     # torch computes a weight's gradient whole before it is added to the gradient buffer;
     # fused accumulation adds products into the buffer itself.
     return [
+        *(
+            [_gradients_back(z, gone("combined rows", "fc2 input", "fc1 output"))]
+            if passes > 1
+            else []
+        ),
         Phase(
             ", second matrix",
             (
@@ -162,6 +172,24 @@ def layer_backward(z: Shapes, kept: Collection[str], passes: int) -> list[Phase]
             ),
         ),
     ]
+
+
+def _gradients_back(z: Shapes, gone: list[Term]) -> Phase:
+    """The end of the spanning exchange: every buffer of the way back at once."""
+    sent, received = z.N * z.K, z.R
+    return Phase(
+        ", gradients back",
+        (
+            *gone,
+            Term("gradient of expert output", received * z.H * z.b, "R H b", "model/span"),
+            Term("gradient of combined rows", sent * z.H * z.b, "N K H b", "model/span"),
+            Term("gradient of expert input", received * z.H * z.b, "R H b", "model/span/hosting"),
+            Term("packed, by stage and joined", 2 * received * (z.H * z.b + 4),
+                 "2 R (H b + 4)", "model/span/packing"),
+            Term("packed, returned", sent * (z.H * z.b + 4), "N K (H b + 4)", "model/span/packing"),
+            Term("unpacked", sent * z.H * z.b, "N K H b", "model/span/packing"),
+        ),
+    )  # fmt: skip
 
 
 def retained_terms(z: Shapes, recomputed: int) -> list[Term]:
