@@ -264,3 +264,31 @@ def test_one_message_for_all_ranks(kind: str, prefix: Path, tmp_path: Path) -> N
     told = (tmp_path / "r.log").read_text()
     assert run.codes == [EXIT_DATA] * 2, told
     assert told.count(words) == 1 and "Traceback" not in told, told
+
+
+@pytest.mark.parametrize("spoil", ["bin", "idx", "done"])
+def test_a_shard_that_was_damaged_while_it_waited(spoil: str, tmp_path: Path) -> None:
+    """A killed preparation goes on with sound shards only: the result is that of one go."""
+    sources = []
+    for number in range(4):
+        sources.append(tmp_path / f"in{number}.jsonl")
+        sources[-1].write_text(json.dumps({"text": f"{number} {TEXT}"}) + "\n")
+    prepare(Request(tuple(sources), tmp_path / "whole"))
+
+    class Killed(Exception):
+        pass
+
+    def kill(progress: Any) -> None:
+        if progress.done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        prepare(Request(tuple(sources), tmp_path / "set"), kill)
+    shard = sorted((tmp_path / "set.partial/shards").glob(f"*.{spoil}"))[0]
+    flip(shard, shard.stat().st_size // 2)
+    resumed: list[int] = []
+    prepare(Request(tuple(sources), tmp_path / "set"), lambda p: resumed.append(p.resumed))
+    assert max(resumed) == 1
+    for ending in (".bin", ".idx"):
+        whole = beside(tmp_path / "whole", ending).read_bytes()
+        assert beside(tmp_path / "set", ending).read_bytes() == whole

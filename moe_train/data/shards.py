@@ -32,7 +32,8 @@ class Shard:
     documents: int
     tokens: int
     skipped: int
-    bin_bytes: int
+    bin_sha256: str
+    idx_sha256: str
 
 
 class ShardFolder:
@@ -56,18 +57,28 @@ class ShardFolder:
         """The finished shard of a source, if it still stands for that source."""
         prefix = self.prefix(source)
         try:
-            shard = Shard(**json.loads(prefix.with_suffix(".done").read_text(encoding="utf-8")))
-            written = prefix.with_suffix(".bin").stat().st_size
-        except (OSError, ValueError, TypeError):
+            content = json.loads(prefix.with_suffix(".done").read_text(encoding="utf-8"))
+            if content.pop("check") != _check(content):
+                return None
+            shard = Shard(**content)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
             return None
         now = source.path.stat()
         if (shard.settings, shard.bytes) != (self.settings, now.st_size):
             return None
-        if written != shard.bin_bytes or not prefix.with_suffix(".idx").exists():
+        if not self._as_written(prefix, shard):
             return None
         if shard.mtime_ns != now.st_mtime_ns and shard.sha256 != digest(source.path):
             return None
         return shard
+
+    def _as_written(self, prefix: Path, shard: Shard) -> bool:
+        """Whether the shard's files are what was finished: they may have waited for days."""
+        written = {".bin": shard.bin_sha256, ".idx": shard.idx_sha256}
+        try:
+            return all(digest(prefix.with_suffix(e)) == sha256 for e, sha256 in written.items())
+        except OSError:
+            return False
 
     def writer(self, source: Source) -> ShardWriter:
         """Start a shard from its beginning."""
@@ -119,11 +130,18 @@ class ShardWriter:
             documents=self.documents,
             tokens=self.tokens,
             skipped=self.skipped,
-            bin_bytes=self.prefix.with_suffix(".bin").stat().st_size,
+            bin_sha256=digest(self.prefix.with_suffix(".bin")),
+            idx_sha256=digest(self.prefix.with_suffix(".idx")),
         )
-        write_json(self.prefix.with_suffix(".done"), asdict(shard))
+        content = asdict(shard)
+        write_json(self.prefix.with_suffix(".done"), content | {"check": _check(content)})
         return shard
 
     def close(self) -> None:
         """Let go of an unfinished shard's file."""
         self.builder.data_file.close()
+
+
+def _check(content: dict[str, Any]) -> str:
+    """Digest of a marker's other fields: its counts go into the dataset's manifest."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
