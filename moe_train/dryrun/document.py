@@ -40,9 +40,9 @@ Routing is even, sequences have 4096 tokens, the optimizer is precision-aware (1
 parameter). Sizes are in GB, 1e9 bytes.
 
 One rank stands for its pipeline stage: its tensor-, expert- and data-parallel peers hold tensors
-of the same shapes, which a test compares. The steps here have as many micro-batches as a schedule
-needs to become steady (P + 1 in 1F1B, 2 P spanning); more do not change the peak, which a test
-compares with the configured 32.
+of the same shapes, and rows are routed evenly. The steps here have as many micro-batches as a
+schedule needs to become steady (P + 1 in 1F1B, 2 P spanning, 2 without a pipeline); more do not
+change the peak. A test holds both on TP2.PP2.EP2 at a small size.
 
 State (weights, gradients, optimizer) is most of the memory, so the difference is given also for
 what is left when it is taken away from both sides.
