@@ -94,7 +94,8 @@ def stage_memory(
     rank = stage * (layout.world // layout.pipeline)
     state = state_bytes(config, layout, rank_parameters(config.model, layout, rank, vocab))
     count = microbatches_per_step(config, layout.data)
-    held = chunks_in_flight(layout, stage, count)
+    delay = int(config.parallel.overlap_expert_comm and layout.span)
+    held = chunks_in_flight(layout, stage, count, delay)
     modules = config.recompute.modules
     whole = frozenset(parse_layers(config.recompute.layers, config.model.layers))
     layers = layout.stage_layers(stage)
@@ -105,7 +106,7 @@ def stage_memory(
     one = sum(kept) / layout.virtual_pipeline + ends
     hosted = 0.0
     if layout.span:
-        rows = span_rows_in_flight(layout.pipeline, count)
+        rows = span_rows_in_flight(layout.pipeline, count, delay)
         hosted = rows * len(layers) * total(hosted_terms(z, modules))
     floor = held * one + hosted
     moments = tuple(_moments(z, config, layout, layers, kept, floor, whole, last=last))

@@ -10,7 +10,14 @@ from pathlib import Path
 WRITE_DOCS = "MOE_TRAIN_WRITE_DOCS"
 
 
-def document(path: Path, section: str, conditions: str, key: str, row: Sequence[str]) -> None:
+def document(
+    path: Path,
+    section: str,
+    conditions: str,
+    key: str,
+    row: Sequence[str],
+    preface: str | None = None,
+) -> None:
     """Put one measured row into a generated document, when MOE_TRAIN_WRITE_DOCS=1.
 
     A section is a heading, its conditions, and a table whose first column is the key; the row
@@ -18,6 +25,7 @@ def document(path: Path, section: str, conditions: str, key: str, row: Sequence[
 
     Args:
         row: cells after the key; that of key ``layout`` is the table's head.
+        preface: the document's beginning; None is that of the parity tables.
     """
     if os.environ.get(WRITE_DOCS) != "1":
         return
@@ -25,7 +33,7 @@ def document(path: Path, section: str, conditions: str, key: str, row: Sequence[
     rows = sections.get(section, ("", {}))[1]
     rows[key] = list(row)
     sections[section] = (f"{conditions} {versions()}", rows)
-    text = _PREFACE
+    text = preface or _PREFACE
     for name, (said, table) in sections.items():
         text += f"\n## {name}\n\n{said}\n\n"
         for number, (first, cells) in enumerate(table.items()):
