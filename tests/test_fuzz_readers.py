@@ -306,9 +306,17 @@ def test_overrides(long: bool, capsys: pytest.CaptureFixture[str]) -> None:
 def test_claims(tmp_path: Path, long: bool) -> None:
     path = tmp_path / "claims.yaml"
     claim = {
-        "id": "1", "text": "t", "quantity": "memory.total_gb", "low": 1.0, "equals": 2,
-        "tolerance": 0.1, "readings": ["memory.total_gb"], "vary": "data.sequence",
-        "under": ["parallel.expert=2"], "against": ["2"], "note": "n",
+        "id": "1",
+        "text": "t",
+        "quantity": "memory.total_gb",
+        "low": 1.0,
+        "equals": 2,
+        "tolerance": 0.1,
+        "readings": ["memory.total_gb"],
+        "vary": "data.sequence",
+        "under": ["parallel.expert=2"],
+        "against": ["2"],
+        "note": "n",
     }
     other = {"id": "2", "text": "t", "about": ["1"], "subject": "s"}
     sound = {"title": "t", "overrides": [], "sections": [{"title": "s", "claims": [claim, other]}]}

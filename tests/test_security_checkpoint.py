@@ -212,6 +212,7 @@ CHUNK: dict[str, dict[str, Any]] = {
     "outside": {"file": "../x"},
     "absolute": {"file": "/etc/passwd"},
     "unlisted": {"file": "__9_9.distcp"},
+    "the index itself": {"file": "tensors.json"},
     "beyond the file": {"begin": 4},
     "negative": {"begin": -4},
     "outside the tensor": {"offset": [1]},

@@ -54,8 +54,8 @@ def matrix(row: Sequence[Any]) -> Matrix:
 
 def host_ranks(rank: int, one: int, words: list[str], world: int) -> list[set[Matrix]]:
     from moe_train.backend.host.backend import HostBackend
-    from moe_train.plan.prepare import prepare
     from moe_train.dryrun.world import fake_chunks, fake_world
+    from moe_train.plan.prepare import prepare
     from moe_train.testing.shards import matrices
 
     config, layout = prepare(words, world)

@@ -83,7 +83,7 @@ def read_index(folder: Path, manifest: Manifest) -> Metadata:
     tensors = raw.get("tensors")
     if not isinstance(tensors, dict):
         raise CheckpointError(str(path), "tensors must be an object")
-    sizes = {name: int(facts["size"]) for name, facts in manifest.files.items()}
+    sizes = {name: int(facts["size"]) for name, facts in manifest.files.items() if name != INDEX}
     described: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for key, entry in tensors.items():
@@ -94,7 +94,7 @@ def read_index(folder: Path, manifest: Manifest) -> Metadata:
                 str(path), f"tensor {key!r} is malformed ({type(problem).__name__}: {problem})"
             ) from problem
     used = {place.relative_path for place in places.values()}
-    if idle := sizes.keys() - used - {INDEX}:
+    if idle := sizes.keys() - used:
         raise CheckpointError(str(folder / min(idle)), "holds no tensor that the index names")
     return Metadata(state_dict_metadata=described, storage_data=places)
 

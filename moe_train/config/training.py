@@ -88,7 +88,7 @@ class TrainConfig:
     log_every: int = 1
     """Console line every so many steps (metrics.jsonl has every step)."""
     non_finite: str = "stop"
-    """On a non-finite loss or gradient: stop | skip (leave the step's update out) | rollback (to the
+    """On a non-finite loss or gradient: stop | skip (leave the update out) | rollback (to the
     last checkpoint). No such step ever changes a weight."""
     non_finite_limit: int = 3
     """Steps that may be skipped or rolled back in one start of the run; one more stops it."""

@@ -31,8 +31,8 @@ def pretend_gpu() -> None:
 def cuda_ranks(overrides: Sequence[str], world: int) -> list[dict[str, Any]]:
     """``parameters`` and sorted ``matrices`` of every rank, built by the CUDA provider."""
     from moe_train.backend.cuda.backend import CudaBackend, require_transformer_engine
-    from moe_train.plan.prepare import prepare
     from moe_train.dryrun.world import fake_chunks, fake_world, parameter_count
+    from moe_train.plan.prepare import prepare
     from moe_train.testing.shards import matrices
 
     require_transformer_engine()
