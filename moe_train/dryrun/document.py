@@ -42,7 +42,7 @@ parameter). Sizes are in GB, 1e9 bytes.
 One rank stands for its pipeline stage: its tensor-, expert- and data-parallel peers hold tensors
 of the same shapes, and rows are routed evenly. The steps here have as many micro-batches as a
 schedule needs to become steady (P + 1 in 1F1B, 2 P spanning, 2 without a pipeline); more do not
-change the peak. A test holds both on TP2.PP2.EP2 at a small size.
+change the peak. A test holds both on TP2.PP2.EP2 at a small size, up to a few single numbers.
 
 State (weights, gradients, optimizer) is most of the memory, so the difference is given also for
 what is left when it is taken away from both sides.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -18,24 +18,31 @@ from moe_train.plan.memory import GB, StageMemory
 MODULES = 12
 
 
-def print_stages(rows: Iterable[tuple[str, RankRun, StageMemory]], console: Console) -> None:
-    """One row a rank and recomputation: peak by category, its moment, the closed form."""
-    table = Table(title="Peak of tensors, forward and backward of one step, GB (1e9 bytes)")
-    for name in ("recompute", "rank", "stage", "peak", *CATEGORIES, "planned", "difference"):
-        left = name in ("recompute",)
-        table.add_column(name, justify="left" if left else "right")
-    table.add_column("moment")
+def print_stages(rows: Sequence[tuple[str, RankRun, StageMemory]], console: Console) -> None:
+    """One row a rank and recomputation: peak, closed form and moment; then what it is made of."""
+    peaks = Table(title="Peak of tensors, forward and backward of one step, GB (1e9 bytes)")
+    parts = Table(title="The peak by category, GB")
+    for table in (peaks, parts):
+        table.add_column("recompute")
+        table.add_column("rank, stage", justify="right")
+    for name in ("peak", "planned", "difference"):
+        peaks.add_column(name, justify="right")
+    for name in CATEGORIES:
+        parts.add_column(name, justify="right")
     for recompute, run, plan in rows:
-        peak = run.peak
-        parts = [f"{peak.categories[name] / GB:.2f}" for name in CATEGORIES]
-        table.add_row(
-            recompute, str(run.rank), str(run.stage), f"{peak.bytes / GB:.2f}", *parts,
-            f"{plan.allocated / GB:.2f}",
+        place = f"{run.rank}, {run.stage}"
+        peaks.add_row(
+            recompute, place, f"{run.peak.bytes / GB:.3f}", f"{plan.allocated / GB:.3f}",
             f"{difference(run, plan):+.2%} ({activation_difference(run, plan):+.1%})",
-            f"{peak.phase}, {peak.module}",
         )  # fmt: skip
-    console.print(table)
-    console.print("difference: planner's closed form over dry run (in brackets: activations only)")
+        sizes = run.peak.categories
+        parts.add_row(recompute, place, *(f"{sizes[name] / GB:.3f}" for name in CATEGORIES))
+    console.print(peaks)
+    console.print("difference: closed form over dry run (in brackets: without state)")
+    for recompute, run, _ in rows:
+        where = f"{run.peak.phase}, {run.peak.module or 'schedule'}"
+        console.print(f"  peak of rank {run.rank}, recompute {recompute}: {where}", soft_wrap=True)
+    console.print(parts)
 
 
 def print_modules(run: RankRun, recompute: str, console: Console) -> None:
