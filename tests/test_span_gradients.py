@@ -192,6 +192,21 @@ def test_tensor_parallel_and_recompute(reference: Any, recompute: list[str]) -> 
     hold(run_world(one_step, 4, [*TP2_PP2_EP4, *recompute], 4), reference(4))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("sequences", [1, 2, 4, 8])
+@pytest.mark.parametrize("recompute", [[], ["recompute.layers=2-7"]], ids=["none", "2-7"])
+def test_the_missions_layout(reference: Any, sequences: int, recompute: list[str]) -> None:
+    """TP2 x PP4 x EP8 on 8 ranks, with fewer, as many and more micro-batches than stages."""
+    size = ["model.layers=8", "model.experts=16"]
+    layout = ["parallel.placement=span", "parallel.tensor=2", "parallel.pipeline=4"]
+    words = [*size, *layout, "parallel.expert=8", *recompute]
+    steps = run_world(one_step, 8, words, sequences)
+    hold(steps, reference(sequences, *size))
+    for rank, step in enumerate(steps):
+        assert step.counts.forward_halves == step.counts.backward_halves == sequences + 3
+        assert step.counts.most_held == min(sequences, 2 * (3 - rank // 2) + 1)
+
+
 PADDED = ["model.router.capacity_factor=1.0", "model.router.pad_to_capacity=true"]
 ASSIGNED = 4 * 32 * 2 * 4
 """Sequences x tokens x experts per token x layers."""
