@@ -22,7 +22,7 @@ from moe_train.runtime import planned, report, world_of_process
 
 if TYPE_CHECKING:
     from moe_train.config.root import Config
-    from moe_train.plan.layout import Layout
+    from moe_train.plan.layouts.layout import Layout
     from moe_train.session.opening import Session
 
 EXAMPLES = """examples:

@@ -23,8 +23,8 @@ from moe_train.monitor.lock import FolderLock
 from moe_train.monitor.rank_log import log_to_file
 from moe_train.monitor.run_folder import create_run_folder, default_run_name
 from moe_train.monitor.status import State, write_status
-from moe_train.plan.fit import launch_fault, unpriced
-from moe_train.plan.machine import accelerator_present, visible_devices
+from moe_train.plan.layouts.machine import accelerator_present, visible_devices
+from moe_train.plan.memory.fit import launch_fault, unpriced
 from moe_train.plan.prepare import prepare
 from moe_train.session.cause import claim
 from moe_train.session.standing import Standing
@@ -32,7 +32,7 @@ from moe_train.train.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from moe_train.config.root import Config
-    from moe_train.plan.layout import Layout
+    from moe_train.plan.layouts.layout import Layout
 
 MULTIRUN = ("-m", "--multirun")
 

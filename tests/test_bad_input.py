@@ -21,7 +21,7 @@ from moe_train.errors import (
     ConfigError,
     ConfigFaults,
 )
-from moe_train.plan.machine import accelerator_present
+from moe_train.plan.layouts.machine import accelerator_present
 from moe_train.testing.runs import Run, train_run
 from moe_train.testing.world import run_world
 

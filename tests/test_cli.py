@@ -13,7 +13,7 @@ import pytest
 
 from moe_train import cli
 from moe_train.errors import EXIT_CHECKPOINT, EXIT_CONFIG, CheckpointError
-from moe_train.plan.report import VERSION
+from moe_train.plan.report.plan_report import VERSION
 
 
 def test_help_lists_every_command_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:

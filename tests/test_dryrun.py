@@ -12,9 +12,9 @@ import pytest
 from moe_train.dryrun.document import READINGS, rows
 from moe_train.dryrun.prepare import enough_microbatches
 from moe_train.dryrun.report import ALLOWED
-from moe_train.plan.memory import stage_memory
+from moe_train.plan.memory.stages import stage_memory
 from moe_train.plan.prepare import prepare
-from moe_train.plan.shapes import Assumptions
+from moe_train.plan.quantities.shapes import Assumptions
 from moe_train.testing.layouts import (
     DP2,
     EP2,
@@ -123,7 +123,7 @@ def test_state_is_planned_to_the_byte(layout: Layout) -> None:
 
 
 def rank_state(config: Any, layout: Any, rank: int) -> tuple[int, int, int]:
-    from moe_train.plan.buffers import rank_state_bytes
+    from moe_train.plan.memory.buffers import rank_state_bytes
 
     state = rank_state_bytes(config, layout, rank, VOCAB)
     return state.weights, state.gradients, state.optimizer

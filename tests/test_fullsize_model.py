@@ -33,8 +33,8 @@ def count_ranks(
     """Layout tag, distinct parameters of all ranks, and (built, planned) for each rank."""
     from moe_train.backend.host.backend import HostBackend
     from moe_train.dryrun.world import fake_chunks, fake_world, parameter_count
-    from moe_train.plan.parameters import rank_parameters
     from moe_train.plan.prepare import prepare
+    from moe_train.plan.quantities.parameters import rank_parameters
     from moe_train.testing.shards import matrices, whole_model
 
     config, layout = prepare(words, world)

@@ -10,11 +10,11 @@ import pytest
 
 from moe_train.config.convert import to_mapping
 from moe_train.errors import ConfigError
-from moe_train.plan.fit import assumptions_of, memory_fault
-from moe_train.plan.legality import check
-from moe_train.plan.report import plan_report
-from moe_train.plan.search import planned, resolve
-from moe_train.plan.vocabulary import vocabulary
+from moe_train.plan.legality.check import check
+from moe_train.plan.legality.search import planned, resolve
+from moe_train.plan.memory.fit import assumptions_of, memory_fault
+from moe_train.plan.quantities.vocabulary import vocabulary
+from moe_train.plan.report.plan_report import plan_report
 from moe_train.testing.draws import base, draw
 from moe_train.testing.oracle import refusals
 from moe_train.testing.world import run_world

@@ -29,7 +29,7 @@ from moe_train.plan.claims.verdicts import (
     judge,
 )
 from moe_train.plan.prepare import prepare
-from moe_train.plan.shapes import Assumptions
+from moe_train.plan.quantities.shapes import Assumptions
 
 CONFIRMED_IDS = [
     "1.1", "1.2", "1.3", "1.4", "2.1", "2.3", "2.4", "2.5", "2.7", "2.8", "2.9", "3.2", "3.3",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.config.model import ModelConfig
-from moe_train.plan.flops import flops_per_token, mfu
+from moe_train.plan.quantities.flops import flops_per_token, mfu
 
 
 def counted(model: ModelConfig, sequence: int, vocab: int) -> float:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.plan.layout import DENSE_GROUPS, EXPERT_GROUPS, GROUP_KINDS, Layout
+from moe_train.plan.layouts.layout import DENSE_GROUPS, EXPERT_GROUPS, GROUP_KINDS, Layout
 
 # (world, TP, PP, VPP, CP, EP, ETP)
 CASES = [

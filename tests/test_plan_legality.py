@@ -6,10 +6,10 @@ import pytest
 
 from moe_train.config.compose import compose
 from moe_train.errors import ConfigFaults
-from moe_train.plan.batch import microbatches_per_step, sequences_per_step
-from moe_train.plan.legality import check
+from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_step
+from moe_train.plan.legality.check import check
+from moe_train.plan.legality.search import legal_layouts, planned, resolve
 from moe_train.plan.prepare import prepare
-from moe_train.plan.search import legal_layouts, planned, resolve
 
 
 def faults(overrides: list[str], world: int) -> dict[str, str]:

@@ -13,10 +13,10 @@ import yaml
 from moe_train.calibrate.command import measure
 from moe_train.config.convert import from_mapping
 from moe_train.config.hardware import HardwareConfig
-from moe_train.plan.fit import assumptions_of
+from moe_train.plan.cost.timing import step_time
+from moe_train.plan.memory.fit import assumptions_of
 from moe_train.plan.prepare import prepare
-from moe_train.plan.timing import step_time
-from moe_train.plan.vocabulary import vocabulary
+from moe_train.plan.quantities.vocabulary import vocabulary
 from moe_train.testing import layouts
 from moe_train.testing.document import document
 from moe_train.testing.layouts import TWIN, Layout, Runs

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from moe_train.cli import main
 from moe_train.config.compose import compose
 from moe_train.config.root import Config
-from moe_train.plan.activations import span_terms
-from moe_train.plan.fit import assumptions_of, memory_fault, memory_rows
-from moe_train.plan.in_flight import chunks_in_flight, span_rows_in_flight
-from moe_train.plan.layer_memory import INPUT_TWICE, whole_layer
-from moe_train.plan.layout import Layout
-from moe_train.plan.memory import StageMemory, plan_memory, worst
-from moe_train.plan.optimizer_bytes import bytes_per_parameter, state_bytes, variants
-from moe_train.plan.parameters import rank_parameters
+from moe_train.plan.layouts.in_flight import chunks_in_flight, span_rows_in_flight
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.memory.activations import span_terms
+from moe_train.plan.memory.fit import assumptions_of, memory_fault, memory_rows
+from moe_train.plan.memory.layers import INPUT_TWICE, whole_layer
+from moe_train.plan.memory.optimizer_bytes import bytes_per_parameter, state_bytes, variants
+from moe_train.plan.memory.stages import StageMemory, plan_memory, worst
 from moe_train.plan.prepare import prepare
-from moe_train.plan.shapes import Assumptions, shapes
-from moe_train.plan.terms import total
+from moe_train.plan.quantities.parameters import rank_parameters
+from moe_train.plan.quantities.shapes import Assumptions, shapes
+from moe_train.plan.quantities.terms import total
 from moe_train.testing.world import run_world
 
 MISSION = ["experiment=moe_30b_8x64gb"]

@@ -9,8 +9,8 @@ import pytest
 
 from moe_train.config.compose import compose
 from moe_train.config.model import ModelConfig
-from moe_train.plan.layout import Layout
-from moe_train.plan.parameters import model_parameters, padded_vocab, rank_parameters
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.quantities.parameters import model_parameters, padded_vocab, rank_parameters
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from moe_train.config.root import Config
-from moe_train.plan.fit import assumptions_of
+from moe_train.plan.memory.fit import assumptions_of
 from moe_train.plan.prepare import prepare
-from moe_train.plan.report import plan_report
+from moe_train.plan.report.plan_report import plan_report
 from moe_train.testing.document import WRITE_DOCS
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "span.md"

@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 
 from moe_train.config.hardware import HardwareConfig
 from moe_train.config.root import Config
-from moe_train.plan.bubbles import bubble
-from moe_train.plan.communication import gradient_traffic, layer_traffic, step_traffic
-from moe_train.plan.compute import dense_parts, expert_parts, head_parts
-from moe_train.plan.fit import assumptions_of
-from moe_train.plan.flops import flops_per_token
-from moe_train.plan.layout import Layout
-from moe_train.plan.links import Group, all_to_all, group, members, ring
-from moe_train.plan.parameters import rank_parameters
+from moe_train.plan.cost.communication import gradient_traffic, layer_traffic, step_traffic
+from moe_train.plan.cost.compute import dense_parts, expert_parts, head_parts
+from moe_train.plan.cost.links import Group, all_to_all, group, members, ring
+from moe_train.plan.cost.timing import step_time
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.legality.search import legal_layouts, ranked
+from moe_train.plan.memory.fit import assumptions_of
 from moe_train.plan.prepare import prepare
-from moe_train.plan.search import legal_layouts, ranked
-from moe_train.plan.shapes import Assumptions, shapes
-from moe_train.plan.timing import step_time
+from moe_train.plan.quantities.bubbles import bubble
+from moe_train.plan.quantities.flops import flops_per_token
+from moe_train.plan.quantities.parameters import rank_parameters
+from moe_train.plan.quantities.shapes import Assumptions, shapes
 
 MISSION = ["experiment=moe_30b_8x64gb"]
 STAGE = [*MISSION, "parallel.placement=stage"]
@@ -240,8 +240,8 @@ def test_ranking_puts_what_fits_first_and_then_the_fastest() -> None:
     options = legal_layouts(dataclasses.replace(config, parallel=free), 8)
     order = ranked(config, options)
     assert sorted(map(str, order)) == sorted(map(str, options))
-    from moe_train.plan.fit import fits
-    from moe_train.plan.search import with_layout
+    from moe_train.plan.legality.search import with_layout
+    from moe_train.plan.memory.fit import fits
 
     taken = assumptions_of(config)
     fit = [fits(with_layout(config, one), one, VOCAB, taken) for one in order]
@@ -256,7 +256,7 @@ def test_ranking_puts_what_fits_first_and_then_the_fastest() -> None:
 
 @pytest.mark.parametrize("world", [32, 256, 4096, 16384])
 def test_automatic_layouts_of_large_worlds_fit(world: int) -> None:
-    from moe_train.plan.fit import memory_fault
+    from moe_train.plan.memory.fit import memory_fault
 
     words = ["experiment=moe_30b_8x64gb", "parallel=auto", "parallel.placement=stage"]
     config, layout = prepare(words, world)

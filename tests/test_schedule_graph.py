@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.plan.bubbles import bubble, span_bubble, span_dense_bubble
+from moe_train.plan.quantities.bubbles import bubble, span_bubble, span_dense_bubble
 from moe_train.plan.schedule.clock import run_clock
 from moe_train.plan.schedule.orders import Pass, most_held, stage_order
 from moe_train.plan.schedule.piped import piped_graph

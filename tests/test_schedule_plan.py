@@ -12,15 +12,15 @@ import pytest
 
 from moe_train import cli
 from moe_train.errors import ConfigError
-from moe_train.plan.fit import assumptions_of
-from moe_train.plan.layout import Layout
+from moe_train.plan.cost.timing import layer_time
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.memory.fit import assumptions_of
 from moe_train.plan.prepare import prepare
+from moe_train.plan.quantities.shapes import shapes
 from moe_train.plan.schedule.export import write_graph
 from moe_train.plan.schedule.pieces import LayerPieces
 from moe_train.plan.schedule.schedule import Schedule, build_schedule, choose_kind
 from moe_train.plan.schedule.work import total
-from moe_train.plan.shapes import shapes
-from moe_train.plan.timing import layer_time
 
 MISSION = ["experiment=moe_30b_8x64gb"]
 STAGE = [*MISSION, "parallel.placement=stage", "parallel.expert=2"]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from moe_train import cli
 from moe_train.config.compose import compose
 from moe_train.errors import ConfigFaults
+from moe_train.plan.layouts.ticks import ticks
 from moe_train.plan.schedule.chrome import MEASURED, check_trace, span, trace_text
-from moe_train.plan.ticks import ticks
 from moe_train.testing.layouts import SMALL
 from moe_train.testing.runs import Run, train_run
 

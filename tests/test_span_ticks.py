@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.plan.ticks import in_flight, ticks
+from moe_train.plan.layouts.ticks import in_flight, ticks
 
 STAGES = st.integers(1, 12)
 BATCHES = st.integers(1, 40)

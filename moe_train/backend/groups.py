@@ -58,7 +58,7 @@ def _store(rank: int, world: int) -> dist.Store:
 
 
 class Sizes(Protocol):
-    """Sizes of the parallel dimensions, as :class:`moe_train.plan.layout.Layout` has them."""
+    """Sizes of the parallel dimensions, as `moe_train.plan.layouts.layout.Layout` has them."""
 
     @property
     def tensor(self) -> int: ...

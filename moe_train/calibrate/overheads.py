@@ -20,7 +20,7 @@ from scipy.optimize import nnls
 
 from moe_train.backend.groups import close_world, open_groups, open_world
 from moe_train.backend.select import select_backend
-from moe_train.plan.batch import microbatches_per_step
+from moe_train.plan.layouts.batch import microbatches_per_step
 from moe_train.plan.prepare import prepare
 
 VOCABULARY, SEQUENCE = 64, 4

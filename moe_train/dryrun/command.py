@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from moe_train.errors import EXIT_FINISHED, ConfigError
 
 if TYPE_CHECKING:
-    from moe_train.plan.layout import Layout
+    from moe_train.plan.layouts.layout import Layout
 
 EXAMPLES = """examples:
   moe-train dryrun experiment=moe_30b_8x64gb               one rank of each stage of the 30 B
@@ -59,7 +59,7 @@ def dryrun_main(argv: Sequence[str]) -> int:
     from moe_train.config.compose import collect
     from moe_train.plan.command import DEFAULT_WORLD, natural_world
     from moe_train.plan.prepare import prepare
-    from moe_train.plan.vocabulary import vocabulary
+    from moe_train.plan.quantities.vocabulary import vocabulary
 
     world = asked.world
     if world is None:

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from moe_train.dryrun.prepare import enough_microbatches, first_of_stages, host_backend
 from moe_train.dryrun.report import activation_difference, difference, planned
-from moe_train.plan.memory import GB
+from moe_train.plan.memory.stages import GB
 from moe_train.plan.prepare import prepare
-from moe_train.plan.vocabulary import vocabulary
+from moe_train.plan.quantities.vocabulary import vocabulary
 
 STAGE = "parallel.placement=stage"
 READINGS: dict[str, tuple[list[str], int]] = {
@@ -34,9 +34,9 @@ Written by `moe-train dryrun --table docs/dryrun.md`.
 
 The dry run builds the real 30 B model of a rank, its gradient buffers and its optimizer state on
 fake tensors and runs forward and backward of its schedule; the peak is that of all live tensors.
-The planner's closed form (`moe_train/plan/memory.py`) is for the same kernels, torch's own on the
-host, without fragmentation. Both leave out what kernels use inside and the optimizer's update.
-Routing is even, sequences have 4096 tokens, the optimizer is precision-aware (12 bytes a
+The planner's closed form (`moe_train/plan/memory/stages.py`) is for the same kernels, torch's own
+on the host, without fragmentation. Both leave out what kernels use inside and the optimizer's
+update. Routing is even, sequences have 4096 tokens, the optimizer is precision-aware (12 bytes a
 parameter). Sizes are in GB, 1e9 bytes.
 
 One rank stands for its pipeline stage: its tensor-, expert- and data-parallel peers hold tensors

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moe_train.backend.host.backend import HostBackend
     from moe_train.config.root import Config
-    from moe_train.plan.layout import Layout
+    from moe_train.plan.layouts.layout import Layout
 
 
 def host_backend(config: Config) -> HostBackend:

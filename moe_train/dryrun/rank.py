@@ -12,9 +12,9 @@ from moe_train.dryrun.routing import known_routing
 from moe_train.dryrun.step import initialise_state, own_state, watched_step
 from moe_train.dryrun.tracker import GRADIENTS, OPTIMIZER, WEIGHTS, MemoryTracker, Peak
 from moe_train.dryrun.world import fake_engine, fake_world
-from moe_train.plan.batch import microbatches_per_step
-from moe_train.plan.layout import Layout
-from moe_train.plan.shapes import Assumptions, capacity_factor
+from moe_train.plan.layouts.batch import microbatches_per_step
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.quantities.shapes import Assumptions, capacity_factor
 
 if TYPE_CHECKING:
     from moe_train.backend.protocol import Backend

@@ -9,9 +9,9 @@ from moe_train.config.root import Config
 
 if TYPE_CHECKING:
     from moe_train.dryrun.rank import RankRun
-from moe_train.plan.layout import Layout
-from moe_train.plan.memory import StageMemory, stage_memory
-from moe_train.plan.shapes import Assumptions
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.memory.stages import StageMemory, stage_memory
+from moe_train.plan.quantities.shapes import Assumptions
 
 VERSION = 1
 """Of the report's fields."""

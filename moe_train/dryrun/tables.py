@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moe_train.dryrun.rank import RankRun
 from moe_train.dryrun.report import activation_difference, difference
 from moe_train.dryrun.tracker import CATEGORIES
-from moe_train.plan.memory import GB, StageMemory
+from moe_train.plan.memory.stages import GB, StageMemory
 
 MODULES = 12
 

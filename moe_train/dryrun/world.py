@@ -20,7 +20,7 @@ from moe_train.backend.groups import close_world, open_groups
 from moe_train.config.layers import parse_layers
 from moe_train.model import build
 from moe_train.model.transformer_config import spans, transformer_config
-from moe_train.plan.parameters import padded_vocab
+from moe_train.plan.quantities.parameters import padded_vocab
 from moe_train.train import engine as engines
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from moe_train.backend.protocol import Backend
     from moe_train.config.root import Config
-    from moe_train.plan.layout import Layout
+    from moe_train.plan.layouts.layout import Layout
 
 
 @contextlib.contextmanager

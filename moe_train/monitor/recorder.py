@@ -10,7 +10,7 @@ from moe_train.monitor.mirror import Mirror
 from moe_train.monitor.progress import ConsoleProgress
 from moe_train.monitor.run_folder import RunFolder
 from moe_train.monitor.status import write_status
-from moe_train.plan.flops import mfu
+from moe_train.plan.quantities.flops import mfu
 
 
 class Recorder:

@@ -82,12 +82,12 @@ def plan_main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from moe_train.config.compose import collect
-    from moe_train.plan.fit import assumptions_of, memory_fault
-    from moe_train.plan.machine import visible_devices
+    from moe_train.plan.layouts.machine import visible_devices
+    from moe_train.plan.memory.fit import assumptions_of, memory_fault
     from moe_train.plan.prepare import prepare
-    from moe_train.plan.report import plan_report
-    from moe_train.plan.tables import print_plan
-    from moe_train.plan.vocabulary import vocabulary
+    from moe_train.plan.quantities.vocabulary import vocabulary
+    from moe_train.plan.report.plan_report import plan_report
+    from moe_train.plan.report.tables import print_plan
 
     if not (asked.imbalance >= 1 and 0 <= asked.fragmentation < 1):
         raise ConfigError(
@@ -137,7 +137,7 @@ def _claims(asked: argparse.Namespace) -> int:
     from moe_train.config.compose import compose
     from moe_train.plan.claims.command import check_claims
     from moe_train.plan.claims.document import find, load
-    from moe_train.plan.shapes import Assumptions
+    from moe_train.plan.quantities.shapes import Assumptions
 
     document = load(find(asked.claims))
     words = [*document.overrides, *asked.overrides]

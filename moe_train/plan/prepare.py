@@ -9,10 +9,10 @@ from moe_train.config.experiment import MachineFacts, collect_for
 from moe_train.config.root import Config
 from moe_train.config.validate import sizes_refused, validate
 from moe_train.errors import ConfigFaults
-from moe_train.plan.layout import Layout
-from moe_train.plan.legality import check
-from moe_train.plan.machine import accelerator_present
-from moe_train.plan.search import planned, resolve
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.layouts.machine import accelerator_present
+from moe_train.plan.legality.check import check
+from moe_train.plan.legality.search import planned, resolve
 
 
 def prepare(

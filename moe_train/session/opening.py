@@ -11,8 +11,8 @@ from moe_train.data.blend import open_corpus
 from moe_train.errors import MoeTrainError
 from moe_train.monitor.rank_log import log_to_file
 from moe_train.monitor.run_folder import RunFolder
-from moe_train.plan.batch import microbatches_per_step, sequences_per_step
-from moe_train.plan.parameters import padded_vocab
+from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_step
+from moe_train.plan.quantities.parameters import padded_vocab
 from moe_train.session.cause import forget
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moe_train.backend.protocol import Backend
     from moe_train.config.root import Config
     from moe_train.data.blend import Corpus
-    from moe_train.plan.layout import Layout
+    from moe_train.plan.layouts.layout import Layout
     from moe_train.train.engine import Engine
 
 

@@ -11,12 +11,12 @@ from moe_train.config.convert import to_mapping
 from moe_train.monitor.files import write_atomically
 from moe_train.monitor.run_folder import RunFolder
 from moe_train.monitor.status import write_status
-from moe_train.plan.report import plan_report
+from moe_train.plan.report.plan_report import plan_report
 
 if TYPE_CHECKING:
     from moe_train.config.root import Config
     from moe_train.monitor.recorder import Recorder
-    from moe_train.plan.layout import Layout
+    from moe_train.plan.layouts.layout import Layout
     from moe_train.session.opening import Session
 
 
@@ -34,7 +34,7 @@ def open_recorder(session: Session, datasets: Any, start: int, stack: ExitStack)
     from moe_train.monitor.mirror import Mirror
     from moe_train.monitor.progress import ConsoleProgress
     from moe_train.monitor.recorder import Recorder
-    from moe_train.plan.flops import flops_per_token
+    from moe_train.plan.quantities.flops import flops_per_token
 
     config, folder = session.config, session.folder
     assert folder is not None

@@ -36,7 +36,7 @@ def open_engine(rank: int, world: int, overrides: Sequence[str], vocab: int = 12
     """Build the engine of a run with ``overrides``, without data; call on every rank."""
     from moe_train.backend.groups import open_groups, open_world
     from moe_train.backend.select import select_backend
-    from moe_train.plan.batch import microbatches_per_step
+    from moe_train.plan.layouts.batch import microbatches_per_step
     from moe_train.runtime import planned
     from moe_train.train.engine import build_engine
 

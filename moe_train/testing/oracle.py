@@ -22,7 +22,7 @@ from moe_train.testing.cuda_configs import transformer_engine_answers
 
 if TYPE_CHECKING:
     from moe_train.backend.protocol import Backend
-    from moe_train.plan.layout import Layout
+    from moe_train.plan.layouts.layout import Layout
     from moe_train.train.engine import Engine
 
 REFUSALS = (
@@ -175,7 +175,7 @@ def _interleaved(engine: Engine, config: Config, microbatches: int) -> None:
 def refusals(rank: int, one: int, drawn: list[tuple[dict[str, Any], int]]) -> list[str]:
     """`refusal` of many (mapping of a resolved config, world) pairs; run by `run_world`."""
     from moe_train.backend.host.backend import HostBackend
-    from moe_train.plan.search import planned
+    from moe_train.plan.legality.search import planned
 
     said: list[str] = []
     for mapping, world in drawn:

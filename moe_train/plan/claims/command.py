@@ -12,9 +12,9 @@ from moe_train.plan.claims.document import Document
 from moe_train.plan.claims.report import as_data, as_markdown, explanation
 from moe_train.plan.claims.subject import Subject
 from moe_train.plan.claims.verdicts import Verdict, judge
-from moe_train.plan.fit import assumptions_of
+from moe_train.plan.memory.fit import assumptions_of
 from moe_train.plan.prepare import prepare
-from moe_train.plan.shapes import Assumptions
+from moe_train.plan.quantities.shapes import Assumptions
 
 
 def open_subject(

@@ -12,10 +12,10 @@ from moe_train.config.root import Config
 from moe_train.config.training import BackendConfig
 from moe_train.config.validate import value_at
 from moe_train.plan.claims.subject import Subject, quantity
-from moe_train.plan.deployment import PATTERN, deployment
-from moe_train.plan.layout import Layout
-from moe_train.plan.links import group
-from moe_train.plan.search import legal_layouts, ranked, with_layout
+from moe_train.plan.cost.links import group
+from moe_train.plan.layouts.deployment import PATTERN, deployment
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.legality.search import legal_layouts, ranked, with_layout
 
 
 def _module(name: str) -> float:

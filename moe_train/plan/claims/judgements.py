@@ -6,17 +6,17 @@ import math
 from dataclasses import replace
 
 from moe_train.config.layers import parse_layers
-from moe_train.plan.batch import microbatches_per_step
-from moe_train.plan.bubbles import bubble
 from moe_train.plan.claims.subject import Subject, quantity
-from moe_train.plan.communication import gradient_traffic
-from moe_train.plan.fit import capacity, fits
-from moe_train.plan.layout import Layout
-from moe_train.plan.links import group
-from moe_train.plan.memory import GB
-from moe_train.plan.parameters import rank_parameters
-from moe_train.plan.rules import layout_faults
-from moe_train.plan.sizes import default_expert
+from moe_train.plan.cost.communication import gradient_traffic
+from moe_train.plan.cost.links import group
+from moe_train.plan.layouts.batch import microbatches_per_step
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.layouts.sizes import default_expert
+from moe_train.plan.legality.rules import layout_faults
+from moe_train.plan.memory.fit import capacity, fits
+from moe_train.plan.memory.stages import GB
+from moe_train.plan.quantities.bubbles import bubble
+from moe_train.plan.quantities.parameters import rank_parameters
 
 
 def _parameters(s: Subject) -> list[int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moe_train.plan.bubbles import bubble
 from moe_train.plan.claims.subject import Subject, quantity
-from moe_train.plan.fit import capacity
-from moe_train.plan.memory import GB, StageMemory
-from moe_train.plan.optimizer_bytes import variants
-from moe_train.plan.parameters import model_parameters, rank_parameters
+from moe_train.plan.memory.fit import capacity
+from moe_train.plan.memory.optimizer_bytes import variants
+from moe_train.plan.memory.stages import GB, StageMemory
+from moe_train.plan.quantities.bubbles import bubble
+from moe_train.plan.quantities.parameters import model_parameters, rank_parameters
 
 
 def _simple(name: str, unit: str, meaning: str, compute: Callable[[Subject], float]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from moe_train.plan.claims.document import Document
 from moe_train.plan.claims.subject import QUANTITIES, Subject
 from moe_train.plan.claims.verdicts import Verdict, said
-from moe_train.plan.costs import ASSUMED, SOURCES
+from moe_train.plan.report.costs import ASSUMED, SOURCES
 
 
 def as_data(document: Document, verdicts: list[Verdict], subject: Subject) -> dict[str, Any]:

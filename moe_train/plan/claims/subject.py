@@ -8,11 +8,11 @@ from functools import cached_property
 
 from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
-from moe_train.plan.layout import Layout
-from moe_train.plan.memory import StageMemory, plan_memory, worst
-from moe_train.plan.shapes import Assumptions
-from moe_train.plan.timing import StepTime, step_time
-from moe_train.plan.vocabulary import vocabulary
+from moe_train.plan.cost.timing import StepTime, step_time
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.memory.stages import StageMemory, plan_memory, worst
+from moe_train.plan.quantities.shapes import Assumptions
+from moe_train.plan.quantities.vocabulary import vocabulary
 
 
 @dataclass(frozen=True)

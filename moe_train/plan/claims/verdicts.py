@@ -16,8 +16,8 @@ from moe_train.errors import ConfigFaults
 from moe_train.plan.claims.document import Claim, Document
 from moe_train.plan.claims.solve import solve
 from moe_train.plan.claims.subject import QUANTITIES, Subject
-from moe_train.plan.fit import fits
-from moe_train.plan.rules import layout_faults
+from moe_train.plan.legality.rules import layout_faults
+from moe_train.plan.memory.fit import fits
 
 CONFIRMED = "confirmed"
 REFUTED = "refuted"

@@ -44,10 +44,10 @@ def schedule_main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from moe_train.config.compose import collect
-    from moe_train.plan.fit import assumptions_of
+    from moe_train.plan.memory.fit import assumptions_of
     from moe_train.plan.prepare import prepare
+    from moe_train.plan.quantities.vocabulary import vocabulary
     from moe_train.plan.schedule.schedule import build_schedule
-    from moe_train.plan.vocabulary import vocabulary
 
     world = asked.world
     if world is None:

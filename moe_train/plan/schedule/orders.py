@@ -1,6 +1,7 @@
 """In which order a pipeline stage runs its micro-batches: GPipe, 1F1B, interleaved 1F1B.
 
-The spanning schedule has no order per stage but one of half-ticks for all: `moe_train.plan.ticks`.
+The spanning schedule has no order per stage but one of half-ticks for all:
+`moe_train.plan.layouts.ticks`.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
 """The pieces of a config's passes, from the planner's own cost model.
 
-Sums over a layer's pieces equal `moe_train.plan.timing.LayerTime`; a message is paid by the stage
-that sends it. The exchange's seconds are the exposed ones, shared out by bytes.
+Sums over a layer's pieces equal `moe_train.plan.cost.timing.LayerTime`; a message is paid by the
+stage that sends it. The exchange's seconds are the exposed ones, shared out by bytes.
 """
 
 from __future__ import annotations
 
 from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
-from moe_train.plan.batch import microbatches_per_step
-from moe_train.plan.communication import layer_traffic
-from moe_train.plan.compute import Part, dense_parts, expert_parts, head_parts, seconds
-from moe_train.plan.layout import Layout
-from moe_train.plan.links import Sent, point_to_point
-from moe_train.plan.memory import stage_memory
+from moe_train.plan.cost.communication import layer_traffic
+from moe_train.plan.cost.compute import Part, dense_parts, expert_parts, head_parts, seconds
+from moe_train.plan.cost.links import Sent, point_to_point
+from moe_train.plan.cost.timing import LayerTime, StepTime, layer_time
+from moe_train.plan.layouts.batch import microbatches_per_step
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.memory.stages import stage_memory
+from moe_train.plan.quantities.shapes import Assumptions, Shapes, shapes
 from moe_train.plan.schedule.work import Ends, Piece, PipedWork, Place, SpanWork
-from moe_train.plan.shapes import Assumptions, Shapes, shapes
-from moe_train.plan.timing import LayerTime, StepTime, layer_time
 
 
 def ranges(numbers: list[int]) -> str:

@@ -7,17 +7,17 @@ from typing import Any
 
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
-from moe_train.plan.bubbles import bubble, span_bubble
-from moe_train.plan.layout import Layout
+from moe_train.plan.cost.timing import StepTime, step_time
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.layouts.ticks import in_flight
+from moe_train.plan.quantities.bubbles import bubble, span_bubble
+from moe_train.plan.quantities.shapes import Assumptions
 from moe_train.plan.schedule.clock import Timing, run_clock
 from moe_train.plan.schedule.orders import KINDS, most_held, stage_order
 from moe_train.plan.schedule.pieces import work_of
 from moe_train.plan.schedule.piped import piped_graph
 from moe_train.plan.schedule.spanning import span_graph
 from moe_train.plan.schedule.work import PipedWork, SpanWork, total
-from moe_train.plan.shapes import Assumptions
-from moe_train.plan.ticks import in_flight
-from moe_train.plan.timing import StepTime, step_time
 
 DETAILS = ("stage", "layer")
 """One node a pass, or one node a piece of a layer."""

@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from moe_train.plan.layouts.ticks import Tick, ticks
 from moe_train.plan.schedule.builder import Builder
 from moe_train.plan.schedule.orders import BACKWARD, FORWARD
 from moe_train.plan.schedule.piped import piece_name
 from moe_train.plan.schedule.work import Piece, SpanWork, total
-from moe_train.plan.ticks import Tick, ticks
 
 SERVE = "serve"
 """Direction of the work of a stage that has no micro-batch in a half."""

@@ -89,7 +89,7 @@ class SpanWork:
     ends: Ends
     delay: int = 0
     """1 where a tick's halves take turns and hide each other's exchange, see
-    `moe_train.plan.ticks`."""
+    `moe_train.plan.layouts.ticks`."""
 
 
 def total(pieces: tuple[Piece, ...] | list[Piece]) -> float:

@@ -10,11 +10,11 @@ from moe_train.config.convert import to_mapping
 from moe_train.config.experiment import MachineFacts
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
-from moe_train.plan.layout import Layout
-from moe_train.plan.memory import GB, StageMemory, plan_memory, stage_memory, worst
-from moe_train.plan.optimizer_bytes import bytes_per_parameter, variants
-from moe_train.plan.shapes import Assumptions
-from moe_train.plan.vocabulary import vocabulary
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.memory.optimizer_bytes import bytes_per_parameter, variants
+from moe_train.plan.memory.stages import GB, StageMemory, plan_memory, stage_memory, worst
+from moe_train.plan.quantities.shapes import Assumptions
+from moe_train.plan.quantities.vocabulary import vocabulary
 
 FIELD = "memory"
 """Field of the fault of a plan that does not fit."""

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
-from moe_train.plan.activations import embedding_terms, head_terms
-from moe_train.plan.batch import microbatches_per_step
-from moe_train.plan.in_flight import chunks_in_flight, span_rows_in_flight
-from moe_train.plan.layer_memory import (
+from moe_train.plan.layouts.batch import microbatches_per_step
+from moe_train.plan.layouts.in_flight import chunks_in_flight, span_rows_in_flight
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.memory.activations import embedding_terms, head_terms
+from moe_train.plan.memory.layers import (
     forward_buffers,
     hosted_terms,
     kept_terms,
@@ -26,11 +27,10 @@ from moe_train.plan.layer_memory import (
     retained_terms,
     standing_buffers,
 )
-from moe_train.plan.layout import Layout
-from moe_train.plan.optimizer_bytes import StateBytes, state_bytes
-from moe_train.plan.parameters import rank_parameters
-from moe_train.plan.shapes import Assumptions, Shapes, shapes
-from moe_train.plan.terms import Term, total
+from moe_train.plan.memory.optimizer_bytes import StateBytes, state_bytes
+from moe_train.plan.quantities.parameters import rank_parameters
+from moe_train.plan.quantities.shapes import Assumptions, Shapes, shapes
+from moe_train.plan.quantities.terms import Term, total
 
 GB = 1e9
 

@@ -7,15 +7,16 @@ from typing import Any
 
 from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
-from moe_train.plan import bubbles, communication, compute, timing
-from moe_train.plan.fit import capacity, memory_rows, profile
-from moe_train.plan.flops import flops_per_token
-from moe_train.plan.layer_memory import hosted_terms, kept_terms, whole_layer
-from moe_train.plan.layout import Layout
-from moe_train.plan.memory import StageMemory, plan_memory, worst
-from moe_train.plan.parameters import rank_parameters
-from moe_train.plan.shapes import Assumptions, shapes
-from moe_train.plan.terms import Term
+from moe_train.plan.cost import communication, compute, timing
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.memory.fit import capacity, memory_rows, profile
+from moe_train.plan.memory.layers import hosted_terms, kept_terms, whole_layer
+from moe_train.plan.memory.stages import StageMemory, plan_memory, worst
+from moe_train.plan.quantities import bubbles
+from moe_train.plan.quantities.flops import flops_per_token
+from moe_train.plan.quantities.parameters import rank_parameters
+from moe_train.plan.quantities.shapes import Assumptions, shapes
+from moe_train.plan.quantities.terms import Term
 
 ASSUMED = {
     "routing": "every rank's experts receive imbalance x the average rows",

@@ -2,14 +2,14 @@
 
 1F1B          P - s                       Narayanan et al., arXiv:2104.04473, section 2.2
 interleaved   2 (P - s - 1) + (v - 1) P + 1 chunks of L / (P v) layers, the same paper
-spanning      2 (P - 1 - s) + 1           `moe_train.plan.ticks`; one more where overlapped
+spanning      2 (P - 1 - s) + 1           `moe_train.plan.layouts.ticks`; one more where overlapped
 experts under span: the sum over source stages, P^2, spread over P ranks: P on each
 """
 
 from __future__ import annotations
 
-from moe_train.plan.layout import Layout
-from moe_train.plan.ticks import in_flight as span_in_flight
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.layouts.ticks import in_flight as span_in_flight
 
 
 def chunks_in_flight(layout: Layout, stage: int, microbatches: int, delay: int = 0) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_train.config.root import Config
-from moe_train.plan.layout import Layout
+from moe_train.plan.layouts.layout import Layout
 
 
 def divisors(number: int) -> list[int]:

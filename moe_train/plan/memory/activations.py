@@ -8,8 +8,8 @@ operations save is counted where it is saved first.
 
 from __future__ import annotations
 
-from moe_train.plan.shapes import Shapes
-from moe_train.plan.terms import HOST, KORTHIKANTI, MEGATRON, Term
+from moe_train.plan.quantities.shapes import Shapes
+from moe_train.plan.quantities.terms import HOST, KORTHIKANTI, MEGATRON, Term
 
 
 def dense_terms(z: Shapes) -> list[Term]:

@@ -9,7 +9,7 @@ def microbatches_per_step(config: Config, data: int) -> int:
     """Micro-batches per replica and optimizer step, all in one pipeline flush.
 
     `data` is the data-parallel size. ``batch.global`` (sequences), when set, decides;
-    its divisibility is `moe_train.plan.legality`'s to check.
+    its divisibility is `moe_train.plan.legality.check`'s to check.
     """
     if config.batch.global_ is not None:
         return config.batch.global_ // (config.batch.micro * data)

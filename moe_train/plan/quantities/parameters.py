@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config.model import ModelConfig
-from moe_train.plan.layout import Layout
+from moe_train.plan.layouts.layout import Layout
 
 
 @dataclass(frozen=True)

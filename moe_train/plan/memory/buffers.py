@@ -15,9 +15,9 @@ from itertools import groupby
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.root import Config
-from moe_train.plan.layout import Layout
-from moe_train.plan.optimizer_bytes import StateBytes, bytes_per_parameter, state_bytes
-from moe_train.plan.parameters import padded_vocab, rank_parameters
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.memory.optimizer_bytes import StateBytes, bytes_per_parameter, state_bytes
+from moe_train.plan.quantities.parameters import padded_vocab, rank_parameters
 
 ALIGNMENT = 64
 BUCKET_END = 128

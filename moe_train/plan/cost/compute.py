@@ -1,8 +1,9 @@
 """Arithmetic and memory traffic of one layer, of the head and of the optimizer, in seconds.
 
-Operations are counted as in `moe_train.plan.flops` (a multiply-add is 2; backward is twice the
-forward pass), per rank and micro-batch. A part takes the longer of its arithmetic, at a share of
-the peak, and its weights' way through memory (roofline: Williams, Waterman and Patterson, 2009).
+Operations are counted as in `moe_train.plan.quantities.flops` (a multiply-add is 2; backward is
+twice the forward pass), per rank and micro-batch. A part takes the longer of its arithmetic, at a
+share of the peak, and its weights' way through memory (roofline: Williams, Waterman and Patterson,
+2009).
 Elementwise kernels move every tensor that the layer saves twice: written once, read once.
 """
 
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 
 from moe_train.config.hardware import HardwareConfig
 from moe_train.config.root import Config
-from moe_train.plan.activations import dense_terms, expert_terms, head_terms, routing_terms
-from moe_train.plan.layer_memory import forward_buffers
-from moe_train.plan.shapes import Shapes
-from moe_train.plan.terms import total
+from moe_train.plan.memory.activations import dense_terms, expert_terms, head_terms, routing_terms
+from moe_train.plan.memory.layers import forward_buffers
+from moe_train.plan.quantities.shapes import Shapes
+from moe_train.plan.quantities.terms import total
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Term:
     name: str
     bytes: float
     formula: str
-    """In the letters of `moe_train.plan.shapes`."""
+    """In the letters of `moe_train.plan.quantities.shapes`."""
     source: str
 
 

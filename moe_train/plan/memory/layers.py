@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from moe_train.plan.activations import (
+from moe_train.plan.memory.activations import (
     dense_terms,
     expert_terms,
     layer_input,
     routing_terms,
     span_terms,
 )
-from moe_train.plan.shapes import Shapes
-from moe_train.plan.terms import HOST, MEGATRON, Term
+from moe_train.plan.quantities.shapes import Shapes
+from moe_train.plan.quantities.terms import HOST, MEGATRON, Term
 
 SELECTIVE = {
     # moe_train: config's module -> names of the terms that are then recomputed.
@@ -220,7 +220,7 @@ def standing_buffers(z: Shapes) -> list[Term]:
 
 
 def loss_phases(z: Shapes) -> list[Phase]:
-    """Loss and head, beside what they save (:func:`moe_train.plan.activations.head_terms`).
+    """Loss and head, beside what they save (:func:`moe_train.plan.memory.activations.head_terms`).
 
     The loss turns logits into fp32 probabilities in place of an fp32 copy, and those into the
     gradient, which is cast to the compute dtype. The head goes backward when they are gone.

@@ -18,8 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config.root import Config
-from moe_train.plan.layout import Layout
-from moe_train.plan.parameters import padded_vocab
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.quantities.parameters import padded_vocab
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 """Bytes of a weight or activation; fp8 runs keep both in bf16."""

@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 
 from moe_train.config.root import Config
-from moe_train.plan.fit import assumptions_of, fits
-from moe_train.plan.layout import Layout
-from moe_train.plan.rules import layout_faults
-from moe_train.plan.sizes import default_expert, divisors, layout_of
-from moe_train.plan.timing import step_time
-from moe_train.plan.vocabulary import vocabulary
+from moe_train.plan.cost.timing import step_time
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.layouts.sizes import default_expert, divisors, layout_of
+from moe_train.plan.legality.rules import layout_faults
+from moe_train.plan.memory.fit import assumptions_of, fits
+from moe_train.plan.quantities.vocabulary import vocabulary
 
 MISSION = {"tensor": 2, "pipeline": 4}
 """What ``parallel=auto`` takes for a 16-layer model on 8 ranks."""
@@ -138,7 +138,7 @@ def resolve(config: Config, world: int) -> Config:
     Sizes that are set are kept. With ``parallel.auto`` the others come from the
     search (8 ranks and 16 layers: TP2 PP4; one rank: all 1), without it they are 1,
     and ``parallel.expert`` follows the placement. Whether the result is legal is for
-    `moe_train.plan.legality.check` to say; this raises nothing.
+    `moe_train.plan.legality.check.check` to say; this raises nothing.
     """
     layout = _automatic(config, world) if config.parallel.auto else layout_of(config, world)
     return with_layout(config, layout)

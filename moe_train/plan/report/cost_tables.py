@@ -25,7 +25,7 @@ def _share(value: float | None) -> str:
 
 
 def print_costs(report: dict[str, Any], console: Console) -> None:
-    """Print the cost part of `moe_train.plan.report.plan_report`."""
+    """Print the cost part of `moe_train.plan.report.plan_report.plan_report`."""
     _memory(report["memory"], report["hardware"], console)
     _optimizers(report["memory"], console)
     _compute(report["compute"], console)

@@ -66,7 +66,7 @@ class Coordinates(NamedTuple):
 class Layout:
     """Sizes of all parallel dimensions over `world` ranks, and what follows from them.
 
-    A layout is only arithmetic: `moe_train.plan.legality` says whether it is legal.
+    A layout is only arithmetic: `moe_train.plan.legality.check` says whether it is legal.
     `layers` and `experts` (per layer) are needed by `stage_layers` and `local_experts`.
     """
 

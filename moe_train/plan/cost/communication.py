@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config.root import Config
-from moe_train.plan.layout import Layout
-from moe_train.plan.links import (
+from moe_train.plan.cost.links import (
     Sent,
     all_reduce,
     all_to_all,
@@ -21,9 +20,10 @@ from moe_train.plan.links import (
     point_to_point,
     ring,
 )
-from moe_train.plan.optimizer_bytes import bytes_per_parameter
-from moe_train.plan.parameters import RankParameters
-from moe_train.plan.shapes import Shapes
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.memory.optimizer_bytes import bytes_per_parameter
+from moe_train.plan.quantities.parameters import RankParameters
+from moe_train.plan.quantities.shapes import Shapes
 
 
 @dataclass(frozen=True)

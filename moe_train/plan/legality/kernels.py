@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
-from moe_train.plan.layout import Layout
-from moe_train.plan.shapes import DTYPE_BYTES
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.quantities.shapes import DTYPE_BYTES
 
 GROUPED_ALIGNMENT = 16
 """Bytes that the rows of ``torch._grouped_mm``'s operands are multiples of (torch 2.13)."""

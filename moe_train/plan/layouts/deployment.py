@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_train.plan.layout import Layout
+from moe_train.plan.layouts.layout import Layout
 
 PATTERN = {
     "tp": "all-gather and reduce-scatter of activations, every layer",

@@ -5,18 +5,18 @@ from __future__ import annotations
 from moe_train.config.root import Config
 from moe_train.config.validate import sizes_refused, validate
 from moe_train.errors import ConfigError
-from moe_train.plan.kernels import fp8_faults, host_options, host_sizes
-from moe_train.plan.layout import Layout
-from moe_train.plan.rules import WORLD_SIZE, layout_faults
-from moe_train.plan.search import nearest_layouts
-from moe_train.plan.sizes import layout_of
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.layouts.sizes import layout_of
+from moe_train.plan.legality.kernels import fp8_faults, host_options, host_sizes
+from moe_train.plan.legality.rules import WORLD_SIZE, layout_faults
+from moe_train.plan.legality.search import nearest_layouts
 
 
 def check(config: Config, world: int, *, host: bool | None = None) -> list[ConfigError]:
     """Every violated rule of `config` on `world` ranks; empty when it can run.
 
-    Null parallel sizes count as `moe_train.plan.sizes.layout_of` fills them; resolve
-    ``parallel.auto`` first (`moe_train.plan.search.resolve`).
+    Null parallel sizes count as `moe_train.plan.layouts.sizes.layout_of` fills them; resolve
+    ``parallel.auto`` first (`moe_train.plan.legality.search.resolve`).
 
     Args:
         host: whether it will run on CPUs; None takes ``device``, whose ``auto`` plans for GPUs.

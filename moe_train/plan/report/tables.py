@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_train.plan.cost_tables import print_costs
+from moe_train.plan.report.cost_tables import print_costs
 
 SHOWN = 32
 """Ranks or groups shown at most; the JSON has all."""
@@ -38,7 +38,7 @@ def _rest(table: Table, total: int) -> None:
 
 
 def print_plan(report: dict[str, Any], console: Console) -> None:
-    """Print the mapping of `moe_train.plan.report.plan_report` as tables."""
+    """Print the mapping of `moe_train.plan.report.plan_report.plan_report` as tables."""
     layout, batch, counts = report["layout"], report["batch"], report["parameters"]
     why = f" ({report['experiment_reason']})" if report["experiment_reason"] else ""
     console.print(f"[bold]{report['experiment']}[/bold]{why}: {layout['tag']}, legal")

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from moe_train.config.hardware import HardwareConfig
-from moe_train.plan.layout import Layout
+from moe_train.plan.layouts.layout import Layout
 
 
 class Group(NamedTuple):

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
-from moe_train.plan.batch import microbatches_per_step, sequences_per_step
-from moe_train.plan.bubbles import bubble
-from moe_train.plan.communication import gradient_traffic, layer_traffic
-from moe_train.plan.compute import (
+from moe_train.plan.cost.communication import gradient_traffic, layer_traffic
+from moe_train.plan.cost.compute import (
     dense_parts,
     expert_parts,
     head_parts,
@@ -25,13 +23,15 @@ from moe_train.plan.compute import (
     peak_flops,
     seconds,
 )
-from moe_train.plan.flops import flops_per_token, mfu
-from moe_train.plan.layout import Layout
-from moe_train.plan.links import point_to_point
-from moe_train.plan.optimizer_bytes import bytes_per_parameter, state_bytes
-from moe_train.plan.parameters import rank_parameters
-from moe_train.plan.shapes import Assumptions, Shapes, shapes
-from moe_train.plan.ticks import ticks
+from moe_train.plan.cost.links import point_to_point
+from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_step
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.layouts.ticks import ticks
+from moe_train.plan.memory.optimizer_bytes import bytes_per_parameter, state_bytes
+from moe_train.plan.quantities.bubbles import bubble
+from moe_train.plan.quantities.flops import flops_per_token, mfu
+from moe_train.plan.quantities.parameters import rank_parameters
+from moe_train.plan.quantities.shapes import Assumptions, Shapes, shapes
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
-from moe_train.plan.batch import microbatches_per_step
-from moe_train.plan.layout import Layout
-from moe_train.plan.parameters import padded_vocab
-from moe_train.plan.sizes import divisors
+from moe_train.plan.layouts.batch import microbatches_per_step
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.layouts.sizes import divisors
+from moe_train.plan.quantities.parameters import padded_vocab
 
 
 def layout_faults(config: Config, layout: Layout) -> Iterator[ConfigError]:

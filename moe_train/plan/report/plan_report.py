@@ -7,19 +7,19 @@ from typing import Any
 
 from moe_train.config.convert import to_mapping
 from moe_train.config.root import Config
-from moe_train.plan.batch import microbatches_per_step, sequences_per_step
-from moe_train.plan.costs import cost_report
-from moe_train.plan.deployment import deployment
-from moe_train.plan.fit import assumptions_of
-from moe_train.plan.layout import GROUP_KINDS, Layout
-from moe_train.plan.parameters import (
+from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_step
+from moe_train.plan.layouts.deployment import deployment
+from moe_train.plan.layouts.layout import GROUP_KINDS, Layout
+from moe_train.plan.memory.fit import assumptions_of
+from moe_train.plan.quantities.parameters import (
     RankParameters,
     model_parameters,
     padded_vocab,
     rank_parameters,
 )
-from moe_train.plan.shapes import Assumptions
-from moe_train.plan.vocabulary import vocabulary
+from moe_train.plan.quantities.shapes import Assumptions
+from moe_train.plan.quantities.vocabulary import vocabulary
+from moe_train.plan.report.costs import cost_report
 
 VERSION = 2
 """Raised when a key of the report changes its meaning or goes away."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from moe_train.config.root import Config
 from moe_train.config.training import OptimConfig
-from moe_train.plan.layout import Layout
-from moe_train.plan.parameters import RankParameters
-from moe_train.plan.shapes import DTYPE_BYTES
+from moe_train.plan.layouts.layout import Layout
+from moe_train.plan.quantities.parameters import RankParameters
+from moe_train.plan.quantities.shapes import DTYPE_BYTES
 
 WIDTH = {"fp32": 4, "bf16": 2}
 """Bytes of a dtype that state can be kept in."""

@@ -1,0 +1,1 @@
+"""Seconds: arithmetic, links, collectives, the step."""

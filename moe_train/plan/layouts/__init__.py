@@ -1,0 +1,1 @@
+"""Who is where: ranks, groups, schedules' ticks, machines."""

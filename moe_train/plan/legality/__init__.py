@@ -1,0 +1,1 @@
+"""What may run: rules, kernels, and the nearest layouts that may."""

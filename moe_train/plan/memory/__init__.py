@@ -1,0 +1,1 @@
+"""Bytes on a rank: weights, state, activations, and whether they fit."""

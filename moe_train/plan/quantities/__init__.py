@@ -1,0 +1,1 @@
+"""What a model is made of, in numbers: parameters, operations, shapes, terms."""

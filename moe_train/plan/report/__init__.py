@@ -1,0 +1,1 @@
+"""What a plan tells: the whole of it, and its tables."""
