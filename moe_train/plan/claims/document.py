@@ -146,6 +146,14 @@ def _claim(raw: dict[str, Any]) -> Claim:
     values["id"] = str(raw["id"])
     for name in ("readings", "under", "against", "about", "shows"):
         values[name] = tuple(str(item) for item in raw.get(name, ()))
+    for name in ("low", "high", "equals", "tolerance"):
+        number = values.get(name, 0 if name == "tolerance" else None)
+        optional = () if name == "tolerance" else (type(None),)
+        if type(number) not in (int, float, *optional) or abs(number or 0) >= 1 << 63:
+            raise ConfigError(FIELD, f"claim {values['id']}: {name} is no number", "give a number")
+    for name in ("text", "quantity", "vary", "subject", "note"):
+        if not isinstance(values.get(name), str | None):
+            raise ConfigError(FIELD, f"claim {values['id']}: {name} is no text", "give a text")
     claim = Claim(**values)
     for name in (claim.quantity, *claim.readings, *claim.shows):
         if name and name not in QUANTITIES:
