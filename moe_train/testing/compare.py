@@ -109,8 +109,8 @@ def _train(rank: int, world: int, words: Sequence[str], folder: str) -> int:
 
     plain, tokens = loop.train_step, []
 
-    def watched(*args: Any) -> Any:
-        result = plain(*args)
+    def watched(*args: Any, **how: Any) -> Any:
+        result = plain(*args, **how)
         tokens.append(result.routing.tokens_LE.numpy().copy())
         return result
 
