@@ -31,7 +31,7 @@ lint: $(STAMP) ## ruff, formatting, types, shell scripts
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	.venv/bin/shellcheck launch/*.sh .ci/run
+	.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
 format: $(STAMP) ## rewrite the sources in the one format
 	$(PY) -m ruff check --fix .

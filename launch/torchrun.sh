@@ -11,6 +11,8 @@
 #   NODE_RANK    this node's number from 0        needed when NNODES > 1
 #   MASTER_ADDR  host name or address of node 0   needed when NNODES > 1
 #   MASTER_PORT  free port on node 0              default: 29500 (several nodes); any (one node)
+#   MAX_RESTARTS starts of all ranks after a failure, in all; a run that makes no progress ends with
+#                the last of them, one that was preempted at once   default: 0
 #   PYTHON       interpreter                      default: .venv/bin/python, else python3
 #   OMP_NUM_THREADS  CPU threads a rank           default: 1 (host runs are bitwise repeatable)
 # Arguments are Hydra overrides and go to train.py unchanged. On several nodes run.dir must be a
@@ -46,4 +48,7 @@ else
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC" train.py "$@"
+restarts=()
+if [ -n "${MAX_RESTARTS:-}" ]; then restarts=(--max-restarts "$MAX_RESTARTS"); fi
+exec "$python" -m torch.distributed.run "${rendezvous[@]}" "${restarts[@]}" \
+  --nproc-per-node "$NPROC" train.py "$@"

@@ -7,8 +7,10 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_train.checkpoint.folders import take_back
 from moe_train.config.compose import expand_multirun
 from moe_train.config.sweep import suffixes
 from moe_train.errors import (
@@ -18,11 +20,17 @@ from moe_train.errors import (
     ConfigError,
     ConfigFaults,
     MoeTrainError,
+    Preempted,
 )
 from moe_train.monitor.lock import FolderLock
 from moe_train.monitor.rank_log import log_to_file
-from moe_train.monitor.run_folder import create_run_folder, default_run_name
-from moe_train.monitor.status import State, write_status
+from moe_train.monitor.run_folder import (
+    RunFolder,
+    create_run_folder,
+    default_run_name,
+    next_free_name,
+)
+from moe_train.monitor.status import State, read_status, write_status
 from moe_train.plan.layouts.machine import accelerator_present, visible_devices
 from moe_train.plan.memory.fit import launch_fault, unpriced
 from moe_train.plan.prepare import prepare
@@ -35,11 +43,19 @@ if TYPE_CHECKING:
     from moe_train.plan.layouts.layout import Layout
 
 MULTIRUN = ("-m", "--multirun")
+STOPPED = "stopped"
+"""File in the logs of a run that was told to stop under the torchrun that is still there."""
 
 
 def world_of_process() -> tuple[int, int]:
     """Rank and world size from torchrun's environment; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def restarts() -> tuple[int, int]:
+    """How often torchrun has started these ranks again by itself, and how often it may."""
+    done = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return done, int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -133,6 +149,7 @@ def run(overrides: Sequence[str], suffix: str = "") -> int:
             except ConfigError as refused:
                 # The peers are on their way into the world: they are told there.
                 fault = refused
+        stay_stopped(config, layout, suffix)
         if fault is not None and world == 1:
             raise fault
         from moe_train.session.opening import open_session
@@ -175,10 +192,39 @@ def tell_status(standing: Standing, state: State, reason: str) -> None:
 
 
 def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing) -> None:
+def stay_stopped(config: Config, layout: Layout, suffix: str) -> None:
+    """Leave a preempted run alone where torchrun starts it again as if it had failed.
+
+    Every rank reads that for itself, before torch is imported: the time until a scheduler ends
+    the job is short. A rank that cannot see the folder is ended by torchrun with the others.
+
+    Raises:
+        Preempted: the run was told to stop before this start.
+    """
+    if restarts()[0] == 0:
+        return
+    parent = Path(config.run.dir)
+    if config.run.name:
+        name = config.run.name + suffix
+    else:
+        name = next_free_name(parent, default_run_name(config.experiment, layout.tag) + suffix)
+    folder = RunFolder(parent / name)
+    status = read_status(folder.status)
+    # The status alone may be an earlier job's: this one may have failed before it took the run up.
+    if status is not None and status.state == "preempted" and (folder.logs / STOPPED).exists():
+        raise Preempted(
+            f"step {status.step}",
+            "the run was told to stop, and is not taken up by a restart of its ranks",
+            "start it again with the same run.name to go on",
+        )
+
+
     """Create the run folder, or find the one that is there (rank 0).
 
     A new one is described at once; one with an earlier run's files is left as it is until this
     run is known to continue it.
+        if state == "preempted":
+            (standing.folder.logs / STOPPED).touch()
 
     Raises:
         ConfigError: the folder cannot be written, or another job trains in it.
@@ -189,7 +235,8 @@ def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing)
         config.run.dir,
         config.run.name + suffix if config.run.name else None,
         default_name=default_run_name(config.experiment, layout.tag) + suffix,
-        fresh=config.checkpoint.resume == "never",
+        # Ranks that are started again belong to the run that their first start opened.
+        fresh=config.checkpoint.resume == "never" and restarts()[0] == 0,
     )
     standing.lock = FolderLock(folder.path)
     config.run.name = folder.path.name
@@ -199,8 +246,11 @@ def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing)
         standing.taken_up = True
 
 
+    take_back(folder.checkpoints)
 def announce(config: Config, layout: Layout, world: int) -> None:
     """Say what is about to run, and why (rank 0)."""
+    if restarts()[0] == 0:
+        (folder.logs / STOPPED).unlink(missing_ok=True)
     why = f" ({config.experiment_reason})" if config.experiment_reason else ""
     print(f"experiment {config.experiment}{why}")
     print(
@@ -209,3 +259,9 @@ def announce(config: Config, layout: Layout, world: int) -> None:
         f"placement {layout.placement}",
         flush=True,
     )
+    if restarts()[1] and config.checkpoint.resume != "auto":
+        print(
+            f"warning: checkpoint.resume={config.checkpoint.resume} holds for every start: after "
+            "a failure the ranks begin there again, not at this run's own last checkpoint",
+            flush=True,
+        )
