@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_train.checkpoint.folders import take_back
 from moe_train.config.compose import expand_multirun
 from moe_train.config.sweep import suffixes
 from moe_train.errors import (
@@ -246,7 +245,6 @@ def stay_stopped(config: Config, layout: Layout, suffix: str) -> None:
         standing.taken_up = True
 
 
-    take_back(folder.checkpoints)
 def announce(config: Config, layout: Layout, world: int) -> None:
     """Say what is about to run, and why (rank 0)."""
     if restarts()[0] == 0:
