@@ -140,6 +140,7 @@ def run(overrides: Sequence[str], suffix: str = "") -> int:
     standing = Standing()
     try:
         config, layout = planned(overrides, world)
+        stay_stopped(config, layout, suffix)
         fault: MoeTrainError | None = None
         if rank == 0:
             try:
@@ -148,7 +149,6 @@ def run(overrides: Sequence[str], suffix: str = "") -> int:
             except ConfigError as refused:
                 # The peers are on their way into the world: they are told there.
                 fault = refused
-        stay_stopped(config, layout, suffix)
         if fault is not None and world == 1:
             raise fault
         from moe_train.session.opening import open_session
@@ -184,13 +184,6 @@ def run(overrides: Sequence[str], suffix: str = "") -> int:
         log_to_file(None)
 
 
-def tell_status(standing: Standing, state: State, reason: str) -> None:
-    """Write the end of this run into its folder, once the folder is this run's (rank 0)."""
-    if standing.folder is not None and standing.taken_up:
-        write_status(standing.folder.status, state, standing.step, reason)
-
-
-def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing) -> None:
 def stay_stopped(config: Config, layout: Layout, suffix: str) -> None:
     """Leave a preempted run alone where torchrun starts it again as if it had failed.
 
@@ -218,12 +211,19 @@ def stay_stopped(config: Config, layout: Layout, suffix: str) -> None:
         )
 
 
+def tell_status(standing: Standing, state: State, reason: str) -> None:
+    """Write the end of this run into its folder, once the folder is this run's (rank 0)."""
+    if standing.folder is not None and standing.taken_up:
+        write_status(standing.folder.status, state, standing.step, reason)
+        if state == "preempted":
+            (standing.folder.logs / STOPPED).touch()
+
+
+def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing) -> None:
     """Create the run folder, or find the one that is there (rank 0).
 
     A new one is described at once; one with an earlier run's files is left as it is until this
     run is known to continue it.
-        if state == "preempted":
-            (standing.folder.logs / STOPPED).touch()
 
     Raises:
         ConfigError: the folder cannot be written, or another job trains in it.
@@ -240,6 +240,8 @@ def stay_stopped(config: Config, layout: Layout, suffix: str) -> None:
     standing.lock = FolderLock(folder.path)
     config.run.name = folder.path.name
     standing.folder = folder
+    if restarts()[0] == 0:
+        (folder.logs / STOPPED).unlink(missing_ok=True)
     if not folder.config.exists():
         describe_run(folder, config, layout, 0)
         standing.taken_up = True
@@ -247,8 +249,6 @@ def stay_stopped(config: Config, layout: Layout, suffix: str) -> None:
 
 def announce(config: Config, layout: Layout, world: int) -> None:
     """Say what is about to run, and why (rank 0)."""
-    if restarts()[0] == 0:
-        (folder.logs / STOPPED).unlink(missing_ok=True)
     why = f" ({config.experiment_reason})" if config.experiment_reason else ""
     print(f"experiment {config.experiment}{why}")
     print(
