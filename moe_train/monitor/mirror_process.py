@@ -38,6 +38,8 @@ def main() -> None:
     # The run decides about signals and tells by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Some schedulers send it to every process of a job.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
 
     def answer(state: str, detail: str = "") -> None:
