@@ -1,4 +1,4 @@
-"""What a step costs beside arithmetic and traffic: measured on tiny models, where it is all.
+"""What a step costs beside arithmetic and traffic: measured on tiny models, where it is nearly all.
 
 Eager operators cost their launch however small their tensors are. A step of L layers, E experts
 and M micro-batches is fitted by
@@ -23,7 +23,7 @@ from moe_train.backend.select import select_backend
 from moe_train.plan.layouts.batch import microbatches_per_step
 from moe_train.plan.prepare import prepare
 
-VOCABULARY, SEQUENCE = 64, 4
+VOCABULARY, SEQUENCE = 64, 64
 TINY = [
     "device=cpu", "experiment=twin", "parallel=single", "recompute=none", "model.hidden=32",
     "model.heads=4", "model.head_dim=8", "model.expert_hidden=16", f"data.sequence={SEQUENCE}",
