@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_train.checkpoint.folders import take_back
 from moe_train.config.compose import expand_multirun
 from moe_train.config.sweep import suffixes
 from moe_train.errors import (
@@ -35,7 +36,7 @@ from moe_train.plan.memory.fit import launch_fault, unpriced
 from moe_train.plan.prepare import prepare
 from moe_train.session.cause import claim
 from moe_train.session.standing import Standing
-from moe_train.train.interrupt import Interrupt
+from moe_train.train.interrupt import Interrupt, end_with_launcher
 
 if TYPE_CHECKING:
     from moe_train.config.root import Config
@@ -63,10 +64,16 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The rank's exit code; the first failed job's, for several.
     """
+    with Interrupt() as interrupt:
+        end_with_launcher()
+        return _main(argv, interrupt)
+
+
+def _main(argv: Sequence[str], interrupt: Interrupt) -> int:
     multirun = any(word in MULTIRUN for word in argv)
     overrides = [word for word in argv if word not in MULTIRUN]
     if not multirun:
-        return run(overrides)
+        return run(overrides, interrupt)
     try:
         jobs = expand_multirun(overrides)
     except MoeTrainError as fault:
@@ -75,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     for number, (job, suffix) in enumerate(zip(jobs, suffixes(jobs), strict=True), start=1):
         if world_of_process()[0] == 0:
             print(f"job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
-        codes.append(run(job, suffix))
+        codes.append(run(job, interrupt, suffix))
         # A stop is meant for the whole sweep, and a world without one of its ranks is over.
         if codes[-1] in (EXIT_PREEMPTED, EXIT_HUNG):
             break
@@ -129,10 +136,12 @@ def planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout]:
     return config, layout
 
 
-def run(overrides: Sequence[str], suffix: str = "") -> int:
+def run(overrides: Sequence[str], interrupt: Interrupt, suffix: str = "") -> int:
     """One run on this rank; returns its exit code.
 
     Args:
+        interrupt: listens as long as the process has something to do. A request that comes in the
+            last step of a sweep's job stops the next one before its first, on all ranks.
         suffix: goes to the run's name, which all jobs of a sweep would share otherwise.
     """
     begun = time.perf_counter()
@@ -154,7 +163,6 @@ def run(overrides: Sequence[str], suffix: str = "") -> int:
         from moe_train.session.opening import open_session
 
         with ExitStack() as stack:
-            interrupt = stack.enter_context(Interrupt())
             session = open_session(
                 config, layout, rank, world, stack, folder=standing.folder, fault=fault
             )
@@ -238,6 +246,7 @@ def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing)
         fresh=config.checkpoint.resume == "never" and restarts()[0] == 0,
     )
     standing.lock = FolderLock(folder.path)
+    take_back(folder.checkpoints)
     config.run.name = folder.path.name
     standing.folder = folder
     if restarts()[0] == 0:

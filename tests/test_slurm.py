@@ -276,7 +276,8 @@ def test_a_time_limit_is_survived_bitwise_on_two_nodes(slurm: Slurm, whole: Path
     for process in paused:
         process.suspend()
     assert len(steps(run)) < 12, "it was over before it could be interrupted"
-    slurm.wait(job, lambda: "time limit is near" in slurm.output(job), 120, "Slurm gave no signal")
+    asked = "the ranks are asked to save"
+    slurm.wait(job, lambda: asked in slurm.output(job), 120, "Slurm gave no signal")
     for process in paused:
         process.resume()
     slurm.wait(job, lambda: "queued again" in slurm.output(job), 60, "not queued again")

@@ -66,6 +66,22 @@ def commit(staging: Path) -> Path:
     return final
 
 
+def take_back(root: Path) -> None:
+    """Give a checkpoint its name again that a killed :func:`commit` had moved out of the way.
+
+    Only for the job that holds the run folder: another one's commit may be between its renames.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    for old in root.iterdir():
+        if _STAGED.match(old.name) and old.suffix == ".old" and not old.is_symlink():
+            final = old.with_suffix("")
+            if not final.exists():
+                old.rename(final)
+                sync_folder(root)
+
+
 def committed(root: Path) -> list[Path]:
     """Committed checkpoints under ``root``, newest first."""
     if not root.is_dir():

@@ -23,6 +23,7 @@ from moe_train.session.records import describe_run, finish, open_recorder
 from moe_train.session.restore import restore
 from moe_train.session.standing import Follower, Standing
 from moe_train.session.traces import TraceListener, plan_trace
+from moe_train.train.grace import Grace, grace_seconds
 from moe_train.train.interrupt import Interrupt
 from moe_train.train.loop import Intervals, Tolerance, run_loop
 from moe_train.train.watchdog import Watchdog
@@ -83,6 +84,7 @@ def train(
             save=_saver(session, source),
             interrupt=interrupt,
             watchdog=watchdog,
+            grace=Grace(grace_seconds(), recorder.progress.message if recorder else _unheard),
             tolerance=Tolerance(
                 config.train.non_finite,
                 config.train.non_finite_limit,
@@ -91,6 +93,10 @@ def train(
         )
     if recorder is not None:
         finish(recorder, folder, time.perf_counter() - begun)
+
+
+def _unheard(text: str) -> None:
+    """Rank 0 says it."""
 
 
 def _hung(folder: RunFolder, standing: Standing, verdict: str) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moe_train.errors import NonFiniteError, Preempted
 from moe_train.train.engine import Engine
 from moe_train.train.forward import MicroBatch
+from moe_train.train.grace import Grace
 from moe_train.train.interrupt import Interrupt
 from moe_train.train.step import StepResult, train_step, validate
 from moe_train.train.watchdog import Watchdog
@@ -93,6 +94,7 @@ def run_loop(
     save: Callable[[int], None],
     interrupt: Interrupt,
     watchdog: Watchdog,
+    grace: Grace,
     tolerance: Tolerance,
 ) -> None:
     """Train from step ``start + 1`` to ``intervals.steps``.
@@ -112,7 +114,8 @@ def run_loop(
     while step < intervals.steps:
         step += 1
         begun = time.perf_counter()
-        with watchdog.phase("training step", step), engine.tracer.watch(step):
+        training = watchdog.phase("training step", step)
+        with training, grace.part("training step"), engine.tracer.watch(step):
             tolerate = tolerance.policy != "stop"
             result = train_step(engine, source.next_step(), step, tolerate=tolerate)
             engine.backend.synchronize()
@@ -145,12 +148,12 @@ def run_loop(
             record["skipped"] = True
         listener.on_step(record, result)
         if not stop and intervals.validates(step):
-            with watchdog.phase("validation", step):
+            with watchdog.phase("validation", step), grace.part("validation"):
                 loss = validate(engine, validation())
             listener.on_validation({"step": step, "valid_loss": loss})
             stop = _agree(engine, interrupt)[1]
         if intervals.saves(step) or (stop and intervals.save):
-            with watchdog.phase("checkpoint", step):
+            with watchdog.phase("checkpoint", step), grace.part("checkpoint"):
                 save(step)
             stop = stop or _agree(engine, interrupt)[1]
         if stop and step < intervals.steps:
