@@ -124,22 +124,22 @@ def _fills_up(rank: int, world: int, overrides: list[str], disk: str, alone: boo
     """While the second checkpoint is written, room ends: for all, or for rank 1 alone."""
     import resource
 
-    from moe_train.checkpoint import save
+    from moe_train.checkpoint.tensors import Writing
     from moe_train.runtime import main
 
-    written = save.write_tensors
+    write = Writing.run
     calls = []
 
-    def crowded(sharded: object, folder: Path) -> object:
-        calls.append(folder)
+    def crowded(self: Writing) -> None:
+        calls.append(self)
         if len(calls) == 2 and rank == 1 and alone:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         elif len(calls) == 2 and rank == 1:
             with open(Path(disk) / "filler", "wb") as filler:
                 filler.write(b"\0" * (shutil.disk_usage(disk).free - 100_000))
-        return written(sharded, folder)  # type: ignore[arg-type]
+        write(self)
 
-    save.write_tensors = crowded  # type: ignore[assignment]
+    Writing.run = crowded  # type: ignore[method-assign]
     return main(overrides)
 
 

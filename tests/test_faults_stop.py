@@ -143,12 +143,12 @@ def test_a_save_that_outlasts_the_grace_is_told_once(monkeypatch: pytest.MonkeyP
     spend("training step", 40.0)
     spend("training step", 3.0)
     spend("validation", 9.0)
-    spend("checkpoint", 20.0)
+    grace.hold(20.0)
     assert not said, "the slow first step is over"
-    spend("checkpoint", 22.0)
+    grace.hold(22.0)
     assert len(said) == 1
     assert "31.0 s here (validation 9.0 s, then the checkpoint 22.0 s)" in said[0]
-    spend("checkpoint", 50.0)
+    grace.hold(50.0)
     assert len(said) == 1
 
 

@@ -1,9 +1,11 @@
-"""Write a checkpoint: stage, describe, commit by rename."""
+"""Write a checkpoint: stage, write, describe, commit by rename; all at once, or beside training."""
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,79 +15,120 @@ from moe_train.checkpoint import folders, manifest, optimizer_state, rng, space
 from moe_train.checkpoint.index import write_index
 from moe_train.checkpoint.manifest import Manifest
 from moe_train.checkpoint.model_state import sharded_model_state
-from moe_train.checkpoint.tensors import Written, check_complete, split, write_tensors
+from moe_train.checkpoint.tensors import Writing, Written, check_complete, split
 from moe_train.checkpoint.together import together
 from moe_train.errors import CheckpointError
 
 
-def save_checkpoint(
-    root: Path,
-    *,
-    step: int,
-    chunks: list[Any],
-    optimizer: Any,
-    facts: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Save model, optimizer, random states and data cursor; collective over the world.
+class Save:
+    """One checkpoint of model, optimizer, random states and data cursor, on its way to the disk.
+
+    Opening and :meth:`commit` are collective over the world; between them every rank's files are
+    written without any collective. Until :meth:`commit` returns, no checkpoint of this step
+    exists: an earlier one stays the newest.
 
     Args:
         root: ``checkpoints/`` of the run folder, shared by all ranks.
         facts: the manifest's fields that the caller knows (model, layout, cursor, ...).
         keep: committed checkpoints that stay.
-
-    Returns:
-        The committed folder.
+        beside: write in a thread, from a copy of the state; the caller may go on training.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write or the disk has no room;
             the previous checkpoint is untouched, and what was written of this one is removed.
     """
-    rank = dist.get_rank()
-    final = root / folders.committed_name(step)
-    staging = root / f"{final.name}.tmp"
-    state, rng_sizes = _state(chunks, optimizer)
-    sharded = split(state)
-    size = sum(_together(lambda: space.bytes_to_write(sharded), staging))
-    # Megatron checks its own rule here (rank 0), so the outcome has to be shared as well.
-    _together(lambda: check_complete(sharded), staging)
 
-    def stage() -> None:
-        if rank == 0:
-            folders.staging_folder(root, step)
-            space.check_free(root, size)
+    def __init__(
+        self,
+        root: Path,
+        *,
+        step: int,
+        chunks: list[Any],
+        optimizer: Any,
+        facts: dict[str, Any],
+        keep: int,
+        beside: bool = False,
+    ) -> None:
+        begun = time.monotonic()
+        self._root, self._step, self._keep = root, step, keep
+        self.final = root / folders.committed_name(step)
+        self._staging = root / f"{self.final.name}.tmp"
+        state, rng_sizes = _state(chunks, optimizer)
+        self._facts = facts | {
+            "step": step,
+            "optimizer_step": optimizer_state.optimizer_step(optimizer),
+            "optimizer_states": optimizer_state.state_names(optimizer),
+            "rng_sizes": rng_sizes,
+        }
+        sharded = split(state)
+        size = sum(self._together(lambda: space.bytes_to_write(sharded)))
+        # Megatron checks its own rule here (rank 0), so the outcome has to be shared as well.
+        self._together(lambda: check_complete(sharded))
+        self._together(lambda: self._stage(size))
+        self._writing: list[Writing] = []
+        self._together(lambda: self._writing.append(Writing(sharded, self._staging, copy=beside)))
+        self.seconds = time.monotonic() - begun
+        """What the save has cost so far, whoever waited for it."""
+        pool = ThreadPoolExecutor(1, "checkpoint")
+        self._table = pool.submit(self._write)
+        pool.shutdown(wait=not beside)
 
-    def publish(written: Written | None, table: dict[str, dict[str, Any]]) -> None:
-        if rank == 0:
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write, so that it need not wait in commit."""
+        return self._table.done()
+
+    def commit(self) -> Path:
+        """Wait for the files and give the checkpoint its name; collective.
+
+        Returns:
+            The committed folder.
+        """
+        begun = time.monotonic()
+        tables = self._together(self._table.result)
+        found: list[Written | None] = []
+        self._together(lambda: found.append(self._writing.pop().finish()))
+        self._together(lambda: self._publish(found[0], manifest.merged(tables)))
+        together(lambda: _retire(self.final, self._keep), self.final, "is not sound", READ)
+        self.seconds += time.monotonic() - begun
+        return self.final
+
+    def _stage(self, size: int) -> None:
+        if dist.get_rank() == 0:
+            folders.staging_folder(self._root, self._step)
+            space.check_free(self._root, size)
+
+    def _write(self) -> dict[str, dict[str, Any]]:
+        """Write, flush and hash this rank's own files."""
+        begun = time.monotonic()
+        self._writing[0].run()
+        mine = {}
+        for path in sorted(self._staging.glob(f"__{dist.get_rank()}_*.distcp")):
+            folders.sync_file(path)
+            mine[path.name] = manifest.file_facts(path)
+        self.seconds += time.monotonic() - begun
+        return mine
+
+    def _publish(self, written: Written | None, table: dict[str, dict[str, Any]]) -> None:
+        if dist.get_rank() == 0:
             assert written is not None
-            write_index(staging, *written)
-            table[manifest.INDEX] = manifest.file_facts(staging / manifest.INDEX)
-            Manifest(
-                step=step,
-                optimizer_step=optimizer_state.optimizer_step(optimizer),
-                optimizer_states=optimizer_state.state_names(optimizer),
-                rng_sizes=rng_sizes,
-                files=table,
-                **facts,
-            ).write(staging)
-            folders.commit(staging)
+            write_index(self._staging, *written)
+            table[manifest.INDEX] = manifest.file_facts(self._staging / manifest.INDEX)
+            Manifest(files=table, **self._facts).write(self._staging)
+            folders.commit(self._staging)
 
-    try:
-        _together(stage, staging)
-        written: list[Written | None] = []
-        _together(lambda: written.append(write_tensors(sharded, staging)), staging)
-        tables = _together(lambda: _describe(staging, rank), staging)
-        _together(lambda: publish(written[0], manifest.merged(tables)), staging)
-    except CheckpointError:
-        if rank == 0:
-            # Its room may be what the next attempt needs.
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    together(lambda: _retire(final, keep) if rank == 0 else None, final, "is not sound", READ)
-    return final
+    def _together[T](self, work: Callable[[], T]) -> list[T]:
+        try:
+            return together(work, self._staging, "could not be written", FREE)
+        except CheckpointError:
+            if dist.get_rank() == 0:
+                # Its room may be what the next attempt needs.
+                shutil.rmtree(self._staging, ignore_errors=True)
+            raise
 
 
 READ = "look at the disk: moe-train checkpoint list RUN shows what is sound"
+FREE = "free disk space or fix the folder; the previous checkpoint is untouched"
 
 
 def _retire(final: Path, keep: int) -> None:
@@ -93,8 +136,9 @@ def _retire(final: Path, keep: int) -> None:
 
     Its bytes were hashed as they lay when it was staged: here its names and sizes are compared.
     """
-    manifest.verify(final, deep=False)
-    folders.purge(final, keep)
+    if dist.get_rank() == 0:
+        manifest.verify(final, deep=False)
+        folders.purge(final, keep)
 
 
 def _state(chunks: list[Any], optimizer: Any) -> tuple[dict[str, Any], list[int]]:
@@ -107,21 +151,3 @@ def _state(chunks: list[Any], optimizer: Any) -> tuple[dict[str, Any], list[int]
     packed, sizes = rng.pack()
     state["rng"] = rng.sharded(packed, dist.get_rank(), dist.get_world_size())
     return state, sizes
-
-
-def _describe(staging: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Flush and hash this rank's own files."""
-    mine = {}
-    for path in sorted(staging.glob(f"__{rank}_*.distcp")):
-        folders.sync_file(path)
-        mine[path.name] = manifest.file_facts(path)
-    return mine
-
-
-def _together[T](work: Callable[[], T], staging: Path) -> list[T]:
-    return together(
-        work,
-        staging,
-        "could not be written",
-        "free disk space or fix the folder; the previous checkpoint is untouched",
-    )

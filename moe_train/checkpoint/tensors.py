@@ -67,21 +67,54 @@ def check_complete(sharded: dict[str, Any]) -> None:
     validate_sharding_integrity(determine_global_metadata(sharded)[1])
 
 
-def write_tensors(sharded: dict[str, Any], folder: Path) -> Written | None:
-    """Write this rank's part of :func:`split`'s result into ``folder``; collective.
+class Writing:
+    """This rank's part of :func:`split`'s result on its way into ``folder``.
 
-    Returns:
-        On rank 0 what the index needs; None on the others.
+    Opening and :meth:`finish` are collective; :meth:`run` is not, and may run in a thread while
+    other collectives go on.
+
+    Args:
+        copy: take the values now, so that the state may change while they are written; needs room
+            in host memory for this rank's part of a checkpoint.
 
     Raises:
         CheckpointException: torch's, a BaseException, on every rank, when one could not write.
     """
-    # Megatron's writer threads answer through a Manager, which only asynchronous saving needs:
-    # a spawned copy of the program per rank (340 MB), that outlives a rank which is killed.
-    filesystem_async._results_queue = queue.Queue()
-    strategy = _Saving()
-    strategy.save(sharded, str(folder))
-    return strategy.written
+
+    def __init__(self, sharded: dict[str, Any], folder: Path, *, copy: bool) -> None:
+        # Megatron's writer threads answer through a Manager, which only its own asynchronous
+        # saving needs: a spawned copy of the program per rank (340 MB), that outlives a rank
+        # which is killed.
+        filesystem_async._results_queue = queue.Queue()
+        self._strategy = _Saving()
+        self._request = self._strategy.async_save(sharded, folder, async_strategy="mcore")
+        self._arguments = list(self._request.async_fn_args)
+        if self._arguments:
+            rank, buckets, results = self._arguments
+            self._arguments = [rank, [_on_host(bucket, copy) for bucket in buckets], results]
+
+    def run(self) -> None:
+        """Write this rank's files; what goes wrong is told by :meth:`finish`."""
+        if self._request.async_fn is not None:
+            self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
+        self._arguments = []
+
+    def finish(self) -> Written | None:
+        """Gather what was written where, once every rank has run.
+
+        Returns:
+            On rank 0 what the index needs; None on the others.
+        """
+        for finalize in self._request.finalize_fns:
+            finalize()
+        return self._strategy.written
+
+
+def _on_host(bucket: Any, copy: bool) -> Any:
+    name, key, (objects, tensors) = bucket
+    # Megatron's own staging leaves tensors where they are that lie on the host already.
+    moved = [(item, tensor.to("cpu", copy=copy)) for item, tensor in tensors]
+    return name, key, (objects, moved)
 
 
 def read_tensors(state: dict[str, Any], folder: Path, manifest: Manifest) -> dict[str, Any]:

@@ -106,6 +106,9 @@ class CheckpointConfig:
     """Committed checkpoints kept; older ones are deleted."""
     resume: str = "auto"
     """auto (newest in the run folder) | never | PATH of a checkpoint."""
+    asynchronous: bool = False
+    """Write beside the training that goes on, from a copy of the state in host memory. A
+    checkpoint still counts only when it is whole and on the disk; the last one is waited for."""
 
 
 @dataclass

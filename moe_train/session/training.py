@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moe_train.checkpoint.save import save_checkpoint
 from moe_train.data.batches import BatchSource
 from moe_train.data.datasets import build_datasets
 from moe_train.errors import HungError, NonFiniteError
@@ -21,6 +19,7 @@ from moe_train.session.cause import claim
 from moe_train.session.opening import Session
 from moe_train.session.records import describe_run, finish, open_recorder
 from moe_train.session.restore import restore
+from moe_train.session.saving import Saver
 from moe_train.session.standing import Follower, Standing
 from moe_train.session.traces import TraceListener, plan_trace
 from moe_train.train.grace import Grace, grace_seconds
@@ -81,7 +80,7 @@ def train(
             ),
             tokens_per_step=session.batch * config.data.sequence,
             listener=Follower(TraceListener(recorder or Silent(), session), standing),
-            save=_saver(session, source),
+            saver=Saver(session, source),
             interrupt=interrupt,
             watchdog=watchdog,
             grace=Grace(grace_seconds(), recorder.progress.message if recorder else _unheard),
@@ -142,24 +141,3 @@ def _source(session: Session, dataset: Any, consumed: int) -> BatchSource:
     data = session.engine.groups.dp
     micro = session.config.batch.micro
     return BatchSource(dataset, session.batch, micro, data.rank(), data.size(), consumed)
-
-
-def _saver(session: Session, source: BatchSource) -> Callable[[int], None]:
-    config, folder, engine = session.config, session.folder, session.engine
-    assert folder is not None
-
-    def save(step: int) -> None:
-        save_checkpoint(
-            folder.checkpoints,
-            step=step,
-            chunks=[chunk.module for chunk in engine.chunks],
-            optimizer=engine.optimizer,
-            keep=config.checkpoint.keep,
-            facts=session.facts()
-            | {
-                "consumed_samples": source.consumed,
-                "consumed_tokens": source.consumed * config.data.sequence,
-            },
-        )
-
-    return save

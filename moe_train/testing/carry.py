@@ -15,7 +15,7 @@ def rewrite(rank: int, world: int, overrides: Sequence[str], source: str, root: 
     """
     from moe_train.checkpoint.load import load_checkpoint
     from moe_train.checkpoint.manifest import read_manifest
-    from moe_train.checkpoint.save import save_checkpoint
+    from moe_train.checkpoint.save import Save
     from moe_train.testing.engines import open_engine
 
     manifest = read_manifest(Path(source))
@@ -26,7 +26,7 @@ def rewrite(rank: int, world: int, overrides: Sequence[str], source: str, root: 
     )
     own = {"optimizer_step", "optimizer_states", "rng_sizes", "files", "format", "step"}
     facts = {k: v for k, v in dataclasses.asdict(manifest).items() if k not in own}
-    written = save_checkpoint(
+    save = Save(
         Path(root),
         step=manifest.step,
         chunks=modules,
@@ -34,7 +34,7 @@ def rewrite(rank: int, world: int, overrides: Sequence[str], source: str, root: 
         facts=facts,
         keep=1,
     )
-    return str(written)
+    return str(save.commit())
 
 
 def digests(rank: int, world: int, folders: Sequence[str]) -> list[dict[str, str]]:

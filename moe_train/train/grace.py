@@ -35,22 +35,19 @@ class Grace:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time one part; after a ``checkpoint``, hold all of them against the grace.
-
-        A signal is heard at the edge of a part, so the longest other one may come before the save.
-        The latest times count: a first step is not like the others.
-        """
+        """Time something at whose edges signals are heard."""
         begun = time.monotonic()
         yield
         self._latest[name] = time.monotonic() - begun
-        if name == "checkpoint" and not self._told:
-            self._hold()
 
-    def _hold(self) -> None:
-        save = self._latest["checkpoint"]
-        others = [item for item in self._latest.items() if item[0] != "checkpoint"]
-        name, before = max(others, key=lambda item: item[1], default=("", 0.0))
-        if before + save <= self._seconds:
+    def hold(self, save: float) -> None:
+        """Hold a save that took ``save`` seconds, and what may come before it, against the grace.
+
+        A signal is heard at the edge of a part, so the longest may come before the save. The
+        latest times count: a first step is not like the others.
+        """
+        name, before = max(self._latest.items(), key=lambda item: item[1], default=("", 0.0))
+        if self._told or before + save <= self._seconds:
             return
         self._told = True
         self._warn(

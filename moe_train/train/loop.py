@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,24 @@ class Listener(Protocol):
 
     def on_validation(self, record: dict[str, Any]) -> None:
         """A validation is done."""
+
+
+class Saver(Protocol):
+    """Writes checkpoints, perhaps beside the training that goes on; the same on every rank."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether one is on its way, on all ranks."""
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write."""
+
+    def begin(self, step: int) -> None:
+        """Start to save the state after ``step``; collective."""
+
+    def finish(self) -> float | None:
+        """Wait for the one on its way; returns the seconds that it took; collective."""
 
 
 @dataclass
@@ -91,7 +109,7 @@ def run_loop(
     intervals: Intervals,
     tokens_per_step: int,
     listener: Listener,
-    save: Callable[[int], None],
+    saver: Saver,
     interrupt: Interrupt,
     watchdog: Watchdog,
     grace: Grace,
@@ -102,31 +120,48 @@ def run_loop(
     Args:
         validation: the micro-batches of one validation, by global batch.
         tokens_per_step: tokens of a global batch.
-        save: writes a checkpoint of the state after the given step; collective.
+        saver: a save that it writes beside the training is finished at the first step edge at
+            which all ranks have written, before the next one, and before the loop ends.
 
     Raises:
         Preempted: a stop was asked for; the state is saved.
         NonFiniteError: see :func:`moe_train.train.step.train_step` and :class:`Tolerance`.
     """
     step = start
-    if _agree(engine, interrupt)[1] and start < intervals.steps:
+
+    def finish() -> None:
+        with watchdog.phase("checkpoint", step):
+            seconds = saver.finish()
+        if seconds is not None:
+            grace.hold(seconds)
+
+    if _agree(engine, interrupt, saver).stop and start < intervals.steps:
         raise _preempted(start, saved=start > 0)
     while step < intervals.steps:
         step += 1
         begun = time.perf_counter()
         training = watchdog.phase("training step", step)
-        with training, grace.part("training step"), engine.tracer.watch(step):
-            tolerate = tolerance.policy != "stop"
-            result = train_step(engine, source.next_step(), step, tolerate=tolerate)
-            engine.backend.synchronize()
+        tolerate = tolerance.policy != "stop"
+        try:
+            with training, grace.part("training step"), engine.tracer.watch(step):
+                result = train_step(engine, source.next_step(), step, tolerate=tolerate)
+                engine.backend.synchronize()
+        except NonFiniteError:
+            # What is on its way is of a step that was good.
+            finish()
+            raise
         seconds = time.perf_counter() - begun
         if not result.applied:
+            finish()
             tolerance.meet(step, result)
             if tolerance.policy == "rollback":
                 with watchdog.phase("rolling back", step):
                     step = tolerance.roll_back()
                 continue
-        peak_memory, stop = _agree(engine, interrupt)
+        agreed = _agree(engine, interrupt, saver)
+        if agreed.written:
+            finish()
+        stop = agreed.stop
         record = {
             "step": step,
             "loss": result.loss,
@@ -136,7 +171,7 @@ def run_loop(
             "consumed_tokens": source.consumed * engine.config.data.sequence,
             "step_seconds": seconds,
             "tokens_per_second": tokens_per_step / seconds,
-            "peak_memory_bytes": peak_memory,
+            "peak_memory_bytes": agreed.peak_memory,
             "load_imbalance": result.routing.load_imbalance,
             "dropped_tokens": result.routing.dropped,
             "aux_loss": result.routing.aux_loss,
@@ -151,11 +186,14 @@ def run_loop(
             with watchdog.phase("validation", step), grace.part("validation"):
                 loss = validate(engine, validation())
             listener.on_validation({"step": step, "valid_loss": loss})
-            stop = _agree(engine, interrupt)[1]
+            stop = _agree(engine, interrupt, saver).stop
         if intervals.saves(step) or (stop and intervals.save):
-            with watchdog.phase("checkpoint", step), grace.part("checkpoint"):
-                save(step)
-            stop = stop or _agree(engine, interrupt)[1]
+            with watchdog.phase("checkpoint", step):
+                saver.begin(step)
+            agreed = _agree(engine, interrupt, saver)
+            stop = stop or agreed.stop
+            if stop or agreed.written or step == intervals.steps:
+                finish()
         if stop and step < intervals.steps:
             raise _preempted(step, saved=bool(intervals.save))
 
@@ -169,11 +207,24 @@ def _preempted(step: int, *, saved: bool) -> Preempted:
     )
 
 
-def _agree(engine: Engine, interrupt: Interrupt) -> tuple[int, bool]:
-    """Largest peak memory of all ranks, and whether any rank was asked to stop."""
+class _Agreed(NamedTuple):
+    peak_memory: int
+    """The largest of all ranks."""
+    stop: bool
+    """Whether any rank was asked to stop."""
+    written: bool
+    """Whether a save is on its way that no rank has to wait for."""
+
+
+def _agree(engine: Engine, interrupt: Interrupt, saver: Saver) -> _Agreed:
     facts = torch.tensor(
-        [engine.backend.peak_memory_bytes(), int(interrupt.signal is not None)], dtype=torch.int64
+        [
+            engine.backend.peak_memory_bytes(),
+            int(interrupt.signal is not None),
+            int(not saver.written),
+        ],
+        dtype=torch.int64,
     ).to(engine.backend.device)
     dist.all_reduce(facts, op=dist.ReduceOp.MAX)
-    peak, stop = facts.tolist()
-    return int(peak), bool(stop)
+    peak, stop, writing = facts.tolist()
+    return _Agreed(int(peak), bool(stop), saver.pending and not writing)
