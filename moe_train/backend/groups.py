@@ -5,11 +5,16 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
+import yaml
 
 from moe_train.errors import HungError
 
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from moe_train.backend.protocol import Backend
+    from moe_train.config.nccl import NcclGroup
 
 
 def open_world(
@@ -74,15 +80,41 @@ class Sizes(Protocol):
     def expert_tensor(self) -> int: ...
 
 
-def open_groups(sizes: Sizes, *, timeout_seconds: int, gloo: bool) -> ProcessGroupCollection:
+def open_groups(
+    sizes: Sizes, *, timeout_seconds: int, gloo: bool, nccl: Mapping[str, NcclGroup] | None = None
+) -> ProcessGroupCollection:
     """Create every process group of a layout; the world must be open.
 
     Args:
         gloo: also create Megatron's gloo twins of the data-parallel groups (CUDA only: on the
             host every group is gloo already).
+        nccl: communicator settings by Megatron's names of the groups.
     """
-    from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+    with _settings_file(nccl or {}) as path:
+        _initialize(sizes, timeout_seconds, gloo, path)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+@contextmanager
+def _settings_file(nccl: Mapping[str, NcclGroup]) -> Iterator[str | None]:
+    """Megatron takes these settings from a YAML file, and an absent key for NCCL's choice."""
+    if not nccl:
+        yield None
+        return
+    given = {
+        name: {key: value for key, value in asdict(group).items() if value is not None}
+        for name, group in nccl.items()
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as stream:
+        yaml.safe_dump(given, stream)
+        stream.flush()
+        yield stream.name
+
+
+def _initialize(sizes: Sizes, timeout_seconds: int, gloo: bool, nccl_path: str | None) -> None:
+    from megatron.core import parallel_state
 
     chunks = sizes.virtual_pipeline
     parallel_state.initialize_model_parallel(
@@ -94,8 +126,8 @@ def open_groups(sizes: Sizes, *, timeout_seconds: int, gloo: bool) -> ProcessGro
         expert_tensor_parallel_size=sizes.expert_tensor,
         distributed_timeout_minutes=max(1, timeout_seconds // 60),
         create_gloo_process_groups=gloo,
+        nccl_communicator_config_path=nccl_path,
     )
-    return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def close_world() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moe_train.config.nccl import NcclGroup
+
 
 @dataclass
 class RunConfig:
@@ -136,3 +138,5 @@ class BackendConfig:
     """CUDA_DEVICE_MAX_CONNECTIONS; Megatron's overlap of TP with compute relies on 1."""
     nccl: dict[str, str] = field(default_factory=dict)
     """NCCL_* environment settings by their short name, e.g. {IB_QPS_PER_CONNECTION: 2}."""
+    nccl_groups: dict[str, NcclGroup] = field(default_factory=dict)
+    """NCCL's settings of single process groups, e.g. {ep: {max_ctas: 16}}; on CUDA."""
