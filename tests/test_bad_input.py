@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,6 +244,43 @@ def _uneven(rank: int, world: int, overrides: list[str], blind: str) -> int:
     if rank == 1:
         overrides = [blind if word.startswith("data.train") else word for word in overrides]
     return main(overrides)
+
+
+def _damaged_meanwhile(rank: int, world: int, overrides: list[str], tokens: str) -> int:
+    """Every id becomes the largest number there is, after the first step."""
+    from moe_train.runtime import main
+    from moe_train.train import loop
+
+    train = loop.train_step
+
+    def step(engine: Any, batches: Any, number: int, **how: Any) -> Any:
+        result = train(engine, batches, number, **how)
+        if rank == 0:
+            with open(tokens, "rb+") as stream:
+                stream.write(b"\xff" * os.path.getsize(tokens))
+        return result
+
+    loop.train_step = step
+    return main(overrides)
+
+
+@pytest.mark.world
+def test_ids_that_appear_while_the_run_trains(bytes_data: Path, tmp_path: Path) -> None:
+    """The model would look up rows that it does not have."""
+    mine = copy_of(bytes_data, tmp_path)
+    log = tmp_path / "log"
+    words = [
+        *("device=cpu", "log.wandb=disabled", f"run.dir={tmp_path / 'runs'}", "run.name=r"),
+        *(*SMALL, f"data.cache={tmp_path}/cache", f"data.train=[{mine}]", "train.steps=20"),
+    ]
+    tokens = str(mine.with_name(mine.name + ".bin"))
+    codes = run_world(_damaged_meanwhile, 2, words, tokens, timeout=120.0, log=log)
+    told = log.read_text()
+    assert EXIT_DATA in codes and 0 not in codes, told
+    assert told.count("moe_train: ") == 1 and "Traceback" not in told, told
+    assert "is beyond the model's vocabulary of" in told
+    status = json.loads((tmp_path / "runs" / "r" / "status.json").read_text())
+    assert status["state"] == "failed" and "token id" in status["reason"]
 
 
 @pytest.mark.world

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_train.errors import ConfigError
+from moe_train.errors import ConfigError, DataError
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -30,6 +30,7 @@ class BatchSource:
         data_rank: this rank among `data_size` replicas.
         data_size: data-parallel replicas.
         consumed: samples that all replicas took before, in this run or the one it continues.
+        limit: ids that the model has; None takes any.
 
     Raises:
         ConfigError: the global batch is no multiple of micro x data_size.
@@ -43,6 +44,7 @@ class BatchSource:
         data_rank: int,
         data_size: int,
         consumed: int = 0,
+        limit: int | None = None,
     ) -> None:
         assert 0 <= data_rank < data_size and micro > 0 and consumed >= 0
         if global_batch < 1 or global_batch % (micro * data_size):
@@ -55,7 +57,7 @@ class BatchSource:
             )
         self.dataset, self.global_batch, self.micro = dataset, global_batch, micro
         self.data_rank, self.data_size = data_rank, data_size
-        self.consumed = consumed
+        self.consumed, self._limit = consumed, limit
 
     @property
     def microbatches(self) -> int:
@@ -71,7 +73,12 @@ class BatchSource:
         return [list(range(start, start + self.micro)) for start in starts]
 
     def next_step(self) -> list[MicroBatch]:
-        """Micro-batches of the next step; moves on by one global batch."""
+        """Micro-batches of the next step; moves on by one global batch.
+
+        Raises:
+            DataError: a sample holds an id beyond `limit`. Files are looked through when they are
+                opened; this meets those that are too large for it, and those changed since.
+        """
         step = [self._collate(indices) for indices in self.indices()]
         self.consumed += self.global_batch
         return step
@@ -82,4 +89,13 @@ class BatchSource:
 
     def _collate(self, indices: list[int]) -> MicroBatch:
         samples = [self.dataset[index] for index in indices]
+        if self._limit is not None:
+            for index, sample in zip(indices, samples, strict=True):
+                largest = max(int(sample[key].max()) for key in ("tokens", "labels"))
+                if largest >= self._limit:
+                    raise DataError(
+                        f"sample {index}",
+                        f"token id {largest} is beyond the model's vocabulary of {self._limit}",
+                        "moe-train data inspect PREFIX --verify names file and offset",
+                    )
         return {key: torch.stack([sample[key] for sample in samples]) for key in KEYS}

@@ -140,4 +140,6 @@ def _datasets(session: Session, start: int, consumed: int) -> Any:
 def _source(session: Session, dataset: Any, consumed: int) -> BatchSource:
     data = session.engine.groups.dp
     micro = session.config.batch.micro
-    return BatchSource(dataset, session.batch, micro, data.rank(), data.size(), consumed)
+    return BatchSource(
+        dataset, session.batch, micro, data.rank(), data.size(), consumed, session.vocab
+    )
