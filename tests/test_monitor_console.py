@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pty
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,16 +71,32 @@ def test_none_is_silent() -> None:
     assert stream.getvalue() == ""
 
 
+def seen_on(master: int) -> str:
+    """Everything that comes out of a terminal until its other end is closed."""
+    pieces = []
+    while True:
+        try:
+            piece = os.read(master, 1 << 12)
+        except OSError as end:
+            assert end.errno == errno.EIO
+            piece = b""
+        if not piece:
+            return b"".join(pieces).decode()
+        pieces.append(piece)
+
+
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     master, slave = pty.openpty()
-    with os.fdopen(slave, "w") as stream:
-        console = ConsoleProgress("auto", stream=stream)
-        assert console.mode == "bar"
-        play(console)
-        stream.flush()
-        shown = os.read(master, 1 << 16).decode()
+    with ThreadPoolExecutor(1) as pool:
+        # A terminal takes what is written only while somebody looks.
+        looking = pool.submit(seen_on, master)
+        with os.fdopen(slave, "w") as stream:
+            console = ConsoleProgress("auto", stream=stream)
+            assert console.mode == "bar"
+            play(console)
+        shown = looking.result()
     os.close(master)
     assert "4/4" in shown and "loss 5.2500" in shown and "checkpoint [bold] written" in shown
     assert "\x1b[?25h" in shown, "the cursor must be shown again"

@@ -49,7 +49,7 @@ def test_modules_of_the_five_readings(mission: ModelConfig, one: Layout, modules
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shared", [0, 96])
 @pytest.mark.parametrize(
-    ("tp", "pp", "ep", "etp"), itertools.product((1, 2), (1, 4), (1, 4), (1, 2))
+    ("tp", "pp", "ep", "etp"), list(itertools.product((1, 2), (1, 4), (1, 4), (1, 2)))
 )
 def test_ranks_sum_to_the_model(
     tied: bool, shared: int, tp: int, pp: int, ep: int, etp: int
