@@ -11,9 +11,23 @@ from hypothesis import strategies as st
 from moe_train.config.hardware import HardwareConfig
 from moe_train.config.root import Config
 from moe_train.plan.cost.communication import gradient_traffic, layer_traffic, step_traffic
-from moe_train.plan.cost.compute import dense_parts, expert_parts, head_parts
-from moe_train.plan.cost.links import Group, all_to_all, group, members, ring
-from moe_train.plan.cost.timing import step_time
+from moe_train.plan.cost.compute import (
+    dense_parts,
+    embedding_parts,
+    expert_parts,
+    head_parts,
+    optimizer_seconds,
+)
+from moe_train.plan.cost.links import (
+    Group,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    group,
+    members,
+    reduce_scatter,
+)
+from moe_train.plan.cost.timing import end_times, passes_of, step_time
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.legality.search import legal_layouts, ranked
 from moe_train.plan.memory.fit import assumptions_of
@@ -52,7 +66,7 @@ LAYOUTS = st.sampled_from(
 @given(LAYOUTS, st.data())
 def test_members_are_the_layouts_groups(layout: Layout, data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, layout.world - 1))
-    for kind in ("tp", "cp", "dp_cp", "pp", "mp", "etp", "ep", "tp_ep", "edp"):
+    for kind in ("tp", "cp", "tp_cp", "dp_cp", "tp_dp_cp", "pp", "mp", "etp", "ep", "tp_ep", "edp"):
         if kind == "tp_ep" and layout.span:
             continue
         (theirs,) = [ranks for ranks in layout.groups(kind) if rank in ranks]
@@ -75,9 +89,15 @@ def test_exchanges_equal_a_count_over_pairs(size: int, per_node: int, data: floa
     assert sent.intra == pytest.approx(sum(data / size for p in peers if p < per_node))
     assert sent.inter == pytest.approx(sum(data / size for p in peers if p >= per_node))
     assert sent.seconds == pytest.approx(max(sent.intra / 100e9, sent.inter / 10e9))
-    around = ring(hardware, where, data)
+    around = all_gather(hardware, where, data)
     # A ring passes n - 1 blocks of 1/n, over every edge.
     assert around.intra + around.inter == pytest.approx(data * (size - 1) / size)
+    # Twice around in one call; gloo's reduce-scatter is that, others' once around.
+    twice = all_reduce(hardware, where, data)
+    assert twice == pytest.approx([2 * each for each in around])
+    assert reduce_scatter(hardware, where, data) == twice
+    accelerator = dataclasses.replace(hardware, kind="accelerator")
+    assert reduce_scatter(accelerator, where, data) == around
     crossing = (size // per_node) * (0 if where.inside else 1)
     assert around.inter * size == pytest.approx(data * (size - 1) / size * crossing)
 
@@ -190,7 +210,7 @@ def test_the_exchange_between_nodes_decides_on_64_gb_devices() -> None:
         span = step_time(config, layout, VOCAB, Assumptions())
         stage = step_time(inside, one, VOCAB, Assumptions())
         assert (span.step > stage.step) == slower
-        assert (span.layer.exchange > 2 * stage.layer.exchange) == slower
+        assert (sum(span.layer.exchange) > 2 * sum(stage.layer.exchange)) == slower
 
 
 @settings(deadline=None, max_examples=30)
@@ -205,24 +225,104 @@ def test_a_step_is_never_faster_than_its_work(sequence: int, imbalance: float) -
     assert time.tokens_per_second == pytest.approx(time.sequences_per_second * sequence)
 
 
+def test_calls_pay_their_latency_once() -> None:
+    hardware = HardwareConfig(intra_node_gbps=1e6, latency_us=100, message_us=10)
+    where = Group("tp", 4, 4)
+    for call, turns in ((all_gather, 3), (reduce_scatter, 6), (all_reduce, 6), (all_to_all, 3)):
+        assert call(hardware, where, 8.0).seconds == pytest.approx(1e-6 * (100 + 10 * turns))
+
+
 def test_traffic_of_a_stage_repeats_what_is_recomputed() -> None:
     config, layout = plan(*STAGE, "parallel.expert=2")
     z = shapes(config, layout, VOCAB, Assumptions())
     held = rank_parameters(config.model, layout, 0, VOCAB)
     plain = step_traffic(config, layout, z, held, 1, 32, 0)
     again = step_traffic(config, layout, z, held, 1, 32, 4)
-    by_kind = {one.name: one for one in plain}
-    layer = layer_traffic(config, layout, z)
+    by_name = {one.name: one for one in plain}
+    # Of a layer: (forward, backward) calls; recomputation adds a forward pass.
+    calls = {
+        "tensor parallel, gather": (1, 2),
+        "tensor parallel, scatter": (1, 1),
+        "auxiliary loss, all-reduce": (1, 0),
+        "experts, counts": (1, 0),
+        "experts, rows out": (1, 1),
+        "experts, probabilities": (1, 1),
+        "experts, rows back": (1, 1),
+    }
     for one in again:
-        before = by_kind[one.name]
-        if one.kind in ("ep",):
-            assert one.intra_bytes == pytest.approx(1.5 * before.intra_bytes)
-            assert before.intra_bytes == pytest.approx(32 * 4 * 2 * layer.expert_forward.intra)
-        elif "gather and scatter" in one.name:
-            assert one.intra_bytes == pytest.approx(7 / 5 * before.intra_bytes)
+        before = by_name.pop(one.name)
+        if one.name in calls:
+            ahead, back = calls.pop(one.name)
+            assert before.calls == 32 * 4 * (ahead + back)
+            assert one.calls == 32 * 4 * (2 * ahead + back)
+            assert one.intra_bytes / one.calls == pytest.approx(before.intra_bytes / before.calls)
         else:
-            assert one.intra_bytes == before.intra_bytes
+            assert one == before
+    assert not calls and not by_name
     assert not any("gradients" in one.name and one.kind != "tp" for one in plain)
+
+
+@pytest.mark.parametrize("words", [
+    [*STAGE, "parallel.expert=2", "recompute.layers=none"],
+    [*STAGE, "parallel.expert=2", "recompute.layers=none", "parallel.dispatcher=allgather"],
+    [*STAGE, "parallel.expert=1", "parallel.expert_tensor=2", "recompute.layers=none"],
+    [*MISSION, "recompute.layers=none"],
+])  # fmt: skip
+def test_the_traffic_reports_seconds_are_the_step_times(words: list[str]) -> None:
+    config, layout = plan(*words)
+    z = shapes(config, layout, VOCAB, Assumptions())
+    layer, count = layer_traffic(config, layout, z), 8
+    ends = end_times(config, layout, z)
+    parts = {"embedding": embedding_parts(config, z), "head": head_parts(config, z)}
+    for stage in range(layout.pipeline):
+        held = rank_parameters(config.model, layout, stage * 2, VOCAB)
+        found = step_traffic(config, layout, z, held, stage, count, 0)
+        inner = [one for one in found if one.kind != "pp" and "gradients" not in one.name
+                 and "weights" not in one.name]  # fmt: skip
+        wanted = 4 * sum(
+            sent.seconds
+            for sent in (
+                layer.tensor_forward,
+                layer.tensor_backward,
+                layer.expert_forward,
+                layer.expert_backward,
+            )
+        )
+        for name, place in (("embedding", 0), ("head", layout.pipeline - 1)):
+            if stage == place:
+                wanted += sum(ends[name]) - sum(passes_of(parts[name]))
+        assert sum(one.seconds for one in inner) == pytest.approx(count * wanted)
+
+
+def test_backward_moves_the_weights_gradients() -> None:
+    """Bytes of an infinitely fast device whose only limit is memory, counted tensor by tensor."""
+    fast = {"fp32": 1e12, "bf16": 1e12}
+    for words, kind, moved in (
+        # fp32 on the host: W for inputs' gradients; dW written; dW and buffer read, buffer written
+        (["dtype=fp32"], "cpu", 4 + 4 + 4 + 4 + 4),
+        # bf16 with fp32 buffers, fused: W; the buffer read and written
+        (["dtype=bf16", "optim.precision_aware=false", "optim.grad_dtype=fp32"],
+         "accelerator", 2 + 4 + 4),
+    ):  # fmt: skip
+        config, layout = plan("experiment=twin", "parallel=single", "device=cpu", *words, world=1)
+        hardware = HardwareConfig(
+            kind=kind, peak_tflops=fast, memory_gbps=1.0, memory_efficiency=1.0
+        )
+        config = dataclasses.replace(config, hardware=hardware)
+        z = shapes(config, layout, VOCAB, assumptions_of(config))
+        (experts,) = [part for part in expert_parts(config, z) if part.name == "experts"]
+        weights = config.model.experts * 3 * config.model.hidden * config.model.expert_hidden
+        assert experts.seconds == pytest.approx(weights * z.b / 1e9)
+        assert experts.backward_seconds == pytest.approx(weights * moved / 1e9)
+
+
+def test_bytes_of_the_optimizers_phase() -> None:
+    config, _ = plan("experiment=twin", "parallel=single", "device=cpu", world=1)
+    hardware = HardwareConfig(memory_gbps=1.0, memory_efficiency=1.0)
+    config = dataclasses.replace(config, hardware=hardware)
+    # fp32: zeroed; read for the norm; scaled; read by Adam; moments and weights both ways.
+    assert optimizer_seconds(config, 1000, 1000) == pytest.approx(1e-6 * (4 + 4 + 8 + 4 + 16 + 8))
+    assert optimizer_seconds(config, 1000, 0) == pytest.approx(1e-6 * 4)
 
 
 def test_gradients_of_replicas() -> None:

@@ -43,8 +43,9 @@ def spanning(stages: int, batches: int, layers: int, dense: float, experts: floa
     served = tuple(experts * active / stages for active in range(stages + 1))
     return SpanWork(
         stages, batches, layers, (Piece("attention", dense),), (Piece("attention", 2 * dense),),
-        (frozenset(),) * stages, (Piece("dispatch", 0.0, 1.0), Piece("combine", 0.0, 1.0)),
-        served, tuple(2 * each for each in served), (Piece("head", 0.0),) * 2, ends(stages),
+        (frozenset(),) * stages, *((Piece("dispatch", 0.0, 1.0), Piece("combine", 0.0, 1.0)),) * 2,
+        served, tuple(2 * each for each in served), (Piece("embedding", 0.0),) * 2,
+        (Piece("head", 0.0),) * 2, ends(stages),
     )  # fmt: skip
 
 
@@ -120,7 +121,9 @@ def random_span(draw: st.DrawFn) -> SpanWork:
         (Piece("router", draw(SECONDS)), Piece("attention", draw(SECONDS))),
         tuple(draw(repeated) for _ in range(stages)),
         (Piece("dispatch", draw(SECONDS), 1.0), Piece("combine", draw(SECONDS), 1.0)),
+        (Piece("dispatch", draw(SECONDS), 1.0), Piece("combine", draw(SECONDS), 1.0)),
         served, tuple(2 * each for each in served),
+        (Piece("embedding", draw(SECONDS)), Piece("embedding", draw(SECONDS))),
         (Piece("head", draw(SECONDS)), Piece("head", draw(SECONDS))),
         ends(stages, 1, draw(SECONDS), draw(SECONDS)), draw(st.integers(0, 1)),
     )  # fmt: skip
@@ -188,7 +191,7 @@ def test_detail_does_not_change_the_time(drawn: tuple[PipedWork, str]) -> None:
 def test_lockstep_of_layers_costs_no_less_than_that_of_halves(work: SpanWork) -> None:
     """A half's stages meet at every exchange. Only work outside the exchanges (the head and
     messages) may overlap with the next half when looked at by layer."""
-    outside = total(work.head) + 2 * work.ends.messages[0].seconds
+    outside = total(work.embedding) + total(work.head) + 2 * work.ends.messages[0].seconds
     halves = work.microbatches + work.stages
     by_stage = run_clock(span_graph(work, "stage")).step
     by_layer = run_clock(span_graph(work, "layer")).step

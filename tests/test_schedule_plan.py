@@ -58,11 +58,11 @@ def test_node_counts(words: list[str], world: int, pieces: int, dense: int, agai
     if layout.span:
         halves, local = m + p - 1, layers // p
         by_stage = 2 * p * halves
-        inner = m * (2 * layers * dense + again * dense + 2 + 2 * (p - 1))
+        inner = m * (2 * layers * dense + again * dense + 4 + 2 * (p - 1))
         by_layer = 2 * halves * local * (2 + p) + inner
     else:
         by_stage = 2 * v * p * m
-        by_layer = m * (2 * layers * pieces + again * pieces + 2 + 2 * (v * p - 1))
+        by_layer = m * (2 * layers * pieces + again * pieces + 4 + 2 * (v * p - 1))
     assert len(built(*words, world=world).graph) == by_stage + 2 * p
     assert len(built(*words, world=world, detail="layer").graph) == by_layer + 2 * p
 

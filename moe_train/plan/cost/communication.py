@@ -1,10 +1,7 @@
 """Every collective of a training step: which group, how many bytes on which links, how long.
 
-Per rank. Sequence parallelism all-gathers before and reduce-scatters after each tensor-parallel
-pair of products and repeats the first gather in the backward pass (Korthikanti et al.,
-arXiv:2205.05198, section 4.2.2); expert parallelism exchanges tokens twice forward and twice
-backward (GShard, arXiv:2006.16668); the distributed optimizer reduce-scatters gradients and
-all-gathers weights (ZeRO-1, arXiv:1910.02054).
+Per rank. A micro-batch's are in `moe_train.plan.cost.calls`; the distributed optimizer
+reduce-scatters gradients and all-gathers weights (ZeRO-1, arXiv:1910.02054).
 """
 
 from __future__ import annotations
@@ -12,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config.root import Config
+from moe_train.plan.cost.calls import end_calls, expert_calls, sum_of, tensor_calls
 from moe_train.plan.cost.links import (
     Sent,
+    all_gather,
     all_reduce,
-    all_to_all,
     group,
     point_to_point,
-    ring,
+    reduce_scatter,
 )
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.memory.optimizer_bytes import bytes_per_parameter
@@ -45,38 +43,23 @@ class Traffic:
     """Group kind, as in `Layout.groups`."""
     size: int
     calls: int
+    """Of the step."""
     intra_bytes: float
     inter_bytes: float
     seconds: float
     formula: str
-
-
-def _add(*parts: Sent) -> Sent:
-    return Sent(*(sum(values) for values in zip(*parts, strict=True)))
-
-
-def times(sent: Sent, count: float) -> Sent:
-    """`count` calls."""
-    return Sent(sent.intra * count, sent.inter * count, sent.seconds * count)
+    """Unsharded bytes of a call."""
 
 
 def layer_traffic(config: Config, layout: Layout, z: Shapes) -> LayerTraffic:
     """Collectives inside one layer, without recomputation's repeats."""
-    hardware = config.hardware
-    pair = ring(hardware, group(layout, hardware, "tp"), z.A * z.H * z.b)
-    pairs = 2 if z.W else 1
-    row = z.H * z.b
-    if config.parallel.dispatcher == "allgather" and not layout.span:
-        where = group(layout, hardware, "tp_ep")
-        forward = times(ring(hardware, where, z.N * where.size * row), 2)
-    else:
-        where = group(layout, hardware, "ep")
-        out = all_to_all(hardware, where, z.N * z.K * (row + 4))
-        forward = _add(out, all_to_all(hardware, where, z.N * z.K * row))
-        if layout.expert_tensor > 1:
-            gather = ring(hardware, group(layout, hardware, "etp"), z.R * row)
-            forward = _add(forward, gather, gather)
-    return LayerTraffic(times(pair, 2 * pairs), times(pair, 3 * pairs), forward, forward)
+    tensor, expert = tensor_calls(config, layout, z), expert_calls(config, layout, z)
+    return LayerTraffic(
+        sum_of(tensor, "forward"),
+        sum_of(tensor, "backward"),
+        sum_of(expert, "forward"),
+        sum_of(expert, "backward"),
+    )
 
 
 def gradient_traffic(
@@ -93,9 +76,9 @@ def gradient_traffic(
         where = group(layout, hardware, kind)
         if optim.distributed:
             found.append((f"{name} gradients, reduce-scatter", kind,
-                          ring(hardware, where, count * each.gradient)))  # fmt: skip
+                          reduce_scatter(hardware, where, count * each.gradient)))  # fmt: skip
             found.append((f"{name} weights, all-gather", kind,
-                          ring(hardware, where, count * each.weight)))  # fmt: skip
+                          all_gather(hardware, where, count * each.weight)))  # fmt: skip
         else:
             found.append((f"{name} gradients, all-reduce", kind,
                           all_reduce(hardware, where, count * each.gradient)))  # fmt: skip
@@ -116,30 +99,32 @@ def step_traffic(
         recomputed: of the stage's layers, those that run forward twice.
     """
     hardware, layers = config.hardware, len(layout.stage_layers(stage))
-    layer = layer_traffic(config, layout, z)
+    last = stage == layout.pipeline - 1
+    # Per micro-batch: (call, forward passes, backward passes) through what makes it.
+    passes = [(call, layers + recomputed, layers) for call in tensor_calls(config, layout, z)]
     again = 0 if layout.span else recomputed
-    kinds = [
-        ("tensor parallel, gather and scatter", "tp",
-         _add(times(layer.tensor_forward, layers + recomputed),
-              times(layer.tensor_backward, layers)),
-         "A H b (t-1)/t: 2 forward, 3 backward a layer", 5 * layers),
-        ("experts, exchange", "ep",
-         _add(times(layer.expert_forward, layers + again), times(layer.expert_backward, layers)),
-         "N K H b (e-1)/e: 2 forward, 2 backward a layer", 4 * layers),
-    ]  # fmt: skip
+    passes += [(call, layers + again, layers) for call in expert_calls(config, layout, z)]
+    for call in end_calls(config, layout, z):
+        here = stage == 0 if call.part == "embedding" else last
+        passes.append((call, int(here), int(here)))
+    found = []
+    for call, ahead, back in passes:
+        calls = count * (ahead * call.forward + back * call.backward)
+        size = group(layout, hardware, call.kind).size
+        found.append(Traffic(call.name, call.kind, size, calls, *_times(call.sent, calls),
+                             call.formula))  # fmt: skip
     if layout.pipeline > 1:
         chunks = layout.virtual_pipeline
-        last = stage == layout.pipeline - 1
         message = point_to_point(layout, hardware, min(stage, layout.pipeline - 2)
                                  if chunks == 1 else stage, z.N * z.H * z.b)  # fmt: skip
-        ways = chunks - 1 + (not last) + chunks - 1 + (stage > 0)
-        kinds.append(("pipeline messages", "pp", times(message, ways), "N H b", ways))
-    found = [
-        Traffic(name, kind, group(layout, hardware, kind).size, calls * count,
-                sent.intra * count, sent.inter * count, sent.seconds * count, formula)
-        for name, kind, sent, formula, calls in kinds
-    ]  # fmt: skip
+        ways = count * (chunks - 1 + (not last) + chunks - 1 + (stage > 0))
+        found.append(Traffic("pipeline messages", "pp", group(layout, hardware, "pp").size, ways,
+                             *_times(message, ways), "N H b"))  # fmt: skip
     for name, kind, sent in gradient_traffic(config, layout, held):
         size = group(layout, hardware, kind).size
-        found.append(Traffic(name, kind, size, 1, *sent, "(n-1)/n of the buffer"))
-    return [one for one in found if one.size > 1]
+        found.append(Traffic(name, kind, size, 1, *sent, "the buffer"))
+    return [one for one in found if one.size > 1 and one.calls]
+
+
+def _times(sent: Sent, count: int) -> Sent:
+    return Sent(sent.intra * count, sent.inter * count, sent.seconds * count)

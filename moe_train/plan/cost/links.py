@@ -4,7 +4,8 @@ Ring collectives and all-to-all follow Thakur, Rabenseifner and Gropp, "Optimiza
 communication operations in MPICH" (2005): a ring all-gather or reduce-scatter of n ranks sends
 (n - 1) / n of the full size from every rank; an all-to-all sends 1 / n of a rank's data to each
 peer. Between nodes, the m members that a group has on a node use m ports at once (as NCCL's
-parallel rings do).
+parallel rings do). A ring all-reduce is one call of 2 (n - 1) turns. gloo has no reduce-scatter of
+its own: torch's ProcessGroupGloo all-reduces the whole buffer and keeps a part.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ def members(layout: Layout, kind: str, rank: int) -> list[int]:
     strides = {
         "tp": (1, layout.tensor, dense.tp),
         "cp": (layout.tensor, layout.context, dense.cp),
+        "tp_cp": (1, layout.tensor * layout.context, dense.tp + layout.tensor * dense.cp),
         "dp_cp": (layout.tensor, layout.context * layout.data,
                   dense.cp + layout.context * dense.dp),
+        "tp_dp_cp": (1, stage, rank % stage),
         "pp": (stage, layout.pipeline, dense.pp),
         "etp": (1, layout.expert_tensor, expert.etp),
         "ep": (layout.expert_tensor, layout.expert, expert.ep),
@@ -82,20 +85,20 @@ def _worse(layout: Layout, devices_per_node: int, kind: str) -> Group:
     return min(found, key=lambda one: one.per_node)
 
 
-def _rates(hardware: HardwareConfig, size: int = 2) -> tuple[float, float, float]:
-    """Bytes per second inside and between nodes, and seconds of latency for `size` members."""
+def _rates(hardware: HardwareConfig, turns: int = 1) -> tuple[float, float, float]:
+    """Bytes per second inside and between nodes, and the latency of `turns` turns in seconds."""
     share = hardware.link_efficiency * 1e9
     fast = max(hardware.intra_node_gbps * share, 1.0)
     slow = max(hardware.inter_node_gbps * share, 1.0)
-    return fast, slow, (hardware.latency_us + (size - 1) * hardware.message_us) * 1e-6
+    return fast, slow, (hardware.latency_us + turns * hardware.message_us) * 1e-6
 
 
-def ring(hardware: HardwareConfig, where: Group, full: float) -> Sent:
-    """An all-gather or reduce-scatter whose unsharded size is `full` bytes."""
+def _around(hardware: HardwareConfig, where: Group, full: float, rounds: int) -> Sent:
+    """One call that passes every share of `full` bytes `rounds` times around a ring."""
     if where.size == 1:
         return Sent(0.0, 0.0, 0.0)
-    fast, slow, latency = _rates(hardware, where.size)
-    sent = full * (where.size - 1) / where.size
+    fast, slow, latency = _rates(hardware, rounds * (where.size - 1))
+    sent = rounds * full * (where.size - 1) / where.size
     if where.inside:
         return Sent(sent, 0.0, latency + sent / fast)
     crossing = sent / where.per_node
@@ -103,17 +106,26 @@ def ring(hardware: HardwareConfig, where: Group, full: float) -> Sent:
     return Sent(sent - crossing, crossing, latency + sent / rate)
 
 
+def all_gather(hardware: HardwareConfig, where: Group, full: float) -> Sent:
+    """An all-gather whose unsharded size is `full` bytes."""
+    return _around(hardware, where, full, 1)
+
+
+def reduce_scatter(hardware: HardwareConfig, where: Group, full: float) -> Sent:
+    """A reduce-scatter whose unsharded size is `full` bytes; on gloo an all-reduce."""
+    return _around(hardware, where, full, 2 if hardware.kind == "cpu" else 1)
+
+
 def all_reduce(hardware: HardwareConfig, where: Group, full: float) -> Sent:
-    """A reduce-scatter followed by an all-gather."""
-    once = ring(hardware, where, full)
-    return Sent(2 * once.intra, 2 * once.inter, 2 * once.seconds)
+    """A reduce-scatter and an all-gather in one call."""
+    return _around(hardware, where, full, 2)
 
 
 def all_to_all(hardware: HardwareConfig, where: Group, data: float) -> Sent:
     """An exchange in which each rank starts with `data` bytes, evenly addressed."""
     if where.size == 1:
         return Sent(0.0, 0.0, 0.0)
-    fast, slow, latency = _rates(hardware, where.size)
+    fast, slow, latency = _rates(hardware, where.size - 1)
     intra = data * (where.per_node - 1) / where.size
     inter = data * (where.size - where.per_node) / where.size
     return Sent(intra, inter, latency + max(intra / fast, inter / slow))

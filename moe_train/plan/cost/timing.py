@@ -10,13 +10,19 @@ cores (`hardware.cores`) are never faster than all their work spread over the co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
+from moe_train.plan.cost.calls import end_calls, sum_of
 from moe_train.plan.cost.communication import gradient_traffic, layer_traffic
 from moe_train.plan.cost.compute import (
+    Part,
+    backward_seconds,
     dense_parts,
+    embedding_parts,
     expert_parts,
     head_parts,
     optimizer_seconds,
@@ -34,26 +40,33 @@ from moe_train.plan.quantities.parameters import rank_parameters
 from moe_train.plan.quantities.shapes import Assumptions, Shapes, shapes
 
 
+class Passes(NamedTuple):
+    """Seconds of a forward and of a backward pass."""
+
+    forward: float
+    backward: float
+
+
 @dataclass(frozen=True)
 class LayerTime:
     """One layer, one micro-batch, in seconds."""
 
-    dense: float
-    """Forward, without communication."""
-    experts: float
-    tensor_forward: float
-    tensor_backward: float
-    exchange: float
-    """Exposed all-to-all of one direction."""
+    dense: Passes
+    """Without communication."""
+    experts: Passes
+    tensor: Passes
+    exchange: Passes
+    """Exposed part."""
 
     def forward(self) -> float:
         """Seconds of a forward pass."""
-        return self.dense + self.experts + self.tensor_forward + self.exchange
+        parts = (self.dense, self.experts, self.tensor, self.exchange)
+        return sum(part.forward for part in parts)
 
     def backward(self, *, recomputed: bool) -> float:
         """Seconds of a backward pass; a recomputed layer runs forward once more."""
-        once = 2 * (self.dense + self.experts) + self.tensor_backward + self.exchange
-        return once + (self.forward() if recomputed else 0.0)
+        parts = (self.dense, self.experts, self.tensor, self.exchange)
+        return sum(part.backward for part in parts) + (self.forward() if recomputed else 0.0)
 
 
 @dataclass(frozen=True)
@@ -106,15 +119,36 @@ class StepTime:
 def layer_time(config: Config, layout: Layout, z: Shapes) -> LayerTime:
     """Times of one layer; under span, experts and exchange with all stages active."""
     stages = layout.pipeline if layout.span else 1
-    dense = seconds(dense_parts(config, z))
-    experts = seconds(expert_parts(config, z, layers=stages))
+    dense = passes_of(dense_parts(config, z))
+    experts = passes_of(expert_parts(config, z, layers=stages))
     traffic = layer_traffic(config, layout, z)
-    exchange = traffic.expert_forward.seconds
+    exchange = Passes(traffic.expert_forward.seconds, traffic.expert_backward.seconds)
     if config.parallel.overlap_expert_comm and not layout.span:
-        exchange = max(0.0, exchange - dense - experts)
-    return LayerTime(
-        dense, experts, traffic.tensor_forward.seconds, traffic.tensor_backward.seconds, exchange
-    )
+        hidden = dense.forward + experts.forward
+        exchange = Passes(*(max(0.0, each - hidden) for each in exchange))
+    tensor = Passes(traffic.tensor_forward.seconds, traffic.tensor_backward.seconds)
+    return LayerTime(dense, experts, tensor, exchange)
+
+
+def passes_of(parts: list[Part]) -> Passes:
+    """Parts that run one after the other."""
+    return Passes(seconds(parts), backward_seconds(parts))
+
+
+def end_times(config: Config, layout: Layout, z: Shapes) -> dict[str, Passes]:
+    """Seconds of the ``embedding`` on the first stage and of the ``head`` on the last one."""
+    calls = end_calls(config, layout, z)
+    found = {}
+    for name, parts in (
+        ("embedding", embedding_parts(config, z)),
+        ("head", head_parts(config, z)),
+    ):
+        computed = passes_of(parts)
+        found[name] = Passes(
+            computed.forward + sum_of(calls, "forward", name).seconds,
+            computed.backward + sum_of(calls, "backward", name).seconds,
+        )
+    return found
 
 
 def step_time(config: Config, layout: Layout, vocab: int, assumptions: Assumptions) -> StepTime:
@@ -164,9 +198,10 @@ def _stage_time(
     layers = layout.stage_layers(stage)
     forward = len(layers) * layer.forward()
     backward = sum(layer.backward(recomputed=number in whole) for number in layers)
-    if stage == layout.pipeline - 1:
-        head = seconds(head_parts(config, z))
-        forward, backward = forward + head, backward + 2 * head
+    ends = end_times(config, layout, z)
+    for name, place in (("embedding", 0), ("head", layout.pipeline - 1)):
+        if stage == place:
+            forward, backward = forward + ends[name].forward, backward + ends[name].backward
     if layout.pipeline > 1:
         message = point_to_point(
             layout, config.hardware, min(stage, layout.pipeline - 2), z.N * z.H * z.b
@@ -184,19 +219,21 @@ def _work(
         return layout.world // layout.pipeline * count * sum(one.both for one in stages)
     layer, local = layer_time(config, layout, z), len(layout.stage_layers(0))
     whole = frozenset(parse_layers(config.recompute.layers, config.model.layers))
-    dense = layer.dense + layer.tensor_forward
-    own = 2 * layer.dense + layer.tensor_backward
+    dense = layer.dense.forward + layer.tensor.forward
+    own = layer.dense.backward + layer.tensor.backward
     sources = sum(
         count * (dense * (2 if number in whole else 1) + own)
         for number in range(1, config.model.layers + 1)
-    ) + 3 * count * seconds(head_parts(config, z))
+    ) + count * sum(sum(end) for end in end_times(config, layout, z).values())
     again = 1 if "moe" in config.recompute.modules else 0
     served = 0.0
     for tick in ticks(layout.pipeline, count):
-        for half, passes in ((tick.forward, 1), (tick.backward, 2 + again)):
-            active = len(half)
-            experts = seconds(expert_parts(config, z, active / layout.pipeline, active))
-            served += local * (passes * experts + layer.exchange) * bool(half)
+        for half, back in ((tick.forward, False), (tick.backward, True)):
+            if half:
+                active = len(half)
+                experts = served_times(config, z, active, layout.pipeline)
+                computed = experts.backward + again * experts.forward if back else experts.forward
+                served += local * (computed + layer.exchange[back])
     replicas = layout.world // (layout.tensor * layout.pipeline)
     return replicas * layout.tensor * (sources + layout.pipeline * served)
 
@@ -210,36 +247,54 @@ def _span_seconds(
     while the other computes, and only what is longer than that computing is waited for.
     """
     stages, local = layout.pipeline, len(layout.stage_layers(0))
-    head = seconds(head_parts(config, z))
+    ends = end_times(config, layout, z)
     message = point_to_point(layout, config.hardware, 0, z.N * z.H * z.b).seconds
     message = message if stages > 1 else 0.0
-    served = [
-        seconds(expert_parts(config, z, active / stages, active)) for active in range(stages + 1)
-    ]
+    served = [served_times(config, z, active, stages) for active in range(stages + 1)]
     again = [
         [layout.stage_layers(stage)[i] in whole for i in range(local)] for stage in range(stages)
     ]
     expert_again = "moe" in config.recompute.modules
-    forward_dense = layer.dense + layer.tensor_forward
+    forward_dense = layer.dense.forward + layer.tensor.forward
     overlap, spent = config.parallel.overlap_expert_comm, 0.0
     for tick in ticks(stages, count, delay=int(overlap)):
         forward = backward = 0.0
         if tick.forward:
-            forward = local * (forward_dense + served[len(tick.forward)])
-            forward += head * (stages - 1 in tick.forward)
+            forward = local * (forward_dense + served[len(tick.forward)].forward)
+            # Both ends are in the same half; the slower one sets the pace.
+            forward += _slower(ends, tick.forward, stages).forward
         if tick.backward:
-            rows = served[len(tick.backward)] * (3 if expert_again else 2)
+            experts = served[len(tick.backward)]
+            rows = experts.backward + (experts.forward if expert_again else 0.0)
             for i in range(local):
                 repeat = any(again[stage][i] for stage in tick.backward)
-                backward += 2 * layer.dense + layer.tensor_backward + rows
+                backward += layer.dense.backward + layer.tensor.backward + rows
                 backward += forward_dense if repeat else 0.0
-            backward += 2 * head * (stages - 1 in tick.backward)
+            backward += _slower(ends, tick.backward, stages).backward
         spent += forward + backward
-        for half, other in ((tick.forward, backward), (tick.backward, forward)):
+        for half, other, exchange in (
+            (tick.forward, backward, layer.exchange.forward),
+            (tick.backward, forward, layer.exchange.backward),
+        ):
             if half:
                 hidden = other if overlap else 0.0
-                spent += max(0.0, local * layer.exchange - hidden) + message
+                spent += max(0.0, local * exchange - hidden) + message
     return spent
+
+
+def served_times(config: Config, z: Shapes, active: int, stages: int) -> Passes:
+    """A rank's experts while `active` of the stages send it their tokens."""
+    if not active:
+        return Passes(0.0, 0.0)
+    return passes_of(expert_parts(config, z, active / stages, active))
+
+
+def _slower(ends: dict[str, Passes], half: Mapping[int, int], stages: int) -> Passes:
+    here = [ends["embedding"]] if 0 in half else []
+    here += [ends["head"]] if stages - 1 in half else []
+    if len(here) == 2 and stages == 1:
+        return Passes(*(sum(both) for both in zip(*here, strict=True)))
+    return Passes(*(max(both) for both in zip(*here, Passes(0.0, 0.0), strict=True)))
 
 
 def _update(
@@ -247,7 +302,7 @@ def _update(
 ) -> tuple[float, float]:
     """(exposed gradient and weight traffic, optimizer) of the slowest stage, in seconds."""
     each = bytes_per_parameter(config.dtype, config.optim)
-    exposed = touched = 0.0
+    exposed = slowest = 0.0
     for stage in {0, layout.pipeline - 1}:
         rank = stage * (layout.world // layout.pipeline)
         held = rank_parameters(config.model, layout, rank, vocab)
@@ -260,6 +315,6 @@ def _update(
             gather = max(gather - stages[stage].forward, gather * 0.1)
         exposed = max(exposed, reduce + gather)
         state = state_bytes(config, layout, held)
-        owned = (state.optimizer + state.host) / max(each.state, 1)
-        touched = max(touched, owned * (each.gradient + each.weight + 2 * each.state))
-    return exposed, optimizer_seconds(config, touched)
+        owned = (state.optimizer + state.host) // max(each.state, 1)
+        slowest = max(slowest, optimizer_seconds(config, held.total, owned))
+    return exposed, slowest

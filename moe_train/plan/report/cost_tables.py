@@ -80,11 +80,14 @@ def _optimizers(memory: dict[str, Any], console: Console) -> None:
 
 
 def _compute(costs: dict[str, Any], console: Console) -> None:
-    table = _table("A layer's forward pass, one micro-batch", "part", "GFLOP", "ms", "formula")
-    for part in (*costs["layer_forward"], *costs["head_forward"]):
+    table = _table(
+        "A layer, embedding and head, one micro-batch",
+        "part", "GFLOP forward", "ms forward", "ms backward", "formula",
+    )  # fmt: skip
+    for part in (*costs["layer_parts"], *costs["end_parts"]):
         table.add_row(
             part["name"], f"{part['flops'] / 1e9:,.1f}", f"{1e3 * part['seconds']:.3f}",
-            part["formula"],
+            f"{1e3 * part['backward_seconds']:.3f}", part["formula"],
         )  # fmt: skip
     console.print(table)
     again = " with recomputation" if costs["layer_is_recomputed"] else ""

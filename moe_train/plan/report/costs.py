@@ -26,6 +26,8 @@ ASSUMED = {
     "order": "kernels of one device run one after the other",
     "exchange": "expert all-to-all is exposed unless parallel.overlap_expert_comm is on",
     "gradients": "their reduction hides behind one micro-batch's backward pass where it overlaps",
+    "weights": "backward reads them once and moves their gradients into the buffer: inside the "
+    "product on an accelerator, by an addition of its own on the host",
     "flops": "backward is twice the forward pass; recomputation is time, not useful work",
 }
 """What the figures take for granted, in words."""
@@ -35,7 +37,8 @@ SOURCES = {
     "in flight": "Narayanan et al., arXiv:2104.04473; tick-aligned 1F1B for placement=span",
     "flops": "PaLM, arXiv:2204.02311, appendix B, with causal scores",
     "kernels": "roofline, Williams et al. 2009, with the profile's efficiencies",
-    "collectives": "Thakur et al. 2005: ring (n-1)/n, all-to-all 1/n to each peer",
+    "collectives": "Thakur et al. 2005: ring (n-1)/n, all-to-all 1/n to each peer; calls of "
+    "Megatron-Core 0.19",
     "bubble": "(P-1)/(vM+P-1), arXiv:2104.04473",
 }
 """Where the formulas come from."""
@@ -117,8 +120,11 @@ def _compute(
     layer = time.layer
     return {
         "flops_per_token": {**asdict(flops), "total": flops.total},
-        "layer_forward": [asdict(part) for part in parts],
-        "head_forward": [asdict(part) for part in compute.head_parts(config, z)],
+        "layer_parts": [asdict(part) for part in parts],
+        "end_parts": [
+            asdict(part)
+            for part in (*compute.embedding_parts(config, z), *compute.head_parts(config, z))
+        ],
         "layer_forward_seconds": layer.forward(),
         "layer_backward_seconds": layer.backward(recomputed=recomputes),
         "layer_seconds": layer.forward() + layer.backward(recomputed=recomputes),

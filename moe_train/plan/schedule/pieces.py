@@ -1,17 +1,27 @@
 """The pieces of a config's passes, from the planner's own cost model.
 
 Sums over a layer's pieces equal `moe_train.plan.cost.timing.LayerTime`; a message is paid by the
-stage that sends it. The exchange's seconds are the exposed ones, shared out by bytes.
+stage that sends it. The exchange's seconds are the exposed ones, shared out by what each of its
+collectives takes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
-from moe_train.plan.cost.communication import layer_traffic
-from moe_train.plan.cost.compute import Part, dense_parts, expert_parts, head_parts, seconds
+from moe_train.plan.cost.calls import Call, end_calls, expert_calls, sum_of, tensor_calls
+from moe_train.plan.cost.compute import Part, dense_parts
 from moe_train.plan.cost.links import Sent, point_to_point
-from moe_train.plan.cost.timing import LayerTime, StepTime, layer_time
+from moe_train.plan.cost.timing import (
+    LayerTime,
+    StepTime,
+    end_times,
+    layer_time,
+    passes_of,
+    served_times,
+)
 from moe_train.plan.layouts.batch import microbatches_per_step
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.memory.stages import stage_memory
@@ -36,39 +46,42 @@ class LayerPieces:
     def __init__(self, config: Config, layout: Layout, z: Shapes, layer: LayerTime) -> None:
         named = {part.name: part for part in dense_parts(config, z)}
         alone = ("router", "shared expert")
-        attention = seconds([part for name, part in named.items() if name not in alone])
-        traffic = layer_traffic(config, layout, z)
+        attention = [part for name, part in named.items() if name not in alone]
+        tensor = tensor_calls(config, layout, z)
         self.forward: list[Piece] = []
         self.backward: list[Piece] = []
+        # The backward pass gathers again where it scattered; its pieces run in reverse.
         if layout.tensor > 1:
-            self._both("gather", _share(traffic.tensor_forward, 1 / 2),
-                       _share(traffic.tensor_backward, 2 / 3))  # fmt: skip
-        self._both("attention", (attention, 0.0), (2 * attention, 0.0))
+            self._both("gather", sum_of(tensor, "forward", "gather"),
+                       sum_of(tensor, "backward", "gather"))  # fmt: skip
+        self._both("attention", *_computed(attention))
         if layout.tensor > 1:
-            self._both("scatter", _share(traffic.tensor_forward, 1 / 2),
-                       _share(traffic.tensor_backward, 1 / 3))  # fmt: skip
-        for name in alone:
-            if name in named:
-                self._both(name, (named[name].seconds, 0.0), (2 * named[name].seconds, 0.0))
+            self._both("scatter", sum_of(tensor, "forward", "scatter"),
+                       sum_of(tensor, "backward", "scatter"))  # fmt: skip
+        self._both("router", *_computed([named["router"]], tensor))
+        if "shared expert" in named:
+            self._both("shared expert", *_computed([named["shared expert"]]))
         self.backward.reverse()
-        out = _outward(config, layout, z)
-        sent = traffic.expert_forward.intra + traffic.expert_forward.inter
-        self.dispatch = Piece("dispatch", layer.exchange * out, sent * out)
-        self.combine = Piece("combine", layer.exchange * (1 - out), sent * (1 - out))
+        self.exchange = tuple(
+            _exchange(config, layout, z, direction, exposed)
+            for direction, exposed in zip(("forward", "backward"), layer.exchange, strict=True)
+        )
         self.experts = layer.experts
 
-    def _both(self, op: str, forward: tuple[float, float], backward: tuple[float, float]) -> None:
-        self.forward.append(Piece(op, *forward))
-        self.backward.append(Piece(op, *backward))
+    def _both(self, op: str, forward: Sent, backward: Sent) -> None:
+        for pieces, sent in ((self.forward, forward), (self.backward, backward)):
+            pieces.append(Piece(op, sent.seconds, sent.intra + sent.inter))
 
     def whole(self, layer: int, *, again: bool = False) -> list[Piece]:
         """The forward pass of `layer`, exchange and experts included."""
-        pieces = [*self.forward, self.dispatch, Piece("experts", self.experts), self.combine]
+        dispatch, combine = self.exchange[0]
+        pieces = [*self.forward, dispatch, Piece("experts", self.experts.forward), combine]
         return [_at(piece, layer, again) for piece in pieces]
 
     def whole_back(self, layer: int, *, recomputed: bool) -> list[Piece]:
         """The backward pass of `layer`."""
-        pieces = [self.combine, Piece("experts", 2 * self.experts), self.dispatch, *self.backward]
+        dispatch, combine = self.exchange[1]
+        pieces = [combine, Piece("experts", self.experts.backward), dispatch, *self.backward]
         first = self.whole(layer, again=True) if recomputed else []
         return first + [_at(piece, layer, False) for piece in pieces]
 
@@ -77,16 +90,29 @@ def _at(piece: Piece, layer: int, again: bool) -> Piece:
     return Piece(piece.op, piece.seconds, piece.bytes, layer, again)
 
 
-def _share(sent: Sent, share: float) -> tuple[float, float]:
-    return sent.seconds * share, (sent.intra + sent.inter) * share
+def _computed(parts: list[Part], calls: Sequence[Call] = ()) -> tuple[Sent, Sent]:
+    """Both passes of `parts`, with the router's collectives among `calls`."""
+    passes = passes_of(parts)
+    found = []
+    for direction, computed in zip(("forward", "backward"), passes, strict=True):
+        sent = sum_of(list(calls), direction, "router")
+        found.append(sent._replace(seconds=computed + sent.seconds))
+    return found[0], found[1]
 
 
-def _outward(config: Config, layout: Layout, z: Shapes) -> float:
-    """Dispatch's share of an exchange: rows with 4 bytes of probability, back without."""
-    if config.parallel.dispatcher == "allgather" and not layout.span:
-        return 0.5
-    row = z.H * z.b
-    return (row + 4) / (2 * row + 4)
+def _exchange(
+    config: Config, layout: Layout, z: Shapes, direction: str, exposed: float
+) -> tuple[Piece, Piece]:
+    """Dispatch and combine of one direction, whose `exposed` seconds they share."""
+    calls = expert_calls(config, layout, z)
+    whole = sum_of(calls, direction).seconds
+    share = exposed / whole if whole else 0.0
+    first, second = (
+        Piece(op, sent.seconds * share, sent.intra + sent.inter)
+        for op in ("dispatch", "combine")
+        for sent in [sum_of(calls, direction, op)]
+    )
+    return first, second
 
 
 def work_of(
@@ -100,11 +126,11 @@ def work_of(
     z = shapes(config, layout, vocab, assumptions)
     layer = layer_time(config, layout, z)
     pieces = LayerPieces(config, layout, z, layer)
-    head = seconds(head_parts(config, z))
+    outer = _outer(config, layout, z)
     ends = _ends(config, layout, vocab, assumptions, z, time)
     whole = frozenset(parse_layers(config.recompute.layers, config.model.layers))
     if layout.span:
-        return _span_work(config, layout, z, pieces, head, ends, whole)
+        return _span_work(config, layout, z, pieces, outer, ends, whole)
     forward: dict[tuple[int, int], tuple[Piece, ...]] = {}
     backward: dict[tuple[int, int], tuple[Piece, ...]] = {}
     for stage in range(layout.pipeline):
@@ -117,24 +143,37 @@ def work_of(
                 for piece in pieces.whole_back(number, recomputed=number in whole)
             ]
             if (stage, chunk) == (layout.pipeline - 1, layout.virtual_pipeline - 1):
-                ahead.append(Piece("head", head))
-                back.insert(0, Piece("head", 2 * head))
+                ahead.append(outer["head"][0])
+                back.insert(0, outer["head"][1])
+            if (stage, chunk) == (0, 0):
+                ahead.insert(0, outer["embedding"][0])
+                back.append(outer["embedding"][1])
             forward[stage, chunk], backward[stage, chunk] = tuple(ahead), tuple(back)
     return PipedWork(
         layout.pipeline, layout.virtual_pipeline, time.microbatches, forward, backward, ends
     )
 
 
+def _outer(config: Config, layout: Layout, z: Shapes) -> dict[str, tuple[Piece, Piece]]:
+    """Embedding and head, forward and backward."""
+    calls = end_calls(config, layout, z)
+    found = {}
+    for name, times in end_times(config, layout, z).items():
+        ahead, back = (sum_of(calls, direction, name) for direction in ("forward", "backward"))
+        found[name] = (
+            Piece(name, times.forward, ahead.intra + ahead.inter),
+            Piece(name, times.backward, back.intra + back.inter),
+        )
+    return found
+
+
 def _span_work(
-    config: Config, layout: Layout, z: Shapes, pieces: LayerPieces, head: float, ends: Ends,
-    whole: frozenset[int],
+    config: Config, layout: Layout, z: Shapes, pieces: LayerPieces,
+    outer: dict[str, tuple[Piece, Piece]], ends: Ends, whole: frozenset[int],
 ) -> SpanWork:  # fmt: skip
     stages = layout.pipeline
-    served = [
-        seconds(_served(config, z, active, stages)) if active else 0.0
-        for active in range(stages + 1)
-    ]
-    passes = 3 if "moe" in config.recompute.modules else 2
+    served = [served_times(config, z, active, stages) for active in range(stages + 1)]
+    again = 1 if "moe" in config.recompute.modules else 0
     repeated = tuple(
         frozenset(i for i, number in enumerate(layout.stage_layers(stage)) if number in whole)
         for stage in range(stages)
@@ -146,18 +185,15 @@ def _span_work(
         forward=tuple(pieces.forward),
         backward=tuple(pieces.backward),
         repeated=repeated,
-        exchange=(pieces.dispatch, pieces.combine),
-        experts_forward=tuple(served),
-        experts_backward=tuple(passes * each for each in served),
-        head=(Piece("head", head), Piece("head", 2 * head)),
+        exchange=pieces.exchange[0],
+        exchange_back=pieces.exchange[1],
+        experts_forward=tuple(each.forward for each in served),
+        experts_backward=tuple(each.backward + again * each.forward for each in served),
+        embedding=outer["embedding"],
+        head=outer["head"],
         ends=ends,
         delay=int(config.parallel.overlap_expert_comm),
     )
-
-
-def _served(config: Config, z: Shapes, active: int, stages: int) -> list[Part]:
-    """A rank's experts while `active` stages send it their tokens."""
-    return expert_parts(config, z, active / stages, active)
 
 
 def _ends(

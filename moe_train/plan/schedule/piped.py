@@ -4,11 +4,11 @@ Nodes, with A pieces to a layer's forward pass, L layers of which C are recomput
 chunks and M micro-batches:
 
     by stage  2 v P M + 2 P
-    by layer  M (2 L A + C A + 2 + 2 (v P - 1)) + 2 P
+    by layer  M (2 L A + C A + 4 + 2 (v P - 1)) + 2 P
 
-where the 2 is the head's forward and backward, 2 (v P - 1) the messages between chunks, and 2 P
-the gradient reductions and optimizers. A is 5 (attention, router, dispatch, experts, combine), plus
-2 with tensor parallelism (gather, scatter), plus 1 with a shared expert.
+where the 4 are embedding and head, forward and backward, 2 (v P - 1) the messages between chunks,
+and 2 P the gradient reductions and optimizers. A is 5 (attention, router, dispatch, experts,
+combine), plus 2 with tensor parallelism (gather, scatter), plus 1 with a shared expert.
 """
 
 from __future__ import annotations

@@ -107,4 +107,5 @@ def span_formula(work: SpanWork) -> float | None:
     if work.repeated and any(work.repeated):
         dense += total(work.forward)
     experts = work.experts_forward[-1] + work.experts_backward[-1]
-    return span_bubble(work.stages, work.microbatches, dense, experts, 2 * total(work.exchange))
+    exchange = total(work.exchange) + total(work.exchange_back)
+    return span_bubble(work.stages, work.microbatches, dense, experts, exchange)

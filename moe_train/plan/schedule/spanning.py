@@ -6,7 +6,7 @@ halves each way, l = L / P local layers, D dense pieces to a layer's forward pas
 layers:
 
     by stage  2 P H + 2 P
-    by layer  2 H l (2 + P) + M (2 L D + C D + 2 + 2 (P - 1)) + 2 P
+    by layer  2 H l (2 + P) + M (2 L D + C D + 4 + 2 (P - 1)) + 2 P
 
 By layer the two exchanges of a local layer are one node each for all stages, since no rank leaves
 them before every rank has entered; the P is its experts, one node a stage.
@@ -61,18 +61,26 @@ def _exposed(work: SpanWork, direction: str, tick: Tick) -> SpanWork:
     planner's step time has it.
     """
     other, active = (BACKWARD, tick.backward) if direction == FORWARD else (FORWARD, tick.forward)
-    whole = work.local_layers * total(work.exchange)
+    exchange = _exchange(work, direction)
+    whole = work.local_layers * total(exchange)
     if not (work.delay and active and whole):
         return work
     share = max(0.0, 1 - _computing(work, other, active) / whole)
-    first, second = (replace(piece, seconds=share * piece.seconds) for piece in work.exchange)
-    return replace(work, exchange=(first, second))
+    first, second = (replace(piece, seconds=share * piece.seconds) for piece in exchange)
+    if direction == FORWARD:
+        return replace(work, exchange=(first, second))
+    return replace(work, exchange_back=(first, second))
+
+
+def _exchange(work: SpanWork, direction: str) -> tuple[Piece, Piece]:
+    return work.exchange if direction == FORWARD else work.exchange_back
 
 
 def _computing(work: SpanWork, direction: str, active: Mapping[int, int]) -> float:
     """Seconds that a half computes: the experts, and the slowest active stage's dense work."""
     dense = max(
-        total(_head(work, direction, stage))
+        total(_embedding(work, direction, stage))
+        + total(_head(work, direction, stage))
         + sum(total(_dense(work, direction, stage, i)) for i in range(work.local_layers))
         for stage in active
     )
@@ -95,6 +103,10 @@ def _head(work: SpanWork, direction: str, stage: int) -> list[Piece]:
     return [work.head[0 if direction == FORWARD else 1]]
 
 
+def _embedding(work: SpanWork, direction: str, stage: int) -> list[Piece]:
+    return [] if stage else [work.embedding[0 if direction == FORWARD else 1]]
+
+
 def _message(work: SpanWork, direction: str, stage: int) -> list[Piece]:
     if direction == FORWARD:
         return [work.ends.messages[stage]] if stage < work.stages - 1 else []
@@ -115,14 +127,16 @@ def _stages(
 ) -> dict[int, tuple[str, str]]:
     """One node a stage; the next half begins when the slowest has ended."""
     before = [builder.tail(s) for s in range(work.stages)] if tick or direction == BACKWARD else []
-    each = _experts(work, direction, len(active)) + total(work.exchange)
+    exchange = _exchange(work, direction)
+    each = _experts(work, direction, len(active)) + total(exchange)
     found = {}
     for stage in range(work.stages):
         pieces = [Piece("experts", each * work.local_layers)]
-        sent = work.local_layers * sum(piece.bytes for piece in work.exchange)
+        sent = work.local_layers * sum(piece.bytes for piece in exchange)
         if stage in active:
             for local in range(work.local_layers):
                 pieces += _dense(work, direction, stage, local)
+            pieces += _embedding(work, direction, stage)
             pieces += _head(work, direction, stage) + _message(work, direction, stage)
             name = f"{direction[0].upper()}{active[stage]}@{stage}"
         else:
@@ -162,7 +176,7 @@ def _layers(
             first.setdefault(stage, name)
 
     def join(local: int, index: int) -> None:
-        op = work.exchange[index]
+        op = _exchange(work, direction)[index]
         name = f"{half}/l{local}/{op.op}"
         builder.node(
             name, op, list(stages), direction=direction, tick=tick, after="lockstep",
@@ -186,6 +200,8 @@ def _layers(
             )  # fmt: skip
 
     if direction == FORWARD:
+        for stage in active:
+            run(stage, _embedding(work, direction, stage))
         for local in range(work.local_layers):
             for stage in active:
                 run(stage, _dense(work, direction, stage, local))
@@ -206,7 +222,7 @@ def _layers(
                 pieces = _dense(work, direction, stage, local)
                 run(stage, [piece for piece in pieces if not piece.again])
     for stage in active:
-        if direction == FORWARD:
-            run(stage, _head(work, direction, stage))
+        end = _head if direction == FORWARD else _embedding
+        run(stage, end(work, direction, stage))
         run(stage, _message(work, direction, stage))
     return {stage: (first[stage], builder.tail(stage)) for stage in active}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-COMPUTE = ("attention", "router", "shared expert", "experts", "head")
+COMPUTE = ("attention", "router", "shared expert", "experts", "embedding", "head")
 TENSOR = ("gather", "scatter")
 EXCHANGE = ("dispatch", "combine")
 
@@ -80,10 +80,14 @@ class SpanWork:
     repeated: tuple[frozenset[int], ...]
     """Local layers that a stage recomputes, by stage."""
     exchange: tuple[Piece, Piece]
-    """Dispatch and combine of one layer."""
+    """Dispatch and combine of one layer, forward."""
+    exchange_back: tuple[Piece, Piece]
+    """The same, backward."""
     experts_forward: tuple[float, ...]
     """Seconds on every rank, by the number of active stages (0 to P)."""
     experts_backward: tuple[float, ...]
+    embedding: tuple[Piece, Piece]
+    """Forward and backward, on the first stage."""
     head: tuple[Piece, Piece]
     """Forward and backward, on the last stage."""
     ends: Ends
