@@ -1,0 +1,1 @@
+"""One optimizer step of ours against the same step of others, on this machine."""
