@@ -362,3 +362,33 @@ def test_automatic_layouts_of_large_worlds_fit(world: int) -> None:
     config, layout = prepare(words, world)
     assert layout.world == world
     assert memory_fault(config, layout, VOCAB, assumptions_of(config)) is None
+
+
+def test_softmax_of_small_heads() -> None:
+    """With a rate of exponentials attention takes longer the smaller its heads are."""
+    config, layout = plan("experiment=twin", "parallel=single", "device=cpu", world=1)
+    z = shapes(config, layout, VOCAB, Assumptions())
+    pairs = config.model.heads * config.data.sequence * (config.data.sequence + 1) / 2
+
+    def scores(**changes: float) -> tuple[float, float]:
+        hardware = dataclasses.replace(config.hardware, **changes)  # type: ignore[arg-type]
+        parts = dense_parts(dataclasses.replace(config, hardware=hardware), z)
+        (part,) = [part for part in parts if part.name == "scores"]
+        return part.seconds, part.backward_seconds
+
+    hidden, slower = scores(attention_exp_gops=0.0), scores(attention_exp_gops=2.0)
+    assert slower[0] - hidden[0] == pytest.approx(pairs / 2e9)
+    assert slower[1] == pytest.approx(2.5 * slower[0])
+
+
+def test_gradients_hide_on_spare_cores_alone() -> None:
+    """On the host a collective needs a core; without one to spare it is waited for."""
+    words = ["experiment=twin", "parallel=single", "device=cpu", "hardware.cores=3"]
+    config, layout = plan(*words, world=2)
+    assert config.parallel.overlap_grad_reduce and layout.data == 2
+    spare = step_time(config, layout, VOCAB, Assumptions())
+    full = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, cores=2))
+    held = rank_parameters(config.model, layout, 0, VOCAB)
+    reduce = sum(sent.seconds for _, _, sent in gradient_traffic(config, layout, held))
+    assert step_time(full, layout, VOCAB, Assumptions()).gradients == pytest.approx(reduce)
+    assert spare.gradients < reduce

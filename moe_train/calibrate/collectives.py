@@ -27,7 +27,11 @@ CALLS, SAMPLES = 40, 5
 
 
 class Links(NamedTuple):
-    """A collective of n ranks, each sending b bytes: latency + (n - 1) message + b / rate."""
+    """A collective in which each rank sends b bytes in k turns: latency + k message + b / rate.
+
+    Gathers and all-to-alls of n ranks have n - 1 turns; all-reduces, which gloo's reduce-scatters
+    are, twice as many and twice the bytes.
+    """
 
     latency: float
     message: float
@@ -48,8 +52,8 @@ def measure(worlds: tuple[int, ...] = (2, 4)) -> Links:
             torch.multiprocessing.spawn(_rank, (world, f"{folder}/store", found), nprocs=world)
             if not found.exists():
                 raise ConfigError("--calibrate", "the ranks ended without a result", "run it again")
-            for sent, seconds in np.load(found, allow_pickle=False):
-                rows.append([1.0, world - 1.0, sent])
+            for turns, sent, seconds in np.load(found, allow_pickle=False):
+                rows.append([1.0, turns, sent])
                 wanted.append(seconds * min(1.0, cores / world))
     matrix, values = np.array(rows), np.array(wanted)
     # Relative errors: a small message's time counts as much as a large one's.
@@ -66,10 +70,12 @@ def _rank(rank: int, world: int, store: str, result: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     rows = []
     for size in SIZES:
-        for sent, call in _calls(size, world):
+        for turns, sent, call in _calls(size, world):
             alone = [_per_call(_compute) for _ in range(SAMPLES)]
             both = [_per_call(_compute, call) for _ in range(SAMPLES)]
-            rows.append((sent, max(statistics.median(both) - statistics.median(alone), 1e-6)))
+            rows.append(
+                (turns, sent, max(statistics.median(both) - statistics.median(alone), 1e-6))
+            )
     if rank == 0:
         np.save(result, np.array(rows))
     dist.barrier()
@@ -96,14 +102,14 @@ def _compute() -> None:
 _WEIGHT = torch.full((256, 256), 1e-3)
 
 
-def _calls(size: int, world: int) -> list[tuple[float, Callable[[], object]]]:
-    """(bytes that a rank sends, the call) of each collective."""
+def _calls(size: int, world: int) -> list[tuple[int, float, Callable[[], object]]]:
+    """(turns, bytes that a rank sends, the call) of each collective."""
     whole = torch.zeros(size // 4 // world * world)
     other, part = torch.empty_like(whole), torch.empty(whole.numel() // world)
-    sent = whole.numel() * 4 * (world - 1) / world
-    collectives = (
-        lambda: dist.all_to_all_single(other, whole),
-        lambda: dist.all_gather_into_tensor(other, part),
-        lambda: dist.reduce_scatter_tensor(part, whole),
-    )
-    return [(sent, call) for call in collectives]
+    turns = world - 1
+    sent = whole.numel() * 4 * turns / world
+    return [
+        (turns, sent, lambda: dist.all_to_all_single(other, whole)),
+        (turns, sent, lambda: dist.all_gather_into_tensor(other, part)),
+        (2 * turns, 2 * sent, lambda: dist.reduce_scatter_tensor(part, whole)),
+    ]

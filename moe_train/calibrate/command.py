@@ -73,6 +73,7 @@ def measure(name: str) -> dict[str, Any]:
     peaks = {kind: max(kernels.gemm_flops(dtype, rows) for rows in (256, 1024))
              for kind, dtype in (("fp32", fp32), ("bf16", bf16))}  # fmt: skip
     peak = peaks["fp32"]
+    attention = kernels.attention(fp32)
     memory = kernels.memory_bytes_per_second()
     fixed = overheads.measure()
     how = f"measured {date.today().isoformat()} with torch {torch.__version__}, one thread"
@@ -84,7 +85,8 @@ def measure(name: str) -> dict[str, Any]:
         "inter_node_gbps": round(links.bytes_per_second / 1e9, 3),
         "gemm_efficiency": round(min(1.0, kernels.gemm_flops(fp32, 128, 128) / peak), 3),
         "grouped_efficiency": round(min(1.0, kernels.grouped_flops(fp32, 64) / peak), 3),
-        "attention_efficiency": round(min(1.0, kernels.attention_flops(fp32) / peak), 3),
+        "attention_efficiency": round(min(1.0, attention.flops_per_second / peak), 3),
+        "attention_exp_gops": round(attention.exps_per_second / 1e9, 3),
         "latency_us": round(links.latency * 1e6, 1),
         "message_us": round(links.message * 1e6, 1),
         "layer_overhead_us": round(fixed.layer * 1e6, 1),

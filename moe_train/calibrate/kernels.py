@@ -5,10 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 
 REPEATS = 7
+ATTENTION = [(16, 128, 8), (16, 128, 64), (8, 512, 8), (8, 512, 64)]
+"""Heads, sequence, head width."""
 
 
 def median_seconds(work: Callable[[], object], least: float = 0.02) -> float:
@@ -42,12 +48,28 @@ def grouped_flops(dtype: torch.dtype, rows: int, experts: int = 8, width: int = 
     return 2 * tokens.shape[0] * width * width / seconds
 
 
-def attention_flops(dtype: torch.dtype, sequence: int = 512, heads: int = 8) -> float:
-    """FLOP/s of causal attention, counting the half that is needed."""
-    query = torch.randn(1, heads, sequence, 64).to(dtype)
+class Attention(NamedTuple):
+    """Causal attention takes flops / flops_per_second + exponentials / exps_per_second."""
+
+    flops_per_second: float
+    exps_per_second: float
+
+
+def attention(dtype: torch.dtype) -> Attention:
+    """Fit :class:`Attention` to short and long sequences of small and large heads.
+
+    Of both, the half that is needed is counted.
+    """
     attend = torch.nn.functional.scaled_dot_product_attention
-    seconds = median_seconds(lambda: attend(query, query, query, is_causal=True))
-    return 2 * 2 * heads * 64 * sequence * (sequence + 1) / 2 / seconds
+    rows, wanted = [], []
+    for heads, sequence, width in ATTENTION:
+        query = torch.randn(1, heads, sequence, width).to(dtype)
+        pairs = heads * sequence * (sequence + 1) / 2
+        rows.append([2 * 2 * pairs * width, pairs])
+        wanted.append(median_seconds(partial(attend, query, query, query, is_causal=True)))
+    matrix, values = np.array(rows), np.array(wanted)
+    (per_flop, per_exp), _ = nnls(matrix / values[:, None], np.ones(len(values)))
+    return Attention(1 / max(float(per_flop), 1e-15), 1 / max(float(per_exp), 1e-15))
 
 
 def memory_bytes_per_second(megabytes: int = 64) -> float:

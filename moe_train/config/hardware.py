@@ -32,7 +32,10 @@ class HardwareConfig:
     grouped_efficiency: float = 0.6
     """The same for grouped expert products."""
     attention_efficiency: float = 0.5
-    """The same for fused attention."""
+    """The same for fused attention; with ``attention_exp_gops``, of its products alone."""
+    attention_exp_gops: float = 0.0
+    """Exponentials per second (1e9) of fused attention's softmax, one after the other with its
+    products; 0: part of attention_efficiency."""
     memory_efficiency: float = 0.8
     """Share of the memory bandwidth that elementwise kernels reach."""
     link_efficiency: float = 0.8
@@ -40,7 +43,8 @@ class HardwareConfig:
     latency_us: float = 15.0
     """Time that a collective takes however small it is, in microseconds."""
     message_us: float = 0.0
-    """Time that a collective takes for each peer beyond the rank itself, in microseconds."""
+    """Time that a collective takes for each of its turns, in microseconds: n - 1 turns among n
+    ranks, twice as many for an all-reduce."""
     layer_overhead_us: float = 0.0
     """Time of a layer's forward pass that is neither arithmetic nor traffic (launches), in
     microseconds; a backward pass has it twice."""

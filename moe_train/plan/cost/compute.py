@@ -32,7 +32,7 @@ class Part:
 
     name: str
     flops: float
-    """Forward; backward has twice as many."""
+    """Forward, useful ones; backward has twice as many."""
     seconds: float
     """Forward."""
     backward_seconds: float
@@ -63,6 +63,21 @@ def _product(
     return Part(name, flops, once, once + gradient, formula)
 
 
+def _scores(config: Config, z: Shapes) -> Part:
+    """Fused attention. Its backward pass has 5 products for 2 (FlashAttention-2,
+    arXiv:2307.08691, section 4.1), since it computes the scores again.
+    """
+    hardware, pairs = config.hardware, z.A * (config.data.sequence + 1) / 2
+    flops = 2 * 2 * pairs * z.Q
+    once = flops / max(peak_flops(config) * hardware.attention_efficiency, 1.0)
+    softmax = 0.0
+    if hardware.attention_exp_gops:
+        # Small heads have few products for each exponential (FlashAttention-3,
+        # arXiv:2407.08608, section 3.2).
+        softmax = pairs * z.n / (hardware.attention_exp_gops * 1e9)
+    return Part("scores", flops, once + softmax, 2.5 * (once + softmax), "2 A Q (S + 1), causal")
+
+
 def _accumulated(config: Config, z: Shapes, weights: float) -> float:
     """Seconds to add `weights` parameters' own gradients to the buffer."""
     buffer = weights * bytes_per_parameter(config.dtype, config.optim).gradient
@@ -81,13 +96,12 @@ def _launches(forward: float, backward: float) -> Part:
 
 def dense_parts(config: Config, z: Shapes) -> list[Part]:
     """Attention, norms, router and shared expert of one layer, forward."""
-    hardware, sequence = config.hardware, config.data.sequence
+    hardware = config.hardware
     width = 2 * z.Q + 2 * z.G
     parts = [
         _product(config, z, "projections", 2 * z.A * z.H * width, hardware.gemm_efficiency,
                  z.H * width, "2 A H (2 Q + 2 G)"),
-        _product(config, z, "scores", 2 * 2 * z.A * z.Q * (sequence + 1) / 2,
-                 hardware.attention_efficiency, 0.0, "2 A Q (S + 1), causal"),
+        _scores(config, z),
         _product(config, z, "router", 2 * z.N * z.H * z.E, hardware.gemm_efficiency / 2,
                  z.H * z.E, "2 N H E, in fp32"),
     ]  # fmt: skip

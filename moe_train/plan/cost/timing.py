@@ -302,6 +302,8 @@ def _update(
 ) -> tuple[float, float]:
     """(exposed gradient and weight traffic, optimizer) of the slowest stage, in seconds."""
     each = bytes_per_parameter(config.dtype, config.optim)
+    # On the host a collective takes a core's time, and hides where there is one to spare.
+    busy = 0 < config.hardware.cores <= layout.world
     exposed = slowest = 0.0
     for stage in {0, layout.pipeline - 1}:
         rank = stage * (layout.world // layout.pipeline)
@@ -309,9 +311,9 @@ def _update(
         traffic = gradient_traffic(config, layout, held)
         reduce = sum(sent.seconds for name, _, sent in traffic if "weights" not in name)
         gather = sum(sent.seconds for name, _, sent in traffic if "weights" in name)
-        if config.parallel.overlap_grad_reduce and not layout.span:
+        if config.parallel.overlap_grad_reduce and not layout.span and not busy:
             reduce = max(reduce - stages[stage].backward, reduce * 0.1)
-        if config.parallel.overlap_param_gather:
+        if config.parallel.overlap_param_gather and not busy:
             gather = max(gather - stages[stage].forward, gather * 0.1)
         exposed = max(exposed, reduce + gather)
         state = state_bytes(config, layout, held)
