@@ -26,6 +26,7 @@ from moe_train.plan.cost.links import (
     group,
     members,
     reduce_scatter,
+    uneven_reduce_scatter,
 )
 from moe_train.plan.cost.timing import end_times, passes_of, step_time
 from moe_train.plan.layouts.layout import Layout
@@ -279,19 +280,14 @@ def test_the_traffic_reports_seconds_are_the_step_times(words: list[str]) -> Non
         found = step_traffic(config, layout, z, held, stage, count, 0)
         inner = [one for one in found if one.kind != "pp" and "gradients" not in one.name
                  and "weights" not in one.name]  # fmt: skip
-        wanted = 4 * sum(
-            sent.seconds
-            for sent in (
-                layer.tensor_forward,
-                layer.tensor_backward,
-                layer.expert_forward,
-                layer.expert_backward,
-            )
-        )
+        halves = count + layout.pipeline - 1 if layout.span else count
+        tensor = layer.tensor_forward.seconds + layer.tensor_backward.seconds
+        expert = layer.expert_forward.seconds + layer.expert_backward.seconds
+        wanted = 4 * (count * tensor + halves * expert)
         for name, place in (("embedding", 0), ("head", layout.pipeline - 1)):
             if stage == place:
-                wanted += sum(ends[name]) - sum(passes_of(parts[name]))
-        assert sum(one.seconds for one in inner) == pytest.approx(count * wanted)
+                wanted += count * (sum(ends[name]) - sum(passes_of(parts[name])))
+        assert sum(one.seconds for one in inner) == pytest.approx(wanted)
 
 
 def test_backward_moves_the_weights_gradients() -> None:
@@ -379,6 +375,30 @@ def test_softmax_of_small_heads() -> None:
     hidden, slower = scores(attention_exp_gops=0.0), scores(attention_exp_gops=2.0)
     assert slower[0] - hidden[0] == pytest.approx(pairs / 2e9)
     assert slower[1] == pytest.approx(2.5 * slower[0])
+
+
+def test_calls_of_a_spanning_step() -> None:
+    """As torch's profiler counts them: 8 micro-batches, 2 stages of 2 layers, 5 calls a layer."""
+    words = ["experiment=twin", "parallel=single", "device=cpu", "recompute=none",
+             "parallel.pipeline=2", "parallel.expert=2", "parallel.placement=span",
+             "model.layers=4"]  # fmt: skip
+    config, layout = plan(*words, world=2)
+    z = shapes(config, layout, VOCAB, assumptions_of(config))
+    held = rank_parameters(config.model, layout, 0, VOCAB)
+    found = step_traffic(config, layout, z, held, 0, 8, 0)
+    assert sum(one.calls for one in found if one.kind == "ep") == 9 * 2 * 5
+    rows = {one.name: one for one in found}["experts, results"]
+    assert rows.intra_bytes == pytest.approx(2 * 8 * 2 * z.N * z.K * z.H * z.b / 2)
+
+
+def test_gloo_scatters_uneven_parts_one_by_one() -> None:
+    where = Group("etp", 4, 4)
+    host = HardwareConfig(kind="cpu", latency_us=100)
+    parts = uneven_reduce_scatter(host, where, 8e6)
+    assert parts.intra == pytest.approx(reduce_scatter(host, where, 8e6).intra)
+    assert parts.seconds == pytest.approx(reduce_scatter(host, where, 8e6).seconds + 3 * 100e-6)
+    nccl = dataclasses.replace(host, kind="accelerator")
+    assert uneven_reduce_scatter(nccl, where, 8e6) == reduce_scatter(nccl, where, 8e6)
 
 
 def test_gradients_hide_on_spare_cores_alone() -> None:

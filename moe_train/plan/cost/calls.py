@@ -19,6 +19,7 @@ from moe_train.plan.cost.links import (
     all_to_all,
     group,
     reduce_scatter,
+    uneven_reduce_scatter,
 )
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.quantities.shapes import Shapes
@@ -115,10 +116,11 @@ def expert_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
 
 
 def _expert_tensor(config: Config, layout: Layout, z: Shapes) -> list[Call]:
-    """Rows are shared by the ranks that hold parts of the same experts."""
+    """Rows, as many as were routed, are shared by the ranks that hold parts of the same experts."""
     hardware, size = config.hardware, z.R * z.H * z.b
     where = group(layout, hardware, "etp")
-    gather, scatter = all_gather(hardware, where, size), reduce_scatter(hardware, where, size)
+    gather = all_gather(hardware, where, size)
+    scatter = uneven_reduce_scatter(hardware, where, size)
     name, thin = "expert tensor parallel", z.R * PROBABILITY
     return [
         Call(f"{name}, gather", "etp", "dispatch", gather, 1, 0, "R H b"),
@@ -126,7 +128,7 @@ def _expert_tensor(config: Config, layout: Layout, z: Shapes) -> list[Call]:
         Call(f"{name}, probabilities", "etp", "dispatch", all_gather(hardware, where, thin),
              1, 0, "4 R"),
         Call(f"{name}, probabilities back", "etp", "dispatch",
-             reduce_scatter(hardware, where, thin), 0, 1, "4 R"),
+             uneven_reduce_scatter(hardware, where, thin), 0, 1, "4 R"),
         Call(f"{name}, scatter", "etp", "combine", scatter, 1, 0, "R H b"),
         Call(f"{name}, gather back", "etp", "combine", gather, 0, 1, "R H b"),
     ]  # fmt: skip

@@ -109,10 +109,24 @@ def step_traffic(
         passes.append((call, int(here), int(here)))
     found = []
     for call, ahead, back in passes:
-        calls = count * (ahead * call.forward + back * call.backward)
-        size = group(layout, hardware, call.kind).size
-        found.append(Traffic(call.name, call.kind, size, calls, *_times(call.sent, calls),
-                             call.formula))  # fmt: skip
+        each = ahead * call.forward + back * call.backward
+        # A spanning exchange is made in every half, by stages without a micro-batch as well; rows
+        # are sent in as many as there are micro-batches.
+        halves = count
+        if layout.span and call.kind == "ep":
+            halves += layout.pipeline - 1
+        found.append(
+            Traffic(
+                call.name,
+                call.kind,
+                group(layout, hardware, call.kind).size,
+                each * halves,
+                call.sent.intra * each * count,
+                call.sent.inter * each * count,
+                call.sent.seconds * each * halves,
+                call.formula,
+            )  # fmt: skip
+        )
     if layout.pipeline > 1:
         chunks = layout.virtual_pipeline
         message = point_to_point(layout, hardware, min(stage, layout.pipeline - 2)

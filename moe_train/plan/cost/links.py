@@ -116,6 +116,14 @@ def reduce_scatter(hardware: HardwareConfig, where: Group, full: float) -> Sent:
     return _around(hardware, where, full, 2 if hardware.kind == "cpu" else 1)
 
 
+def uneven_reduce_scatter(hardware: HardwareConfig, where: Group, full: float) -> Sent:
+    """A reduce-scatter of parts of different sizes; gloo all-reduces them one by one."""
+    if hardware.kind != "cpu":
+        return reduce_scatter(hardware, where, full)
+    each = all_reduce(hardware, where, full / where.size)
+    return Sent(*(where.size * value for value in each))
+
+
 def all_reduce(hardware: HardwareConfig, where: Group, full: float) -> Sent:
     """A reduce-scatter and an all-gather in one call."""
     return _around(hardware, where, full, 2)
