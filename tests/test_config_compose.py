@@ -142,6 +142,7 @@ def test_faults_of_every_stage_come_together() -> None:
         (["model._target_=os.system"], "model._target_", "refused"),
         (["backend.nccl._target_=os.system"], "backend.nccl._target_", "refused"),
         (["~no.such"], "overrides", "no.such"),
+        (["~=FALSE"], "~=FALSE", "key=value"),
         (["megatron.transformr.x=1"], "megatron.transformr", "megatron.transformer"),
     ],
 )

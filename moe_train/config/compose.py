@@ -78,6 +78,9 @@ def _parse(overrides: Sequence[str], faults: list[ConfigError]) -> list[Override
 def _line(override: Override, faults: list[ConfigError]) -> str | None:
     """The override as Hydra shall see it, or None with a fault recorded."""
     key, text = override.key_or_group, override.input_line or ""
+    if not key:
+        faults.append(ConfigError(text, "names no key", "write key=value"))
+        return None
     if key.split(".")[0].split("/")[0] == "hydra":
         # Its keys name further folders of configs and code to start jobs with.
         faults.append(ConfigError(key, "Hydra's own settings are not for overrides", "remove it"))
