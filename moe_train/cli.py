@@ -62,13 +62,13 @@ COMMANDS: dict[str, Command] = {
         "moe_train.checkpoint.command",
         "list_main",
         "committed checkpoints of a run",
-        "checkpoint list runs/twin-TP2.PP4.EP2",
+        "checkpoint list runs/twin-TP2.PP4.EP8.span",
     ),
     "checkpoint verify": Command(
         "moe_train.checkpoint.command",
         "verify_main",
         "compare a checkpoint with its manifest",
-        "checkpoint verify runs/twin-TP2.PP4.EP2/checkpoints/step_00000100",
+        "checkpoint verify runs/twin-TP2.PP4.EP8.span/checkpoints/step_00000060",
     ),
     "evaluate": Command(
         "moe_train.evaluate",
@@ -84,20 +84,6 @@ CALIBRATE = Command(
     "measure this machine and write its hardware profile",
     "plan --calibrate",
 )
-
-TRAIN_HELP = """usage: moe-train train [overrides ...]
-
-Train on this process's rank. One process is one rank; for several, start
-  torchrun --nproc-per-node 8 train.py [overrides ...]
-
-examples:
-  moe-train train                                  chooses device, experiment and layout
-  moe-train train experiment=single train.steps=20
-  moe-train train data.train=[data/notes] run.name=notes
-  moe-train train --multirun optim.lr=1e-3,3e-3 experiment=single
-
-Overrides are key=value; moe-train plan shows what they lead to and names every fault.
-"""
 
 
 def usage(group: str = "") -> str:
@@ -124,9 +110,6 @@ def _find(argv: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def _run(name: str, rest: list[str]) -> int:
-    if name == "train" and {"-h", "--help"} & set(rest):
-        print(TRAIN_HELP)
-        return EXIT_FINISHED
     command = COMMANDS[name]
     if name == "plan" and any(word.split("=")[0] == "--calibrate" for word in rest):
         # Planning imports no torch; measuring has to.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moe_train.session.opening import Session
 
 EXAMPLES = """examples:
-  moe-train evaluate run.name=twin-TP2.PP4.EP2
+  moe-train evaluate run.name=twin-TP2.PP4.EP8.span
   moe-train evaluate checkpoint.resume=runs/x/checkpoints/step_00000100 --json loss.json
   moe-train evaluate run.name=notes data.valid=[data/held_out] train.eval_batches=20
   torchrun --nproc-per-node 4 -m moe_train.cli evaluate run.name=notes parallel.expert=4

@@ -43,6 +43,19 @@ if TYPE_CHECKING:
     from moe_train.plan.layouts.layout import Layout
 
 MULTIRUN = ("-m", "--multirun")
+HELP = """usage: moe-train train [overrides ...]   or   python train.py [overrides ...]
+
+Train on this process's rank. One process is one rank; for several, start
+  torchrun --nproc-per-node 8 train.py [overrides ...]
+
+examples:
+  moe-train train                                  chooses device, experiment and layout
+  moe-train train experiment=single train.steps=20
+  moe-train train data.train=[data/notes] run.name=notes
+  moe-train train --multirun optim.lr=1e-3,3e-3 experiment=single
+
+Overrides are key=value; moe-train plan shows what they lead to and names every fault.
+"""
 STOPPED = "stopped"
 """File in the logs of a run that was told to stop under the torchrun that is still there."""
 
@@ -70,6 +83,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _main(argv: Sequence[str], interrupt: Interrupt) -> int:
+    if {"-h", "--help"} & set(argv):
+        if world_of_process()[0] == 0:
+            print(HELP)
+        return EXIT_FINISHED
     multirun = any(word in MULTIRUN for word in argv)
     overrides = [word for word in argv if word not in MULTIRUN]
     if not multirun:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train import cli
+from moe_train import cli, runtime
 from moe_train.errors import EXIT_CHECKPOINT, EXIT_CONFIG, CheckpointError
 from moe_train.plan.report.plan_report import VERSION
 
@@ -32,6 +32,15 @@ def test_command_help_has_examples(command: str, capsys: pytest.CaptureFixture[s
         code = int(done.code or 0)
     assert code == 0
     assert "examples:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", 1), ("1", 0)])
+def test_train_py_has_the_same_help_once(
+    rank: str, told: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert runtime.main(["train.steps=3", "--help"]) == 0
+    assert capsys.readouterr().out.count("usage: moe-train train") == told
 
 
 @pytest.mark.parametrize(

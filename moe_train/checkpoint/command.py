@@ -16,8 +16,8 @@ from moe_train.checkpoint.manifest import verify
 from moe_train.errors import EXIT_CHECKPOINT, EXIT_FINISHED, CheckpointError, ConfigError
 
 LIST_EXAMPLES = """examples:
-  moe-train checkpoint list runs/twin-TP2.PP4.EP2
-  moe-train checkpoint list runs/twin-TP2.PP4.EP2/checkpoints --json list.json
+  moe-train checkpoint list runs/twin-TP2.PP4.EP8.span
+  moe-train checkpoint list runs/twin-TP2.PP4.EP8.span/checkpoints --json list.json
   moe-train checkpoint list runs/notes --quick     sizes only, no hashing
 
 exit code: 0 all sound; 4 damage, or nothing there
