@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_train import cli
 from moe_train.config.compose import compose
-from moe_train.errors import ConfigFaults
+from moe_train.errors import EXIT_CONFIG, ConfigFaults
 from moe_train.plan.layouts.ticks import ticks
 from moe_train.plan.schedule.chrome import MEASURED, check_trace, span, trace_text
 from moe_train.testing.layouts import SMALL
@@ -148,11 +148,16 @@ def test_measured_interleaved_follows_its_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.world
-def test_measured_lies_beside_predicted(span_run: Run, tmp_path: Path) -> None:
+def test_measured_lies_beside_predicted(
+    span_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     both = tmp_path / "both.json"
     measured = span_run.folder / "trace.json"
     argv = ["schedule", *SPAN, "--world", "2", "--trace", str(both), "--beside", str(measured)]
     assert cli.main(argv) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("Measured: "))
+    seconds = float(line.split()[1])
+    assert 0.5 < seconds / span_run.steps[1]["step_seconds"] < 1.01
     trace = json.loads(both.read_text())
     assert check_trace(trace) == []
     order = {
@@ -168,6 +173,17 @@ def test_measured_lies_beside_predicted(span_run: Run, tmp_path: Path) -> None:
     }  # fmt: skip
     assert names[0] == names[MEASURED] == names[1] == names[MEASURED + 1]
     assert names[0] == {f"{letter}{batch}" for letter in "FB" for batch in range(4)}
+
+
+@pytest.mark.world
+def test_another_layouts_trace_is_refused(
+    span_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["schedule", *SHORT, "--world", "1", "--trace", str(tmp_path / "both.json")]
+    code = cli.main([*argv, "--beside", str(span_run.folder / "trace.json")])
+    assert code == EXIT_CONFIG
+    assert "was measured in layout PP2.EP2.span" in capsys.readouterr().err
+    assert not (tmp_path / "both.json").exists()
 
 
 GOOD = span("F0", "forward", 0.0, 1.0, 0, {})

@@ -58,6 +58,11 @@ class RunFolder:
         return self.path / "experts"
 
     @property
+    def tokens(self) -> Path:
+        """Tokens of every layer's every expert, a line a step."""
+        return self.experts / "tokens.jsonl"
+
+    @property
     def logs(self) -> Path:
         """Log files of ranks and of the mirror."""
         return self.path / "logs"

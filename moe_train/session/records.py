@@ -39,7 +39,7 @@ def open_recorder(session: Session, datasets: Any, start: int, stack: ExitStack)
     config, folder = session.config, session.folder
     assert folder is not None
     log = stack.enter_context(MetricsLog(folder.metrics))
-    log.truncate_after(start)
+    tokens = stack.enter_context(MetricsLog(folder.tokens))
     progress = ConsoleProgress(config.log.console, config.train.log_every)
     stack.callback(progress.finish)
     mirror = Mirror(
@@ -58,15 +58,18 @@ def open_recorder(session: Session, datasets: Any, start: int, stack: ExitStack)
     progress.start(config.train.steps, start)
     flops = flops_per_token(config.model, config.data.sequence, session.vocab)
     peak_tflops = config.hardware.peak_tflops.get(config.dtype, 0.0)
-    return Recorder(
+    recorder = Recorder(
         folder,
         log,
+        tokens,
         progress,
         mirror,
         flops_per_token=flops.total,
         peak_flops=peak_tflops * 1e12 * session.engine.backend.devices(session.world),
         unigram_entropy=entropy,
     )
+    recorder.truncate_after(start)
+    return recorder
 
 
 def finish(recorder: Recorder, folder: RunFolder, seconds: float) -> None:

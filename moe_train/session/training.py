@@ -119,7 +119,7 @@ def _roll_back(session: Session, source: BatchSource, recorder: Recorder | None)
         )
     source.consumed = manifest.consumed_samples
     if recorder is not None:
-        recorder.log.truncate_after(manifest.step)
+        recorder.truncate_after(manifest.step)
     return manifest.step
 
 

@@ -126,8 +126,8 @@ def trace_text(events: Iterable[Event], facts: dict[str, Any]) -> str:
     return json.dumps(data) + "\n"
 
 
-def read_trace(option: str, path: Path) -> list[Event]:
-    """Events of a trace file.
+def read_trace(option: str, path: Path) -> tuple[list[Event], dict[str, Any]]:
+    """Events of a trace file, and the facts that stand beside them.
 
     Raises:
         ConfigError: it cannot be read, or is no trace.
@@ -139,8 +139,14 @@ def read_trace(option: str, path: Path) -> list[Event]:
     faults = check_trace(data)
     if faults:
         raise ConfigError(option, f"{path} is no trace: {faults[0]}", "give a run's trace.json")
-    events: list[Event] = data["traceEvents"]
-    return events
+    return data["traceEvents"], dict(data.get("otherData", {}))
+
+
+def duration(events: Iterable[Event]) -> float:
+    """Seconds from the first span's start to the last one's end."""
+    spans = [(event["ts"], event["ts"] + event["dur"]) for event in events if event["ph"] == "X"]
+    begin, end = min(s for s, _ in spans), max(e for _, e in spans)
+    return float(end - begin) * 1e-6
 
 
 def measured_beside(events: Iterable[Event]) -> Iterator[Event]:

@@ -178,6 +178,27 @@ def _show(schedule: Schedule, report: dict[str, Any], console: Any) -> None:
     )
 
 
+def _measured(path: Path, schedule: Schedule) -> list[dict[str, Any]]:
+    """A run's events, to lie under the predicted ones; says how long its step took.
+
+    Raises:
+        ConfigError: it is no trace, or one of another layout.
+    """
+    from moe_train.plan.schedule import chrome
+
+    events, facts = chrome.read_trace("--beside", path)
+    layout = schedule.layout.tag
+    if facts.get("layout", layout) != layout:
+        raise ConfigError(
+            "--beside",
+            f"{path} was measured in layout {facts['layout']}, this schedule is of {layout}",
+            "give the run's own overrides",
+        )
+    real, guess = chrome.duration(events), schedule.timing.step
+    print(f"Measured: {real:.4f} s; the schedule predicts {guess:.4f} s ({guess / real - 1:+.0%})")
+    return list(chrome.measured_beside(events))
+
+
 def _write(asked: argparse.Namespace, schedule: Schedule, report: dict[str, Any]) -> None:
     from moe_train.plan.schedule import chrome
     from moe_train.plan.schedule.export import write_graph
@@ -193,7 +214,7 @@ def _write(asked: argparse.Namespace, schedule: Schedule, report: dict[str, Any]
         ]
         events = list(chrome.predicted_events(schedule.graph, ranks))
         if asked.beside:
-            events += chrome.measured_beside(chrome.read_trace("--beside", asked.beside))
+            events += _measured(asked.beside, schedule)
         facts = {"kind": schedule.kind, "layout": schedule.layout.tag, "source": "predicted"}
         write_text("--trace", asked.trace, chrome.trace_text(events, facts))
     if asked.figure:
