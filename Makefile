@@ -7,7 +7,7 @@ NPROC ?= 8
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-full lint format plan clean
+.PHONY: help setup train test test-full lint format plan bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -40,12 +40,8 @@ format: $(STAMP) ## rewrite the sources in the one format
 plan: $(STAMP) ## layout, parameters and legality of a configuration, without starting it
 	@.venv/bin/moe-train plan $(ARGS)
 
-ifneq ($(wildcard benchmarks/__main__.py),)
-.PHONY: bench
-# Compares with other implementations; writes benchmarks/results/latest.json
-bench: $(STAMP)
+bench: $(STAMP) ## a step of ours against others'; writes benchmarks/results/latest.json
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks $(ARGS)
-endif
 
 clean: ## remove caches and build products; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
