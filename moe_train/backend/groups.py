@@ -9,16 +9,17 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 import yaml
 
+from moe_train.backend.meeting import meet
 from moe_train.errors import HungError
 
 _WORLDS = count(1)
+_STORES: dict[tuple[int, int], dist.Store] = {}
 _GLOO = re.compile(r"\bgloo\b|Connection (closed|reset) by peer")
 
 if TYPE_CHECKING:
@@ -50,17 +51,19 @@ def open_world(
     else:
         # Addresses that an earlier world of these processes left under the same keys would be
         # taken for this one's.
-        options["store"] = dist.PrefixStore(f"world{next(_WORLDS)}", _store(rank, world))
+        store = _store(rank, world, timeout_seconds)
+        options["store"] = dist.PrefixStore(f"world{next(_WORLDS)}", store)
     if backend.name != "host":
         options["device_id"] = backend.device
     dist.init_process_group(**options)
 
 
-@cache
-def _store(rank: int, world: int) -> dist.Store:
+def _store(rank: int, world: int, timeout_seconds: int) -> dist.Store:
     """The launcher's store, or rank 0's own at MASTER_ADDR; lives as long as the process."""
-    store, _, _ = next(iter(dist.rendezvous("env://", rank, world)))
-    return store
+    if (rank, world) not in _STORES:
+        store, _, _ = next(iter(dist.rendezvous("env://", rank, world)))
+        _STORES[rank, world] = meet(store, rank, world, timeout_seconds)
+    return _STORES[rank, world]
 
 
 class Sizes(Protocol):

@@ -104,15 +104,32 @@ def purge(newest: Path, keep: int) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    left = max(keep, 1) - 1
     for other in committed(newest.parent):
         if other.name > newest.name:
             _set_aside(other)
-        elif other.name < newest.name:
-            if left > 0 and _whole(other):
-                left -= 1
-            else:
-                shutil.rmtree(other)
+    drop_earlier(newest, keep)
+
+
+def drop_earlier(newest: Path, keep: int) -> None:
+    """Delete what is older than ``newest`` and not among the ``keep`` - 1 whole ones before it.
+
+    A run that is taken up does this as well: the one before it may have been killed between a
+    commit and its :func:`purge`, and nothing may be left to save.
+
+    Args:
+        newest: a committed checkpoint that has been verified.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    left = max(keep, 1) - 1
+    for other in committed(newest.parent):
+        if other.name >= newest.name:
+            continue
+        if left > 0 and _whole(other):
+            left -= 1
+        else:
+            shutil.rmtree(other)
 
 
 def _set_aside(folder: Path) -> None:

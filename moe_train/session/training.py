@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from moe_train.checkpoint.folders import drop_earlier
 from moe_train.data.batches import BatchSource
 from moe_train.data.datasets import build_datasets
 from moe_train.errors import HungError, NonFiniteError
@@ -48,7 +49,9 @@ def train(
     """
     config, folder, engine = session.config, session.folder, session.engine
     assert folder is not None
-    _, manifest = restore(session, folder.checkpoints, config.checkpoint.resume)
+    found, manifest = restore(session, folder.checkpoints, config.checkpoint.resume)
+    if session.rank == 0 and found is not None and found.parent == folder.checkpoints:
+        drop_earlier(found, config.checkpoint.keep)
     start, consumed = (manifest.step, manifest.consumed_samples) if manifest else (0, 0)
     datasets = _datasets(session, start, consumed)
     source = _source(session, datasets.train, consumed)

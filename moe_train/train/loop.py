@@ -191,9 +191,10 @@ def run_loop(
             with watchdog.phase("checkpoint", step):
                 saver.begin(step)
             agreed = _agree(engine, interrupt, saver)
-            stop = stop or agreed.stop
-            if stop or agreed.written or step == intervals.steps:
+            if stop or agreed.stop or agreed.written or step == intervals.steps:
                 finish()
+                agreed = _agree(engine, interrupt, saver)
+            stop = stop or agreed.stop
         if stop and step < intervals.steps:
             raise _preempted(step, saved=bool(intervals.save))
 
