@@ -73,11 +73,11 @@ def measure(name: str) -> dict[str, Any]:
     peaks = {kind: max(kernels.gemm_flops(dtype, rows) for rows in (256, 1024))
              for kind, dtype in (("fp32", fp32), ("bf16", bf16))}  # fmt: skip
     peak = peaks["fp32"]
+    cores = len(os.sched_getaffinity(0))
+    memory = kernels.memory_bytes_per_second(cores)
     attention = kernels.attention(fp32)
-    memory = kernels.memory_bytes_per_second()
     fixed = overheads.measure()
     how = f"measured {date.today().isoformat()} with torch {torch.__version__}, one thread"
-    cores = len(os.sched_getaffinity(0))
     measured: dict[str, Any] = {
         "peak_tflops": {kind: round(value / 1e12, 4) for kind, value in peaks.items()},
         "memory_gbps": round(memory / 1e9, 2),
@@ -105,6 +105,7 @@ def measure(name: str) -> dict[str, Any]:
         **measured,
         "sources": {
             **dict.fromkeys(measured, how),
+            "memory_gbps": f"{how} on each of {cores} cores at once",
             "inter_node_gbps": "assumed: as inside the machine",
             "cores": f"{cores} of {platform.processor() or platform.machine()}, by affinity",
             "memory_gb": "the operating system",

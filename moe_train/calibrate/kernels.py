@@ -1,15 +1,18 @@
-"""Rates of one thread: matrix products, grouped products, attention, memory."""
+"""Rates of one thread: matrix products, grouped products, attention; memory with all cores busy."""
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.multiprocessing
 from scipy.optimize import nnls
 
 REPEATS = 7
@@ -72,8 +75,23 @@ def attention(dtype: torch.dtype) -> Attention:
     return Attention(1 / max(float(per_flop), 1e-15), 1 / max(float(per_exp), 1e-15))
 
 
-def memory_bytes_per_second(megabytes: int = 64) -> float:
-    """Bytes read and written per second by a copy that no cache holds."""
+def memory_bytes_per_second(cores: int = 1) -> float:
+    """Bytes read and written per second by a copy that no cache holds, while others copy too.
+
+    Args:
+        cores: how many copy at once, as the ranks of a step do; the slowest one's rate is given.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_copy, (cores, folder), nprocs=cores)
+        return min(float(path.read_text()) for path in Path(folder).glob("*.rate"))
+
+
+def _copy(rank: int, cores: int, folder: str, megabytes: int = 64) -> None:
+    torch.set_num_threads(1)
     source = torch.zeros(megabytes * 250_000)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source))
+    target = torch.zeros_like(source)
+    (Path(folder) / f"{rank}.ready").touch()
+    while len(list(Path(folder).glob("*.ready"))) < cores:
+        time.sleep(0.001)
+    rate = 2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source), least=0.1)
+    (Path(folder) / f"{rank}.rate").write_text(repr(rate))
