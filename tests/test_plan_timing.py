@@ -337,3 +337,30 @@ def test_gradients_hide_on_spare_cores_alone() -> None:
     reduce = sum(sent.seconds for _, _, sent in gradient_traffic(config, layout, held))
     assert step_time(full, layout, VOCAB, Assumptions()).gradients == pytest.approx(reduce)
     assert spare.gradients < reduce
+
+
+@pytest.mark.parametrize("words", [
+    ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"],
+    ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=4", "parallel.placement=span"],
+])  # fmt: skip
+def test_ranks_that_share_cores(words: list[str]) -> None:
+    """Between the work spread over the cores and the step that every rank's own core makes."""
+    shared = ["experiment=twin", "parallel=single", "device=cpu", "recompute=none", *words]
+    config, layout = plan(*shared, world=4)
+
+    def pipeline(**changes: float) -> float:
+        hardware = dataclasses.replace(config.hardware, **changes)  # type: ignore[arg-type]
+        one = dataclasses.replace(config, hardware=hardware)
+        return step_time(one, layout, VOCAB, assumptions_of(one)).pipeline
+
+    own = pipeline()
+    assert pipeline(cores=4) == own
+    # On one core nothing overlaps: all that keeps it busy, one after the other.
+    waiting, busy = pipeline(cores=1, collective_work=0.0), pipeline(cores=1)
+    assert own < busy <= 4 * own
+    assert waiting < busy
+    free = {"latency_us": 0.0, "message_us": 0.0, "intra_node_gbps": 1e12, "inter_node_gbps": 1e12}
+    assert waiting == pytest.approx(pipeline(cores=1, **free), rel=1e-6)
+    for share in (0.0, 0.4, 1.0):
+        spread = pipeline(cores=1, collective_work=share)
+        assert pipeline(cores=2, collective_work=share) == pytest.approx((spread + own) / 2)

@@ -9,7 +9,6 @@ timed in the order of a layer that exchanges tokens. Results go to new memory, a
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,29 +44,32 @@ class Links(NamedTuple):
     latency: float
     message: float
     bytes_per_second: float
+    work: float
+    """Share of the time in which it keeps a core busy."""
 
 
 def measure(worlds: tuple[int, ...] = (2, 4)) -> Links:
     """Fit :class:`Links` to all-to-all, gather and scatter between processes.
 
-    Ranks that share cores take turns on them, so a call's time is counted times cores / ranks
-    there: what one rank costs.
+    Of ranks that have a core each: those that share one take turns on it.
     """
-    rows, wanted = [], []
+    rows, wanted, busy = [], [], []
     cores = len(os.sched_getaffinity(0))
-    for world in worlds:
+    for world in sorted({min(world, max(cores, 2)) for world in worlds}):
         with tempfile.TemporaryDirectory() as folder:
             found = Path(folder) / "seconds.npy"
             torch.multiprocessing.spawn(_rank, (world, f"{folder}/store", found), nprocs=world)
             if not found.exists():
                 raise ConfigError("--calibrate", "the ranks ended without a result", "run it again")
-            for turns, sent, seconds in np.load(found, allow_pickle=False):
+            for turns, sent, seconds, work in np.load(found, allow_pickle=False):
                 rows.append([1.0, turns, sent])
-                wanted.append(seconds * min(1.0, cores / world))
+                wanted.append(seconds)
+                busy.append(work)
     matrix, values = np.array(rows), np.array(wanted)
     # Relative errors: a small message's time counts as much as a large one's.
     (latency, message, per_byte), _ = nnls(matrix / values[:, None], np.ones(len(values)))
-    return Links(float(latency), float(message), float(1 / max(per_byte, 1e-12)))
+    work = min(1.0, sum(busy) / sum(wanted))
+    return Links(float(latency), float(message), float(1 / max(per_byte, 1e-12)), work)
 
 
 def _rank(rank: int, world: int, store: str, result: Path) -> None:
@@ -80,26 +82,31 @@ def _rank(rank: int, world: int, store: str, result: Path) -> None:
     rows, compute = [], _Compute()
     for size in SIZES:
         for turns, sent, call in _calls(size, world):
-            alone = statistics.median(_layer(compute) for _ in range(SAMPLES))
-            both = statistics.median(_layer(compute, call) for _ in range(SAMPLES))
+            alone = np.median([_layer(compute) for _ in range(SAMPLES)], axis=0)
+            both = np.median([_layer(compute, call) for _ in range(SAMPLES)], axis=0)
             calls = sum(count for _, count in LAYER)
-            rows.append((turns, sent, max((both - alone) / calls, 1e-6)))
+            seconds, busy = np.maximum((both - alone) / calls, 1e-6)
+            rows.append((turns, sent, seconds, busy))
     if rank == 0:
         np.save(result, np.array(rows))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _layer(compute: _Compute, call: Callable[[], object] = lambda: None) -> float:
-    """Seconds of a layer; a fixed number of rounds, the same on all ranks."""
+def _layer(compute: _Compute, call: Callable[[], object] = lambda: None) -> tuple[float, float]:
+    """Seconds of a layer, by the clock and of a core (all threads of this rank).
+
+    A fixed number of rounds, the same on all ranks.
+    """
     dist.barrier()
-    begun = time.perf_counter()
+    begun, busy = time.perf_counter(), time.process_time()
     for _ in range(ROUNDS):
         for products, calls in LAYER:
             compute(products)
             for _ in range(calls):
                 call()
-    return (time.perf_counter() - begun) / ROUNDS
+    passed, used = time.perf_counter() - begun, time.process_time() - busy
+    return passed / ROUNDS, used / ROUNDS
 
 
 class _Compute:

@@ -3,15 +3,16 @@
 Assumptions, all of which the report repeats: kernels of one device run one after the other;
 tensor-parallel and expert collectives are exposed (expert ones are hidden behind compute only
 with ``parallel.overlap_expert_comm``); gradient reduction hides behind one micro-batch's backward
-pass where it overlaps; experts are as busy as `imbalance` says on every layer. Ranks that share
-cores (`hardware.cores`) are never faster than all their work spread over the cores (Brent's bound,
-"The parallel evaluation of general arithmetic expressions", 1974).
+pass where it overlaps; experts are as busy as `imbalance` says on every layer. Ranks that are
+more than the cores they share (`hardware.cores`) take what a greedy scheduler takes at most: all
+work spread over the cores, and beside it the share of the longest path in which not all cores are
+busy (Graham, "Bounds on multiprocessing timing anomalies", 1969: W / p + (1 - 1 / p) D).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_train.config.layers import parse_layers
@@ -169,10 +170,10 @@ def step_time(config: Config, layout: Layout, vocab: int, assumptions: Assumptio
         fill = sum(one.both for one in stages) - slowest
         pipeline = count * slowest + fill / layout.virtual_pipeline
     gradients, optimizer = _update(config, layout, vocab, stages)
-    if cores := config.hardware.cores:
-        work = _work(config, layout, z, stages, count)
-        pipeline = max(pipeline, work / cores)
-        turns = max(1.0, layout.world / cores)
+    if 0 < (cores := config.hardware.cores) < layout.world:
+        work = _work(_busy(config), layout, z, count, whole)
+        pipeline = work / cores + (1 - 1 / cores) * pipeline
+        turns = layout.world / cores
         gradients, optimizer = gradients * turns, optimizer * turns
     sequences = sequences_per_step(config, layout.data)
     tokens = sequences * config.data.sequence
@@ -211,14 +212,26 @@ def _stage_time(
     return StageTime(stage, forward, backward)
 
 
-def _work(
-    config: Config, layout: Layout, z: Shapes, stages: tuple[StageTime, ...], count: int
-) -> float:
-    """Seconds that all ranks together compute and communicate in a step."""
-    if not layout.span:
-        return layout.world // layout.pipeline * count * sum(one.both for one in stages)
+def _busy(config: Config) -> Config:
+    """`config` on links whose time is what a collective keeps a core busy; none of it is hidden."""
+    links, share = config.hardware, max(config.hardware.collective_work, 1e-9)
+    links = replace(
+        links,
+        latency_us=links.latency_us * share,
+        message_us=links.message_us * share,
+        intra_node_gbps=links.intra_node_gbps / share,
+        inter_node_gbps=links.inter_node_gbps / share,
+    )
+    parallel = replace(config.parallel, overlap_expert_comm=False)
+    return replace(config, hardware=links, parallel=parallel)
+
+
+def _work(config: Config, layout: Layout, z: Shapes, count: int, whole: frozenset[int]) -> float:
+    """Seconds of a core that all ranks together take for a step's passes."""
     layer, local = layer_time(config, layout, z), len(layout.stage_layers(0))
-    whole = frozenset(parse_layers(config.recompute.layers, config.model.layers))
+    if not layout.span:
+        each = [_stage_time(config, layout, z, layer, s, whole) for s in range(layout.pipeline)]
+        return layout.world // layout.pipeline * count * sum(one.both for one in each)
     dense = layer.dense.forward + layer.tensor.forward
     own = layer.dense.backward + layer.tensor.backward
     sources = sum(
