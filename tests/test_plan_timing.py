@@ -356,7 +356,7 @@ def test_ranks_that_share_cores(words: list[str]) -> None:
     own = pipeline()
     assert pipeline(cores=4) == own
     # On one core nothing overlaps: all that keeps it busy, one after the other.
-    waiting, busy = pipeline(cores=1, collective_work=0.0), pipeline(cores=1)
+    waiting, busy = pipeline(cores=1), pipeline(cores=1, collective_work=1.0)
     assert own < busy <= 4 * own
     assert waiting < busy
     free = {"latency_us": 0.0, "message_us": 0.0, "intra_node_gbps": 1e12, "inter_node_gbps": 1e12}

@@ -52,7 +52,7 @@ class HardwareConfig:
     """The same for each expert that a rank runs, in microseconds."""
     microbatch_overhead_us: float = 0.0
     """Time of a micro-batch's both passes outside the layers that is launches, in microseconds."""
-    collective_work: float = 1.0
+    collective_work: float = 0.0
     """Share of a collective's time in which it keeps a core busy, 0 to 1; the rest is waiting, in
     which another rank on that core computes. Counts where ranks are more than ``cores``."""
     cores: int = 0
