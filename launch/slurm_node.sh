@@ -10,9 +10,11 @@ export NODE_RANK=${SLURM_NODEID:?this script is a task of srun}
 export NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-}}
 
 agent=
+asked=
 # shellcheck disable=SC2329  # by the trap below
 forward() {
   local status rank
+  asked=yes
   if [ -z "$agent" ]; then return; fi
   # The ranks are the agent's children. Images often lack pgrep; /proc is always there.
   for status in $(grep -ls "^PPid:[[:space:]]*$agent\$" /proc/[0-9]*/status || true); do
@@ -28,10 +30,13 @@ trap forward USR1 TERM
   exec launch/torchrun.sh "$@"
 ) &
 agent=$!
-code=0
+code=127
 while :; do
-  wait "$agent" && code=0 || code=$?
-  # Ended, or only interrupted by a signal to this script.
-  kill -0 "$agent" 2>/dev/null || break
+  asked=
+  wait "$agent" && now=0 || now=$?
+  # 127 on a second round: it ended, and was waited for, just before the signal.
+  [ "$now" -eq 127 ] || code=$now
+  # Only interrupted by a signal to this script, or ended meanwhile: wait has its own code.
+  [ -n "$asked" ] || break
 done
 exit "$code"
