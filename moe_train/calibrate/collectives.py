@@ -68,7 +68,7 @@ def measure(worlds: tuple[int, ...] = (2, 4)) -> Links:
     matrix, values = np.array(rows), np.array(wanted)
     # Relative errors: a small message's time counts as much as a large one's.
     (latency, message, per_byte), _ = nnls(matrix / values[:, None], np.ones(len(values)))
-    work = min(1.0, sum(busy) / sum(wanted))
+    work = min(1.0, float(sum(busy) / sum(wanted)))
     return Links(float(latency), float(message), float(1 / max(per_byte, 1e-12)), work)
 
 
