@@ -89,7 +89,7 @@ def measure(name: str) -> dict[str, Any]:
         "attention_exp_gops": round(attention.exps_per_second / 1e9, 3),
         "latency_us": round(links.latency * 1e6, 1),
         "message_us": round(links.message * 1e6, 1),
-        "collective_work": round(links.work, 3),
+        "collective_work": round(float(links.work), 3),
         "layer_overhead_us": round(fixed.layer * 1e6, 1),
         "expert_overhead_us": round(fixed.expert * 1e6, 2),
         "microbatch_overhead_us": round(fixed.microbatch * 1e6, 1),
