@@ -100,7 +100,8 @@ def test_measured_span_shows_every_half(span_run: Run) -> None:
         assert [event["name"] for event in ours if event["cat"] == "optimizer"] == ["optimizer"]
         assert any(event["cat"] == "p2p" for event in ours)
         whole = max(e["ts"] + e["dur"] for e in ours) / 1e6
-        assert 0.5 < whole / span_run.steps[1]["step_seconds"] < 1.01
+        # Ranks enter and leave a step some milliseconds apart, and steps here are short.
+        assert 0.5 < whole / span_run.steps[1]["step_seconds"] < 1.1
 
 
 @pytest.mark.world
@@ -157,7 +158,7 @@ def test_measured_lies_beside_predicted(
     assert cli.main(argv) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("Measured: "))
     seconds = float(line.split()[1])
-    assert 0.5 < seconds / span_run.steps[1]["step_seconds"] < 1.01
+    assert 0.5 < seconds / span_run.steps[1]["step_seconds"] < 1.1
     trace = json.loads(both.read_text())
     assert check_trace(trace) == []
     order = {
