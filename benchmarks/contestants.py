@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import VOCAB, Case
+from benchmarks.cases import TOKENS, VOCAB, Case
 from moe_train.backend.groups import open_groups, open_world
 from moe_train.backend.select import select_backend
 from moe_train.plan.layouts.batch import microbatches_per_step
@@ -96,7 +96,7 @@ def _mixtral(case: Case, experts: str) -> Step:
         )
         return found
 
-    count = 1024 // config.data.sequence // case.micro
+    count = TOKENS // config.data.sequence // case.micro
     return _plain_step(model, loss, _batches(case, config.data.sequence, count))
 
 
