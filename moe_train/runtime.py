@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +23,7 @@ from moe_train.errors import (
     MoeTrainError,
     Preempted,
 )
+from moe_train.monitor.last_words import leave
 from moe_train.monitor.lock import FolderLock
 from moe_train.monitor.rank_log import log_to_file
 from moe_train.monitor.run_folder import (
@@ -112,6 +114,7 @@ def report(fault: MoeTrainError, standing: Standing | None = None) -> int:
     A lost peer may be rank 0 itself, so that one is told by the first rank that misses it, unless
     a rank has said why it fell.
     """
+    leave(str(fault))
     first = world_of_process()[0] == 0
     if fault.exit_code == EXIT_HUNG:
         first = claim(standing.logs if standing else None, str(fault))
@@ -200,6 +203,7 @@ def run(overrides: Sequence[str], interrupt: Interrupt, suffix: str = "") -> int
         if (lost := lost_peer(crash)) is not None:
             tell_status(standing, "failed", str(lost))
             return report(lost, standing)
+        leave(traceback.format_exc())
         claim(standing.logs, f"{type(crash).__name__}: {crash}")
         tell_status(standing, "failed", f"{type(crash).__name__}: {crash}")
         raise

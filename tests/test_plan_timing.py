@@ -355,12 +355,9 @@ def test_ranks_that_share_cores(words: list[str]) -> None:
 
     own = pipeline()
     assert pipeline(cores=4) == own
-    # On one core nothing overlaps: all that keeps it busy, one after the other.
-    waiting, busy = pipeline(cores=1), pipeline(cores=1, collective_work=1.0)
-    assert own < busy <= 4 * own
-    assert waiting < busy
+    # Without links to wait for, all that the ranks compute, spread over the cores, is the least.
     free = {"latency_us": 0.0, "message_us": 0.0, "intra_node_gbps": 1e12, "inter_node_gbps": 1e12}
-    assert waiting == pytest.approx(pipeline(cores=1, **free), rel=1e-6)
-    for share in (0.0, 0.4, 1.0):
-        spread = pipeline(cores=1, collective_work=share)
-        assert pipeline(cores=2, collective_work=share) == pytest.approx((spread + own) / 2)
+    for cores in (1, 2, 3):
+        work = pipeline(cores=1, collective_work=1.0, **free) * 0.9 / cores
+        idle, some, all_ = (pipeline(cores=cores, collective_work=x) for x in (0.0, 0.4, 1.0))
+        assert max(own, work) < idle < some < all_ <= 4 / cores * own

@@ -13,6 +13,7 @@ from moe_train.checkpoint.folders import drop_earlier
 from moe_train.data.batches import BatchSource
 from moe_train.data.datasets import build_datasets
 from moe_train.errors import HungError, NonFiniteError
+from moe_train.monitor.last_words import leave
 from moe_train.monitor.recorder import Silent
 from moe_train.monitor.run_folder import RunFolder
 from moe_train.monitor.status import write_status
@@ -104,6 +105,7 @@ def _unheard(text: str) -> None:
 def _hung(folder: RunFolder, standing: Standing, verdict: str) -> None:
     """End this process, from the watchdog's thread: the main thread waits for ever."""
     fault = HungError(f"rank {os.environ.get('RANK', '0')}", verdict, f"see {folder.logs}/*.stacks")
+    leave(str(fault))
     if claim(folder.logs, str(fault)):
         print(f"moe_train: {fault}", file=sys.stderr, flush=True)
         write_status(folder.status, "failed", standing.step, str(fault))

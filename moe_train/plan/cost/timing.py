@@ -4,9 +4,7 @@ Assumptions, all of which the report repeats: kernels of one device run one afte
 tensor-parallel and expert collectives are exposed (expert ones are hidden behind compute only
 with ``parallel.overlap_expert_comm``); gradient reduction hides behind one micro-batch's backward
 pass where it overlaps; experts are as busy as `imbalance` says on every layer. Ranks that are
-more than the cores they share (`hardware.cores`) take what a greedy scheduler takes at most: all
-work spread over the cores, and beside it the share of the longest path in which not all cores are
-busy (Graham, "Bounds on multiprocessing timing anomalies", 1969: W / p + (1 - 1 / p) D).
+more than the cores they share (`hardware.cores`) queue for them: see `sharing`.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ from moe_train.plan.cost.compute import (
     seconds,
 )
 from moe_train.plan.cost.links import point_to_point
+from moe_train.plan.cost.sharing import shared_seconds
 from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_step
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.layouts.ticks import ticks
@@ -172,7 +171,7 @@ def step_time(config: Config, layout: Layout, vocab: int, assumptions: Assumptio
     gradients, optimizer = _update(config, layout, vocab, stages)
     if 0 < (cores := config.hardware.cores) < layout.world:
         work = _work(_busy(config), layout, z, count, whole)
-        pipeline = work / cores + (1 - 1 / cores) * pipeline
+        pipeline = shared_seconds(layout.world, cores, work / layout.world, pipeline)
         turns = layout.world / cores
         gradients, optimizer = gradients * turns, optimizer * turns
     sequences = sequences_per_step(config, layout.data)

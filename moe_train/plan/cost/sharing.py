@@ -1,0 +1,35 @@
+"""Ranks that share cores: how long they take when each would take less alone.
+
+A rank computes and waits in turn: for a collective, a message, or its place in the pipeline. While
+it waits another may have its core; while it computes, one that has been woken may have to queue.
+That is the machine repairman problem (Feller, "An Introduction to Probability Theory and Its
+Applications", vol. 1, XVII.7): n customers, c servers, exponential times. Both ends are exact: with
+a core for each rank nobody queues, and where nobody ever waits the cores' work is all there is.
+"""
+
+from __future__ import annotations
+
+
+def shared_seconds(ranks: int, cores: int, busy: float, alone: float) -> float:
+    """Seconds that each of `ranks` takes for what takes it `alone` with a core of its own.
+
+    Args:
+        busy: seconds of a core in `alone`; the rest is waiting.
+    """
+    if ranks <= cores or busy <= 0:
+        return alone
+    # Not below nothing: a rank that is always busy waits for cores only.
+    waiting = max(alone - busy, 0.0)
+    if waiting == 0:
+        return ranks * busy / cores
+    # Weight of each number of ranks that compute or queue for it (birth and death process), each
+    # from the one before and scaled to the largest so far: many ranks leave no number behind.
+    weight, total, served = 1.0, 1.0, 0.0
+    for here in range(1, ranks + 1):
+        weight *= (ranks - here + 1) * busy / (min(here, cores) * waiting)
+        if weight > 1e100:
+            total, served, weight = total / weight, served / weight, 1.0
+        total += weight
+        served += weight * min(here, cores)
+    # Little's law: each core in use ends 1 / busy such rounds a second.
+    return ranks * busy * total / served
