@@ -6,8 +6,9 @@ import argparse
 import logging
 import os
 import platform
+import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
 
@@ -16,6 +17,7 @@ from moe_train.errors import EXIT_FINISHED, ConfigError
 
 EXAMPLES = """examples:
   moe-train plan --calibrate                      measure, alone on the machine: about a minute
+  moe-train plan --calibrate --rounds 3           medians of three, where others use the machine too
   moe-train plan hardware=this_machine            plan with what was measured
 """
 
@@ -39,15 +41,21 @@ def calibrate_main(argv: Sequence[str]) -> int:
         metavar="NAME",
         help="name of the profile, an option of the config group hardware (default this_machine)",
     )
-    name: str = parser.parse_args(argv).calibrate
+    parser.add_argument(
+        "--rounds", type=int, default=1, metavar="N", help="measure N times, take medians (1)"
+    )
+    asked = parser.parse_args(argv)
+    name: str = asked.calibrate
     if not name.isidentifier():
         raise ConfigError("--calibrate", f"{name!r} is no name", "letters, digits and _")
+    if asked.rounds < 1:
+        raise ConfigError("--rounds", f"{asked.rounds} is no number of rounds", "1 or more")
     target = config_dir() / "hardware" / f"{name}.yaml"
     with warnings.catch_warnings():
         # What Megatron says of packages that a CPU does without.
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-        profile = measure(name)
+        profile = medians([measure(name) for _ in range(asked.rounds)])
     import yaml
 
     try:
@@ -59,6 +67,19 @@ def calibrate_main(argv: Sequence[str]) -> int:
             print(f"{key:<24}{value}")
     print(f"written to {target}: moe-train plan hardware={name}")
     return EXIT_FINISHED
+
+
+def medians(profiles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One profile of several of the same machine: the median of each number."""
+
+    def middle(values: list[Any]) -> Any:
+        if isinstance(values[0], Mapping):
+            return {key: middle([value[key] for value in values]) for key in values[0]}
+        if isinstance(values[0], float):
+            return statistics.median(values)
+        return values[0]
+
+    return {key: middle([profile[key] for profile in profiles]) for key in profiles[0]}
 
 
 def measure(name: str) -> dict[str, Any]:

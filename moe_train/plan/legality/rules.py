@@ -94,7 +94,7 @@ def _indivisible(
 def _model_shapes(config: Config, layout: Layout) -> Iterator[ConfigError]:
     model, tensor = config.model, layout.tensor
     if model.experts % layout.expert:
-        yield _indivisible("parallel.expert", layout.expert, "model.experts", model.experts)
+        yield _experts(layout, model.experts)
     if model.heads % tensor:
         # Other divisors of TP follow heads: their faults would only repeat this one.
         yield _indivisible("parallel.tensor", tensor, "model.heads", model.heads)
@@ -136,6 +136,21 @@ def _model_shapes(config: Config, layout: Layout) -> Iterator[ConfigError]:
         yield _indivisible(
             "parallel.tensor", tensor, "model.shared_expert_hidden", model.shared_expert_hidden
         )
+
+
+def _experts(layout: Layout, experts: int) -> ConfigError:
+    if not layout.span:
+        return _indivisible("parallel.expert", layout.expert, "model.experts", experts)
+    # Another size alone would only meet span's own rule.
+    low = experts // layout.expert * layout.expert
+    legal = [number for number in (low, low + layout.expert) if number]
+    return ConfigError(
+        "model.experts",
+        f"{experts} are not a multiple of TP x PP = {layout.expert}, over whose ranks "
+        "placement=span deals them",
+        f"nearest: {legal}, or parallel.placement=stage with parallel.expert a divisor of "
+        f"{experts}, or other parallel.tensor and parallel.pipeline",
+    )
 
 
 def _pipeline(config: Config, layout: Layout) -> Iterator[ConfigError]:

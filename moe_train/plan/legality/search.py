@@ -102,34 +102,45 @@ def nearest_layouts(config: Config, asked: Layout, count: int = 4) -> list[Layou
 
 def _automatic(config: Config, world: int) -> Layout:
     """The layout that ``parallel.auto`` takes; an illegal one if none is legal."""
-    asked = config.parallel
-    if asked.placement is None:
-        placement = "span" if world == 8 else "stage"
-        asked = dataclasses.replace(asked, placement=placement)
-        config = dataclasses.replace(config, parallel=asked)
-    assert asked.placement is not None
     if world == 8 and config.model.layers == 16:
-        tensor = asked.tensor or MISSION["tensor"]
-        pipeline = asked.pipeline or MISSION["pipeline"]
-        expert_tensor = asked.expert_tensor or 1
-        expert = asked.expert or default_expert(
-            asked.placement, world, tensor, pipeline, expert_tensor, config.model.experts
-        )
-        mission = dataclasses.replace(
-            layout_of(config, world),
-            tensor=tensor,
-            pipeline=pipeline,
-            expert=expert,
-            expert_tensor=expert_tensor,
-        )
+        mission = _mission(config, world)
         if not any(True for _ in layout_faults(config, mission)):
             return mission
+    if config.parallel.placement is None:
+        config = with_placement(config, "stage")
     legal = legal_layouts(config, world)
     if not legal:
         return layout_of(config, world)
     # On a few ranks of one machine expert parallelism alone is what every backend does well;
     # predictions decide where there is a choice to lose something by.
     return legal[0] if world < 8 else ranked(config, legal)[0]
+
+
+def _mission(config: Config, world: int) -> Layout:
+    """TP2 x PP4, spanning unless another placement is asked for."""
+    config = with_placement(config, config.parallel.placement or "span")
+    asked = config.parallel
+    tensor = asked.tensor or MISSION["tensor"]
+    pipeline = asked.pipeline or MISSION["pipeline"]
+    expert_tensor = asked.expert_tensor or 1
+    assert asked.placement is not None
+    expert = asked.expert or default_expert(
+        asked.placement, world, tensor, pipeline, expert_tensor, config.model.experts
+    )
+    return dataclasses.replace(
+        layout_of(config, world),
+        tensor=tensor,
+        pipeline=pipeline,
+        expert=expert,
+        expert_tensor=expert_tensor,
+    )
+
+
+def with_placement(config: Config, placement: str) -> Config:
+    """A copy of `config` with `placement`."""
+    return dataclasses.replace(
+        config, parallel=dataclasses.replace(config.parallel, placement=placement)
+    )
 
 
 def resolve(config: Config, world: int) -> Config:

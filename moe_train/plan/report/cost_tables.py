@@ -5,19 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-GB = 1e9
+from moe_train.plan.report.style import table_of, unit_of
+
 SHOWN = 16
 """Stages shown at most; the JSON has all."""
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title)
-    table.add_column(columns[0])
-    for name in columns[1:]:
-        table.add_column(name, justify="right")
-    return table
 
 
 def _share(value: float | None) -> str:
@@ -34,36 +26,42 @@ def print_costs(report: dict[str, Any], console: Console) -> None:
 
 
 def _memory(memory: dict[str, Any], hardware: dict[str, Any], console: Console) -> None:
-    table = _table(
-        f"Memory of a rank, GB of {hardware['memory_gb']:g} ({hardware['name']})",
-        "stage", "held", "weights", "gradients", "optimizer", "activations", "allowances",
-        "total", "of device", "peak at",
+    stages = memory["stages"][:SHOWN]
+    unit = unit_of(stage["total_bytes"] for stage in stages)
+    table = table_of(
+        f"Memory of a rank, {unit.prefix}B; {hardware['name']} has {hardware['memory_gb']:g} GB",
+        "stage", "held", "weights", "grads", "optim", "activ.", "spare", "total", "of device",
     )  # fmt: skip
-    for stage in memory["stages"][:SHOWN]:
-        allowances = stage["fragmentation_bytes"] + stage["reserved_bytes"]
+    for stage in stages:
+        spare = stage["fragmentation_bytes"] + stage["reserved_bytes"]
         figures = [
             stage[f"{name}_bytes"] for name in ("weight", "gradient", "optimizer", "activation")
         ]
         table.add_row(
             str(stage["stage"]),
             str(stage["held"]),
-            *(f"{value / GB:.2f}" for value in (*figures, allowances, stage["total_bytes"])),
+            *(unit.show(value) for value in (*figures, spare, stage["total_bytes"])),
             _share(stage["fraction"]),
-            stage["peak"],
         )
     console.print(table)
+    console.print(
+        "held: micro-batches in flight; spare: reserved for the runtime, and fragmentation. Peaks: "
+        + "; ".join(f"stage {stage['stage']}: {stage['peak']}" for stage in stages)
+    )
 
 
 def _optimizers(memory: dict[str, Any], console: Console) -> None:
-    table = _table(
-        "The fullest rank under other optimizers, GB",
-        "optimizer", "state", "with activations", "with allowances", "of device", "fits",
+    rows = memory["optimizers"]
+    unit = unit_of(row["total_bytes"] for row in rows)
+    table = table_of(
+        f"The fullest rank under other optimizers, {unit.prefix}B",
+        "optimizer", "state", "+ activations", "+ spare", "of device", "fits",
     )  # fmt: skip
-    for row in memory["optimizers"]:
+    for row in rows:
         figures = (row["state_bytes"], row["tensor_bytes"], row["total_bytes"])
         table.add_row(
             row["optimizer"],
-            *(f"{value / GB:.1f}" for value in figures),
+            *(unit.show(value, 1) for value in figures),
             _share(row["fraction"]),
             "yes" if row["fits"] else "[bold]no[/bold]",
         )
@@ -80,37 +78,43 @@ def _optimizers(memory: dict[str, Any], console: Console) -> None:
 
 
 def _compute(costs: dict[str, Any], console: Console) -> None:
-    table = _table(
+    parts = [*costs["layer_parts"], *costs["end_parts"]]
+    unit = unit_of(part["flops"] for part in parts)
+    table = table_of(
         "A layer, embedding and head, one micro-batch",
-        "part", "GFLOP forward", "ms forward", "ms backward", "formula",
+        "part", f"{unit.prefix}FLOP forward", "ms forward", "ms backward", "formula",
     )  # fmt: skip
-    for part in (*costs["layer_parts"], *costs["end_parts"]):
+    for part in parts:
         table.add_row(
-            part["name"], f"{part['flops'] / 1e9:,.1f}", f"{1e3 * part['seconds']:.3f}",
+            part["name"], unit.show(part["flops"], 1), f"{1e3 * part['seconds']:.3f}",
             f"{1e3 * part['backward_seconds']:.3f}", part["formula"],
         )  # fmt: skip
     console.print(table)
+    token = costs["flops_per_token"]["total"]
+    each = unit_of([token])
     again = " with recomputation" if costs["layer_is_recomputed"] else ""
     console.print(
         f"A layer: {1e3 * costs['layer_forward_seconds']:.2f} ms forward, "
         f"{1e3 * costs['layer_backward_seconds']:.2f} ms backward{again}, communication included; "
-        f"{costs['flops_per_token']['total'] / 1e9:.2f} GFLOP a token"
+        f"{each.show(token)} {each.prefix}FLOP a token"
     )
 
 
 def _communication(traffic: list[dict[str, Any]], console: Console) -> None:
-    table = _table(
-        "Traffic of a rank of a middle stage, one step",
-        "what", "group", "ranks", "calls", "GB inside nodes", "GB between nodes", "ms",
+    if not traffic:
+        return
+    unit = unit_of(one["intra_bytes"] + one["inter_bytes"] for one in traffic)
+    table = table_of(
+        f"Traffic of a rank of a middle stage, one step, {unit.prefix}B inside and between nodes",
+        "what", "group", "ranks", "calls", "inside", "between", "ms",
     )  # fmt: skip
     for one in traffic:
         table.add_row(
             one["name"], one["kind"], str(one["size"]), str(one["calls"]),
-            f"{one['intra_bytes'] / GB:.3f}", f"{one['inter_bytes'] / GB:.3f}",
+            unit.show(one["intra_bytes"]), unit.show(one["inter_bytes"]),
             f"{1e3 * one['seconds']:.1f}",
         )  # fmt: skip
-    if table.row_count:
-        console.print(table)
+    console.print(table)
 
 
 def _time(report: dict[str, Any], console: Console) -> None:

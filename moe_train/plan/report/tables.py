@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_train.plan.report.cost_tables import print_costs
+from moe_train.plan.report.style import table_of
 
 SHOWN = 32
 """Ranks or groups shown at most; the JSON has all."""
@@ -43,14 +44,12 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
     why = f" ({report['experiment_reason']})" if report["experiment_reason"] else ""
     console.print(f"[bold]{report['experiment']}[/bold]{why}: {layout['tag']}, legal")
 
-    sizes = Table(title=f"Layout of {layout['world']} ranks")
     names = (
         ("TP", "tensor"), ("CP", "context"), ("DP", "data"), ("PP", "pipeline"),
         ("VPP", "virtual_pipeline"), ("EP", "expert"), ("ETP", "expert_tensor"),
         ("expert DP", "expert_data"), ("placement", "placement"),
     )  # fmt: skip
-    for name, _ in names:
-        sizes.add_column(name, justify="right")
+    sizes = table_of(f"Layout of {layout['world']} ranks", *(name for name, _ in names))
     sizes.add_row(*(str(layout[key]) for _, key in names))
     console.print(sizes)
     console.print(
@@ -65,10 +64,7 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
 
 
 def _print_parameters(report: dict[str, Any], counts: dict[str, Any], console: Console) -> None:
-    table = Table(title="Parameters")
-    table.add_column("part")
-    table.add_column("count", justify="right")
-    table.add_column("", justify="right")
+    table = table_of("Parameters", "part", "count", "")
     for part in (
         "total", "active", "experts", "attention", "shared_expert", "replicated", "embedding",
         "head", "largest_rank",
@@ -84,9 +80,7 @@ def _print_parameters(report: dict[str, Any], counts: dict[str, Any], console: C
 
 
 def _print_stages(report: dict[str, Any], console: Console) -> None:
-    table = Table(title="Layers on stages")
-    for name in ("stage", "ranks", "layers"):
-        table.add_column(name)
+    table = table_of("Layers on stages", "stage", "ranks", "layers")
     for stage in report["stages"][:SHOWN]:
         ranks = stage["ranks"]
         chunks = " | ".join(f"{c[0]}-{c[-1]}" if len(c) > 1 else str(c[0]) for c in stage["chunks"])
@@ -97,12 +91,10 @@ def _print_stages(report: dict[str, Any], console: Console) -> None:
 
 
 def _print_ranks(report: dict[str, Any], console: Console) -> None:
-    table = Table(title="Experts on ranks")
-    table.add_column("rank", justify="right")
-    for name in ("node", "tp cp dp pp", "etp ep edp", "layers", "experts"):
-        table.add_column(name)
-    for name in ("modules", "parameters"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = table_of(
+        "Experts on ranks",
+        "rank", "node", "tp cp dp pp", "etp ep edp", "layers", "experts", "modules", "parameters",
+    )  # fmt: skip
     for rank in report["ranks"][:SHOWN]:
         dense, expert = rank["dense"], rank["expert"]
         first, last = rank["experts"]
@@ -121,15 +113,15 @@ def _print_ranks(report: dict[str, Any], console: Console) -> None:
 
 
 def _print_groups(report: dict[str, Any], console: Console) -> None:
-    table = Table(title="Process groups of more than one rank")
-    for name in ("kind", "what for", "groups", "ranks"):
-        table.add_column(name)
+    table = table_of("Process groups of more than one rank", "kind", "groups", "for", "ranks")
+    for column in table.columns[2:]:
+        column.justify = "left"
     for kind, groups in report["groups"].items():
         if kind not in GROUP_USE or len(groups[0]) == 1:
             continue
         shown = " ".join("[" + " ".join(map(str, g[:16])) + "]" for g in groups[:8])
         table.add_row(
-            kind, GROUP_USE[kind], str(len(groups)), shown.replace("[", r"\[") +
+            kind, str(len(groups)), GROUP_USE[kind], shown.replace("[", r"\[") +
             (" ..." if len(groups) > 8 or len(groups[0]) > 16 else ""),
         )  # fmt: skip
     if table.row_count:
