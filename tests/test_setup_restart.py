@@ -16,18 +16,22 @@ from moe_train.monitor.status import read_status
 from moe_train.testing.layouts import SMALL
 from moe_train.testing.runs import QUIET
 from moe_train.testing.world import run_world
-from moe_train.train.interrupt import Interrupt
+from moe_train.train.interrupt import SIGNALS, Interrupt
 
 
 def test_a_request_is_heard_where_it_was_ignored_until_then() -> None:
     """Launchers ignore USR1 for their ranks while these are being started."""
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with Interrupt() as interrupt:
             os.kill(os.getpid(), signal.SIGUSR1)
             assert interrupt.signal == signal.SIGUSR1
+        assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        # Who has been told to stop hears nothing more: here that would be all the other tests.
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start(rank: int, world: int, words: list[str], count: int, stop_at: int) -> int:

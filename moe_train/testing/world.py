@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -21,6 +22,10 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["moe_train.testing.preload"])
+
+# A shell that has a job in the background, and nohup, start it with these ignored, and whoever it
+# starts inherits that: a rank's answer to a signal must not depend on who started the tests.
+_HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class RankFailed(AssertionError):
@@ -118,6 +123,8 @@ def _rank(
     args: Sequence[Any],
 ) -> None:
     os.environ.update(environment)
+    for number in _HEARD:
+        signal.signal(number, signal.SIG_DFL)
     output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
