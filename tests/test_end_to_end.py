@@ -193,3 +193,23 @@ def test_default_run(world: int, tmp_path: Path) -> None:
         *("config.yaml", "plan.json", "metrics.jsonl", "status.json"),
         *("checkpoints", "experts", "logs"),
     }
+
+
+def test_the_run_that_prepares_the_corpus_is_no_other_than_the_next(tmp_path: Path) -> None:
+    code = (
+        "import sys; from moe_train.runtime import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 10 * bool({'torch._dynamo', 'torch._inductor'} & set(sys.modules)))"
+    )
+    words = [*SMALL, "device=cpu", "train.steps=3", "train.eval_every=0", "data.tokenizer=byte"]
+    words += [f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path}", "log.console=none"]
+    for name in ("first", "second"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, f"run.name={name}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, (name, done.returncode, done.stderr)
+    first, second = (read(tmp_path / name / "metrics.jsonl") for name in ("first", "second"))
+    for one, two in zip(first, second, strict=True):
+        assert (one["loss_hex"], one["grad_norm_hex"]) == (two["loss_hex"], two["grad_norm_hex"])

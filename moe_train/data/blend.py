@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,10 +67,13 @@ class Corpus:
         return f"{what}, {tokens:,} tokens, {by}"
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig, ready_megatron: Callable[[], None] = lambda: None) -> Corpus:
     """Open and check all data of a run; prepares the embedded corpus if none is named.
 
     Needs no process group, and any number of processes may call it at once.
+
+    Args:
+        ready_megatron: called before Megatron is imported, which preparing a corpus does.
 
     Raises:
         DataError: missing, truncated or foreign files, unlike tokenizers, ids beyond the
@@ -79,7 +82,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     cache = cache_folder(config.cache)
     embedded = not config.train
     if embedded:
-        prefix = embedded_corpus(cache, config.tokenizer or DEFAULT_TOKENIZER)
+        prefix = embedded_corpus(cache, config.tokenizer or DEFAULT_TOKENIZER, ready_megatron)
         train: tuple[Part, ...] = (_part(prefix, None, cache),)
     else:
         train = _parts("data.train", config.train, cache)

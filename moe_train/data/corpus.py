@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from moe_train.data import tokenizer as tokenizers
@@ -30,7 +31,11 @@ REVISION = 1
 """Changes with the selection or the preparation, so that an old cache is not used."""
 
 
-def embedded_corpus(cache: Path | None = None, tokenizer: str = DEFAULT_TOKENIZER) -> Path:
+def embedded_corpus(
+    cache: Path | None = None,
+    tokenizer: str = DEFAULT_TOKENIZER,
+    ready_megatron: Callable[[], None] = lambda: None,
+) -> Path:
     """Prefix of the embedded corpus, prepared now if this machine does not have it yet.
 
     Any number of processes may ask at once: one prepares, the others wait for it.
@@ -38,6 +43,7 @@ def embedded_corpus(cache: Path | None = None, tokenizer: str = DEFAULT_TOKENIZE
     Args:
         cache: cache folder; None is the user's.
         tokenizer: byte, bpe:VOCAB or a tokenizer.json file.
+        ready_megatron: called before Megatron is imported, which only the preparing process does.
 
     Raises:
         DataError: the standard library has no sources here, or the cache is not writable.
@@ -55,6 +61,7 @@ def embedded_corpus(cache: Path | None = None, tokenizer: str = DEFAULT_TOKENIZE
     with lock(folder):
         if not _is_whole(prefix):
             # Only the process that prepares pays for this import.
+            ready_megatron()
             from moe_train.data.prepare import Request, prepare
 
             folder.mkdir(exist_ok=True)

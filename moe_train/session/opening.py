@@ -86,7 +86,7 @@ def open_session(
     corpus, vocab = None, 0
     if fault is None:
         try:
-            corpus = open_corpus(config.data)
+            corpus = open_corpus(config.data, backend.prepare)
             vocab = config.model.vocab or corpus.vocab_size
             corpus.check_vocabulary(vocab)
         except MoeTrainError as unusable:

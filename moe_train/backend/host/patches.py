@@ -209,6 +209,10 @@ def apply() -> None:
     """All patches, in order; the second call does nothing."""
     if getattr(torch, "_moe_train_host", False):
         return
+    # What was imported before keeps compiled functions and its own references to what is patched
+    # here: such a rank rounds otherwise than its peers, and than itself in its next run.
+    early = sorted(name for name in sys.modules if name.startswith("megatron.core."))
+    assert not early, f"imported before the host backend was prepared: {', '.join(early[:3])}"
     torch._moe_train_host = True  # type: ignore[attr-defined]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     apply_early()
