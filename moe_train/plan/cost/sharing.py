@@ -22,14 +22,18 @@ def shared_seconds(ranks: int, cores: int, busy: float, alone: float) -> float:
     waiting = max(alone - busy, 0.0)
     if waiting == 0:
         return ranks * busy / cores
-    # Weight of each number of ranks that compute or queue for it (birth and death process), each
-    # from the one before and scaled to the largest so far: many ranks leave no number behind.
-    weight, total, served = 1.0, 1.0, 0.0
-    for here in range(1, ranks + 1):
-        weight *= (ranks - here + 1) * busy / (min(here, cores) * waiting)
+    # Weight of each number of ranks that compute or queue for it (birth and death process), from
+    # all of them downwards: each from the one before, and scaled to the largest so far, since many
+    # ranks leave no number behind. The weights have one peak; behind it the rest soon adds nothing.
+    weight, total, served = 1.0, 1.0, float(cores)
+    for here in range(ranks, 0, -1):
+        ratio = min(here, cores) * waiting / ((ranks - here + 1) * busy)
+        weight *= ratio
         if weight > 1e100:
             total, served, weight = total / weight, served / weight, 1.0
         total += weight
-        served += weight * min(here, cores)
+        served += weight * min(here - 1, cores)
+        if ratio < 0.5 and weight < 1e-17 * total:
+            break
     # Little's law: each core in use ends 1 / busy such rounds a second.
     return ranks * busy * total / served
