@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_train.calibrate.command import calibrate_main, medians
+from moe_train.calibrate.command import FITTED, calibrate_main, doubtful, medians
 from moe_train.errors import ConfigError
 
 
@@ -20,6 +20,12 @@ def test_medians_of_numbers_and_the_rest_as_it_is() -> None:
         "sources": {"cores": "by affinity"},
     }  # fmt: skip
     assert medians(profiles[:1]) == profiles[0]
+
+
+def test_costs_that_a_fit_lost_are_named() -> None:
+    whole = dict.fromkeys(FITTED, 3.0)
+    assert doubtful(whole) == []
+    assert doubtful({**whole, "message_us": 0.0, "latency_us": 0.0}) == ["latency_us", "message_us"]
 
 
 @pytest.mark.parametrize("words", [["--calibrate", "--rounds", "0"], ["--calibrate", "a b"]])

@@ -21,6 +21,15 @@ EXAMPLES = """examples:
   moe-train plan hardware=this_machine            plan with what was measured
 """
 
+FITTED = (
+    "latency_us",
+    "message_us",
+    "layer_overhead_us",
+    "expert_overhead_us",
+    "microbatch_overhead_us",
+)
+"""What is solved for, none of it negative, from times of different sizes."""
+
 
 def calibrate_main(argv: Sequence[str]) -> int:
     """Measure and write; returns the exit code.
@@ -66,7 +75,18 @@ def calibrate_main(argv: Sequence[str]) -> int:
         if key != "sources":
             print(f"{key:<24}{value}")
     print(f"written to {target}: moe-train plan hardware={name}")
+    if doubts := doubtful(profile):
+        print(
+            f"warning: {', '.join(doubts)} came out as 0, which no machine is: something else had "
+            "its cores meanwhile, and predictions from this will be too fast. Calibrate alone on "
+            "the machine, or with --rounds 3"
+        )
     return EXIT_FINISHED
+
+
+def doubtful(profile: Mapping[str, Any]) -> list[str]:
+    """Costs for which a fit of noisy times found no room."""
+    return [key for key in FITTED if profile[key] == 0]
 
 
 def medians(profiles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,36 +7,35 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from moe_train.dryrun.rank import RankRun
 from moe_train.dryrun.report import activation_difference, difference
 from moe_train.dryrun.tracker import CATEGORIES
-from moe_train.plan.memory.stages import GB, StageMemory
+from moe_train.plan.memory.stages import StageMemory
+from moe_train.plan.report.style import table_of, unit_of
 
 MODULES = 12
 
 
 def print_stages(rows: Sequence[tuple[str, RankRun, StageMemory]], console: Console) -> None:
     """One row a rank and recomputation: peak, closed form and moment; then what it is made of."""
-    peaks = Table(title="Peak of tensors, forward and backward of one step, GB (1e9 bytes)")
-    parts = Table(title="The peak by category, GB")
-    for table in (peaks, parts):
-        table.add_column("recompute")
-        table.add_column("rank, stage", justify="right")
-    for name in ("peak", "planned", "difference"):
-        peaks.add_column(name, justify="right")
-    for name in CATEGORIES:
-        parts.add_column(name, justify="right")
+    unit = unit_of(run.peak.bytes for _, run, _ in rows)
+    peaks = table_of(
+        f"Peak of tensors, forward and backward of one step, {unit.prefix}B",
+        "recompute", "rank, stage", "peak", "planned", "difference",
+    )  # fmt: skip
+    parts = table_of(
+        f"The peak by category, {unit.prefix}B", "recompute", "rank, stage", *CATEGORIES
+    )
     for recompute, run, plan in rows:
         place = f"{run.rank}, {run.stage}"
         peaks.add_row(
-            recompute, place, f"{run.peak.bytes / GB:.3f}", f"{plan.allocated / GB:.3f}",
+            recompute, place, unit.show(run.peak.bytes, 3), unit.show(plan.allocated, 3),
             f"{difference(run, plan):+.2%} ({activation_difference(run, plan):+.1%})",
         )  # fmt: skip
         sizes = run.peak.categories
-        parts.add_row(recompute, place, *(f"{sizes[name] / GB:.3f}" for name in CATEGORIES))
+        parts.add_row(recompute, place, *(unit.show(sizes[name], 3) for name in CATEGORIES))
     console.print(peaks)
     console.print("difference: closed form over dry run (in brackets: without state)")
     for recompute, run, _ in rows:
@@ -47,9 +46,11 @@ def print_stages(rows: Sequence[tuple[str, RankRun, StageMemory]], console: Cons
 
 def print_modules(run: RankRun, recompute: str, console: Console) -> None:
     """Which modules' tensors are alive at the peak, layers of a stage together."""
-    table = Table(title=f"At the peak of rank {run.rank}, recompute {recompute}: by module, GB")
-    for name, side in (("module", "left"), ("all layers", "right"), ("largest layer", "right")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    unit = unit_of([run.peak.bytes])
+    table = table_of(
+        f"At the peak of rank {run.rank}, recompute {recompute}: by module, {unit.prefix}B",
+        "module", "all layers", "largest layer",
+    )  # fmt: skip
     whole, largest = Counter[str](), Counter[str]()
     for name, size in run.peak.modules.items():
         kind = name
@@ -59,5 +60,5 @@ def print_modules(run: RankRun, recompute: str, console: Console) -> None:
         whole[kind] += size
         largest[kind] = max(largest[kind], size)
     for kind, size in whole.most_common(MODULES):
-        table.add_row(kind, f"{size / GB:.3f}", f"{largest[kind] / GB:.3f}")
+        table.add_row(kind, unit.show(size, 3), unit.show(largest[kind], 3))
     console.print(table)

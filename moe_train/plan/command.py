@@ -152,7 +152,7 @@ def _claims(asked: argparse.Namespace) -> int:
 
 
 def write_text(option: str, path: Path, text: str) -> None:
-    """Write a report that `option` asked for.
+    """Write a report that `option` asked for, and say so.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -161,3 +161,4 @@ def write_text(option: str, path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(option, str(error), "give a writable file") from error
+    print(f"written to {path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -43,9 +44,14 @@ def show(verdicts: list[Verdict], document: Document, console: Console) -> None:
     """Print a table a section."""
     by_id = {verdict.claim.id: verdict for verdict in verdicts}
     for section in document.sections:
-        table = Table(title=section.title, title_justify="left")
-        for name in ("", "claim", "verdict", "why"):
-            table.add_column(name)
+        table = Table(
+            title=section.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+            padding=(0, 1, 0, 0), leading=1,
+        )  # fmt: skip
+        table.add_column("", no_wrap=True)
+        # Overrides are there to be copied: they may be broken over lines, never cut.
+        for name, ratio in (("claim", 5), ("verdict", 3), ("why", 9)):
+            table.add_column(name, ratio=ratio, overflow="fold")
         for claim in section.claims:
             verdict = by_id[claim.id]
             table.add_row(claim.id, claim.text, verdict.words, explanation(verdict))

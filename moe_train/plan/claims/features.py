@@ -97,23 +97,28 @@ def _strategies(s: Subject) -> float:
 
 
 def _fastest_overrides(s: Subject) -> str:
-    return " ".join(fastest(s).overrides())
+    return " ".join([*fastest(s).overrides(), f"batch.global={s.time.sequences}"])
 
 
-@quantity("layout.gain", "of time", "what the fastest legal layout that fits saves a token",
+@quantity("layout.gain", "of time", "what the fastest legal layout that fits saves a step",
           _fastest_overrides)  # fmt: skip
 def _gain(s: Subject) -> float:
     best = fastest(s)
-    other = replace(s, config=with_layout(s.config, best), layout=best)
+    other = replace(s, config=with_layout(_same_batch(s), best), layout=best)
     return max(1 - s.time.tokens_per_second / other.time.tokens_per_second, 0.0)
 
 
+def _same_batch(s: Subject) -> Config:
+    """The plan's config with its sequences a step fixed, whatever the number of replicas."""
+    return replace(s.config, batch=replace(s.config.batch, global_=s.time.sequences))
+
+
 def fastest(s: Subject) -> Layout:
-    """The layout of these ranks with the best predicted tokens per second, any placement."""
-    found = []
+    """The layout of these ranks with the shortest predicted step, any placement."""
+    config, found = _same_batch(s), []
     for placement in ("stage", "span"):
         free = replace(
-            s.config.parallel, tensor=None, pipeline=None, expert=None, placement=placement
+            config.parallel, tensor=None, pipeline=None, expert=None, placement=placement
         )
-        found += legal_layouts(replace(s.config, parallel=free), s.layout.world)
-    return ranked(s.config, found)[0]
+        found += legal_layouts(replace(config, parallel=free), s.layout.world)
+    return ranked(config, found)[0]

@@ -15,7 +15,6 @@ from moe_train.plan.layouts.sizes import default_expert
 from moe_train.plan.legality.rules import layout_faults
 from moe_train.plan.memory.fit import capacity, fits
 from moe_train.plan.memory.stages import GB
-from moe_train.plan.quantities.bubbles import bubble
 from moe_train.plan.quantities.parameters import rank_parameters
 
 
@@ -143,8 +142,7 @@ def _needed_in_stages(s: Subject) -> float:
 @quantity("microbatches.enough", "yes/no", "whether twice as many gain less than 1 % of a step")
 def _enough(s: Subject) -> float:
     count = microbatches_per_step(s.config, s.layout.data)
-    stages = s.layout.pipeline
-    return float(bubble(stages, count) - bubble(stages, 2 * count) < 0.01)
+    return float(s.bubble(count) - s.bubble(2 * count) < 0.01)
 
 
 @quantity("expert_cache.needed", "yes/no", "whether experts have to live outside device memory")

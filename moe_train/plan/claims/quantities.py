@@ -8,7 +8,6 @@ from moe_train.plan.claims.subject import Subject, quantity
 from moe_train.plan.memory.fit import capacity
 from moe_train.plan.memory.optimizer_bytes import variants
 from moe_train.plan.memory.stages import GB, StageMemory
-from moe_train.plan.quantities.bubbles import bubble
 from moe_train.plan.quantities.parameters import model_parameters, rank_parameters
 
 
@@ -102,7 +101,7 @@ _simple("batch.accumulation", "rounds", "rounds of gradient accumulation",
 _simple("pipeline.bubble", "of step", "share of a step in which a stage waits",
         lambda s: s.time.bubble)  # fmt: skip
 _simple("pipeline.bubble_one_round", "of step", "bubble if every round were flushed",
-        lambda s: bubble(s.layout.pipeline, s.config.batch.microbatches))  # fmt: skip
+        lambda s: s.bubble(s.config.batch.microbatches))  # fmt: skip
 _simple("time.layer_ms", "ms", "forward and backward of one layer, one micro-batch",
         lambda s: 1e3 * (s.time.layer.forward()
                          + s.time.layer.backward(recomputed=s.layer_is_recomputed)))  # fmt: skip

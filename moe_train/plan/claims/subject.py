@@ -8,10 +8,10 @@ from functools import cached_property
 
 from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
-from moe_train.plan.cost.timing import StepTime, step_time
+from moe_train.plan.cost.timing import StepTime, step_bubble, step_time
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.memory.stages import StageMemory, plan_memory, worst
-from moe_train.plan.quantities.shapes import Assumptions
+from moe_train.plan.quantities.shapes import Assumptions, shapes
 from moe_train.plan.quantities.vocabulary import vocabulary
 
 
@@ -42,6 +42,11 @@ class Subject:
     def time(self) -> StepTime:
         """Predicted step."""
         return step_time(self.config, self.layout, self.vocab, self.assumptions)
+
+    def bubble(self, microbatches: int) -> float:
+        """The layout's bubble with another number of micro-batches."""
+        z = shapes(self.config, self.layout, self.vocab, self.assumptions)
+        return step_bubble(self.config, self.layout, z, self.time.layer, microbatches)
 
     @property
     def layer_is_recomputed(self) -> bool:

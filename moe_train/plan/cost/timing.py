@@ -34,7 +34,7 @@ from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_st
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.layouts.ticks import ticks
 from moe_train.plan.memory.optimizer_bytes import bytes_per_parameter, state_bytes
-from moe_train.plan.quantities.bubbles import bubble
+from moe_train.plan.quantities.bubbles import bubble, span_bubble
 from moe_train.plan.quantities.flops import flops_per_token, mfu
 from moe_train.plan.quantities.parameters import rank_parameters
 from moe_train.plan.quantities.shapes import Assumptions, Shapes, shapes
@@ -94,7 +94,7 @@ class StepTime:
     """Exposed part of gradient reduction and weight gather."""
     optimizer: float
     bubble: float
-    """Share of the pipeline's time in which a stage waits, by the schedule's formula."""
+    """Share of the pipeline's time in which a stage waits, by the formula for uniform stages."""
     microbatches: int
     sequences: int
     tokens: int
@@ -184,12 +184,36 @@ def step_time(config: Config, layout: Layout, vocab: int, assumptions: Assumptio
         pipeline=pipeline,
         gradients=gradients,
         optimizer=optimizer,
-        bubble=bubble(layout.pipeline, count, layout.virtual_pipeline),
+        bubble=step_bubble(config, layout, z, layer, count),
         microbatches=count,
         sequences=sequences,
         tokens=tokens,
-        mfu=mfu(tokens / total, flops, peak_flops(config) * layout.world),
+        mfu=mfu(tokens / total, flops, peak_flops(config) * processors(config, layout)),
     )
+
+
+def processors(config: Config, layout: Layout) -> int:
+    """How many times the profile's peak there is: ranks of one thread share the cores."""
+    return min(layout.world, config.hardware.cores or layout.world)
+
+
+def step_bubble(
+    config: Config, layout: Layout, z: Shapes, layer: LayerTime, microbatches: int
+) -> float:
+    """The bubble's closed form for the layout's own schedule, its stages taken as uniform.
+
+    Where the halves of a spanning tick take turns, their exchange counts as hidden.
+    """
+    if not layout.span:
+        return bubble(layout.pipeline, microbatches, layout.virtual_pipeline)
+    dense = sum(layer.dense) + sum(layer.tensor)
+    if parse_layers(config.recompute.layers, config.model.layers):
+        dense += layer.dense.forward + layer.tensor.forward
+    experts = sum(layer.experts)
+    if "moe" in config.recompute.modules:
+        experts += layer.experts.forward
+    exchange = 0.0 if config.parallel.overlap_expert_comm else sum(layer.exchange)
+    return span_bubble(layout.pipeline, microbatches, dense, experts, exchange)
 
 
 def _stage_time(

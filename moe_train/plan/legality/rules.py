@@ -55,7 +55,7 @@ def _world(layout: Layout) -> Iterator[ConfigError]:
         yield ConfigError(
             WORLD_SIZE,
             f"{layout.world} ranks are not a multiple of " + ", nor of ".join(problems),
-            f"start a multiple of {needed} ranks",
+            f"start a multiple of {needed} ranks, or change these sizes",
         )
     if layout.span:
         yield from _span(layout)
@@ -93,8 +93,10 @@ def _indivisible(
 
 def _model_shapes(config: Config, layout: Layout) -> Iterator[ConfigError]:
     model, tensor = config.model, layout.tensor
-    if model.experts % layout.expert:
-        yield _experts(layout, model.experts)
+    # Another EP than TP x PP is span's own fault, told there.
+    dealt = layout.tensor * layout.pipeline if layout.span else layout.expert
+    if model.experts % dealt:
+        yield _experts(layout, model.experts, dealt)
     if model.heads % tensor:
         # Other divisors of TP follow heads: their faults would only repeat this one.
         yield _indivisible("parallel.tensor", tensor, "model.heads", model.heads)
@@ -138,15 +140,15 @@ def _model_shapes(config: Config, layout: Layout) -> Iterator[ConfigError]:
         )
 
 
-def _experts(layout: Layout, experts: int) -> ConfigError:
+def _experts(layout: Layout, experts: int, dealt: int) -> ConfigError:
     if not layout.span:
-        return _indivisible("parallel.expert", layout.expert, "model.experts", experts)
+        return _indivisible("parallel.expert", dealt, "model.experts", experts)
     # Another size alone would only meet span's own rule.
-    low = experts // layout.expert * layout.expert
-    legal = [number for number in (low, low + layout.expert) if number]
+    low = experts // dealt * dealt
+    legal = [number for number in (low, low + dealt) if number]
     return ConfigError(
         "model.experts",
-        f"{experts} are not a multiple of TP x PP = {layout.expert}, over whose ranks "
+        f"{experts} are not a multiple of TP x PP = {dealt}, over whose ranks "
         "placement=span deals them",
         f"nearest: {legal}, or parallel.placement=stage with parallel.expert a divisor of "
         f"{experts}, or other parallel.tensor and parallel.pipeline",

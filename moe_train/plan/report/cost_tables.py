@@ -130,6 +130,6 @@ def _time(report: dict[str, Any], console: Console) -> None:
     taken = report["assumptions"]
     console.print(
         f"Assumed: imbalance {taken['imbalance']:g}, fragmentation {taken['fragmentation']:g}, "
-        + "; ".join(taken[key] for key in ("order", "exchange", "gradients"))
+        + "; ".join(f"{key}: {taken[key]}" for key in ("order", "exchange", "gradients"))
     )
     console.print("Formulas: " + "; ".join(f"{k}: {v}" for k, v in report["sources"].items()))

@@ -25,7 +25,7 @@ ASSUMED = {
     "10 with TransformerEngine's 16-bit remainders, which checkpoints cannot hold",
     "order": "kernels of one device run one after the other",
     "exchange": "expert all-to-all is exposed unless parallel.overlap_expert_comm is on",
-    "gradients": "their reduction hides behind one micro-batch's backward pass where it overlaps",
+    "gradients": "reduction hides behind one micro-batch's backward pass where it overlaps",
     "weights": "backward reads them once and moves their gradients into the buffer: inside the "
     "product on an accelerator, by an addition of its own on the host",
     "flops": "backward is twice the forward pass; recomputation is time, not useful work",
@@ -39,7 +39,8 @@ SOURCES = {
     "kernels": "roofline, Williams et al. 2009, with the profile's efficiencies",
     "collectives": "Thakur et al. 2005: ring (n-1)/n, all-to-all 1/n to each peer; calls of "
     "Megatron-Core 0.19",
-    "bubble": "(P-1)/(vM+P-1), arXiv:2104.04473",
+    "bubble": "of uniform stages: (P-1)/(vM+P-1), arXiv:2104.04473; under placement=span experts "
+    "have none (plan/quantities/bubbles.py)",
 }
 """Where the formulas come from."""
 
@@ -63,7 +64,7 @@ def cost_report(
         },
         "compute": _compute(config, layout, vocab, assumptions, time),
         "communication": _communication(config, layout, vocab, assumptions, time),
-        "time": _time(time),
+        "time": _time(time, layout.span),
     }
 
 
@@ -147,7 +148,7 @@ def _communication(
     return [asdict(one) for one in traffic]
 
 
-def _time(time: timing.StepTime) -> dict[str, Any]:
+def _time(time: timing.StepTime, span: bool) -> dict[str, Any]:
     return {
         "stages": [asdict(one) for one in time.stages],
         "pipeline_seconds": time.pipeline,
@@ -155,7 +156,7 @@ def _time(time: timing.StepTime) -> dict[str, Any]:
         "optimizer_seconds": time.optimizer,
         "step_seconds": time.step,
         "bubble": time.bubble,
-        "bubble_formula": bubbles.bubble.__doc__,
+        "bubble_formula": (bubbles.span_bubble if span else bubbles.bubble).__doc__,
         "tokens_per_second": time.tokens_per_second,
         "sequences_per_second": time.sequences_per_second,
         "mfu": time.mfu,

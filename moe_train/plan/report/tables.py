@@ -42,14 +42,20 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
     """Print the mapping of `moe_train.plan.report.plan_report.plan_report` as tables."""
     layout, batch, counts = report["layout"], report["batch"], report["parameters"]
     why = f" ({report['experiment_reason']})" if report["experiment_reason"] else ""
-    console.print(f"[bold]{report['experiment']}[/bold]{why}: {layout['tag']}, legal")
+    console.print(
+        f"[bold]{report['experiment']}[/bold]{why}: {layout['tag']}, legal"
+        + ("" if report["fits"] else "; [bold]does not fit the memory[/bold]")
+    )
 
     names = (
         ("TP", "tensor"), ("CP", "context"), ("DP", "data"), ("PP", "pipeline"),
         ("VPP", "virtual_pipeline"), ("EP", "expert"), ("ETP", "expert_tensor"),
         ("expert DP", "expert_data"), ("placement", "placement"),
     )  # fmt: skip
-    sizes = table_of(f"Layout of {layout['world']} ranks", *(name for name, _ in names))
+    sizes = table_of(
+        "Layout of 1 rank" if layout["world"] == 1 else f"Layout of {layout['world']} ranks",
+        *(name for name, _ in names),
+    )
     sizes.add_row(*(str(layout[key]) for _, key in names))
     console.print(sizes)
     console.print(

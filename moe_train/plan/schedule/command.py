@@ -64,7 +64,8 @@ def schedule_main(argv: Sequence[str]) -> int:
     vocab, _ = vocabulary(config)
     schedule = build_schedule(config, layout, vocab, assumptions, asked.kind, asked.detail)
     report = schedule_report(schedule)
-    _show(schedule, report, Console())
+    cores = config.hardware.cores
+    _show(schedule, report, Console(), cores if cores < layout.world else 0)
     _write(asked, schedule, report)
     return EXIT_FINISHED
 
@@ -143,13 +144,13 @@ def schedule_report(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def _show(schedule: Schedule, report: dict[str, Any], console: Any) -> None:
-    from rich.table import Table
+def _show(schedule: Schedule, report: dict[str, Any], console: Any, shared: int) -> None:
+    from moe_train.plan.report.style import table_of
 
-    table = Table(title=f"{report['layout']}: {report['kind']}, M={report['microbatches']}")
-    table.add_column("stage")
-    for name in ("busy s", "waiting s", "waiting", "most held"):
-        table.add_column(name, justify="right")
+    table = table_of(
+        f"{report['layout']}: {report['kind']}, M={report['microbatches']}",
+        "stage", "busy s", "waiting s", "waiting", "most held",
+    )  # fmt: skip
     whole = schedule.timing.pipeline
     for stage in report["stages"][:SHOWN]:
         share = stage["waiting_seconds"] / whole if whole else 0.0
@@ -172,6 +173,11 @@ def _show(schedule: Schedule, report: dict[str, Any], console: Any) -> None:
         f"{report['planner_step_seconds']:.4f} s), pipeline {report['pipeline_seconds']:.4f} s, "
         f"bubble {100 * report['bubble']:.1f} %{uniform}"
     )
+    if shared:
+        console.print(
+            "The graph gives every rank a core of its own; the plan's formula counts that they "
+            f"share {shared}."
+        )
     console.print(
         f"Bounds: busiest stage {report['resource_bound_seconds']:.4f} s, "
         f"data alone {report['dependency_bound_seconds']:.4f} s"
@@ -206,6 +212,7 @@ def _write(asked: argparse.Namespace, schedule: Schedule, report: dict[str, Any]
 
     if asked.dag:
         write_graph(schedule.graph, asked.dag)
+        print(f"written to {asked.dag}")
     if asked.trace:
         block = schedule.layout.world // schedule.layout.pipeline
         ranks = [
@@ -219,5 +226,6 @@ def _write(asked: argparse.Namespace, schedule: Schedule, report: dict[str, Any]
         write_text("--trace", asked.trace, chrome.trace_text(events, facts))
     if asked.figure:
         draw(schedule, asked.figure)
+        print(f"written to {asked.figure}")
     if asked.json:
         write_text("--json", asked.json, json.dumps(report, indent=1) + "\n")

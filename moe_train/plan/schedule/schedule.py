@@ -10,14 +10,13 @@ from moe_train.errors import ConfigError
 from moe_train.plan.cost.timing import StepTime, step_time
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.layouts.ticks import in_flight
-from moe_train.plan.quantities.bubbles import bubble, span_bubble
 from moe_train.plan.quantities.shapes import Assumptions
 from moe_train.plan.schedule.clock import Timing, run_clock
 from moe_train.plan.schedule.orders import KINDS, most_held, stage_order
 from moe_train.plan.schedule.pieces import work_of
 from moe_train.plan.schedule.piped import piped_graph
 from moe_train.plan.schedule.spanning import span_graph
-from moe_train.plan.schedule.work import PipedWork, SpanWork, total
+from moe_train.plan.schedule.work import PipedWork, SpanWork
 
 DETAILS = ("stage", "layer")
 """One node a pass, or one node a piece of a layer."""
@@ -86,26 +85,12 @@ def build_schedule(
     if isinstance(work, SpanWork):
         graph = span_graph(work, detail)
         held = tuple(in_flight(stages, stage, count, work.delay) for stage in range(stages))
-        formula = span_formula(work)
+        # How much exchange is waited for differs from tick to tick where halves take turns.
+        formula = None if work.delay else predicted.bubble
     else:
         assert isinstance(work, PipedWork)
         graph = piped_graph(work, kind, detail)
         orders = (stage_order(kind, stages, s, count, work.chunks) for s in range(stages))
         held = tuple(most_held(order) for order in orders)
-        formula = bubble(stages, count, work.chunks)
+        formula = predicted.bubble
     return Schedule(kind, detail, layout, graph, run_clock(graph), held, formula, predicted)
-
-
-def span_formula(work: SpanWork) -> float | None:
-    """`span_bubble` for this work's layer, forward and backward together.
-
-    None where halves take turns: how much exchange is waited for differs from tick to tick.
-    """
-    if work.delay:
-        return None
-    dense = total(work.forward) + total(work.backward)
-    if work.repeated and any(work.repeated):
-        dense += total(work.forward)
-    experts = work.experts_forward[-1] + work.experts_backward[-1]
-    exchange = total(work.exchange) + total(work.exchange_back)
-    return span_bubble(work.stages, work.microbatches, dense, experts, exchange)
