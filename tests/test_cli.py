@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_train import cli, runtime
-from moe_train.errors import EXIT_CHECKPOINT, EXIT_CONFIG, CheckpointError
+from moe_train.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DATA, CheckpointError
 from moe_train.plan.report.plan_report import VERSION
 
 
@@ -149,3 +149,15 @@ def test_plan_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_bad_sources_are_refused_without_waiting_for_megatron(tmp_path: Path) -> None:
+    code = (
+        "import sys; from moe_train.cli import main; code = main(sys.argv[1:]);"
+        "sys.exit(100 if 'megatron.core' in sys.modules else code)"
+    )
+    words = ["data", "prepare", str(tmp_path / "missing"), "--output", str(tmp_path / "set")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, list(tmp_path.iterdir())) == (EXIT_DATA, []), done.stderr

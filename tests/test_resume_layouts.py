@@ -12,7 +12,8 @@ from moe_train.testing import layouts
 from moe_train.testing.carry import digests, rewrite
 from moe_train.testing.compare import EARLY, compare
 from moe_train.testing.layouts import SMALL, Layout, Runs
-from moe_train.testing.runs import QUIET, Run
+from moe_train.testing.runs import QUIET, Run, train_run
+from moe_train.testing.survival import FAULTY
 from moe_train.testing.world import run_world
 
 pytestmark = pytest.mark.world
@@ -141,3 +142,15 @@ def test_bf16_and_precision_aware_state_carries_over(small_runs: Runs, tmp_path:
     assert any(key.startswith("optimizer.state.param.") for key in before), "no master weights"
     for path, tensors in zip(way[1:], after, strict=True):
         assert tensors == before, f"{path.parent.name} changed {differing(tensors, before)}"
+
+
+def test_another_number_of_replicas_and_with_it_another_batch_is_told(tmp_path: Path) -> None:
+    words = [*FAULTY, "batch.global=null", "batch.microbatches=2", "batch.accumulation=1"]
+    first = train_run(tmp_path / "run", [*words, "train.steps=2"], 1)
+    assert first.codes == [0]
+    log = (tmp_path / "run").with_suffix(".log")
+    assert "warning" not in log.read_text()
+    again = train_run(tmp_path / "run", [*words, "train.steps=3", "parallel.expert=2"], 2)
+    assert again.codes == [0, 0]
+    [told] = [line for line in log.read_text().splitlines() if line.startswith("warning")]
+    assert "4 sequences from here on and had 2 until now" in told and "batch.global=2" in told

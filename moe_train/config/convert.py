@@ -68,6 +68,11 @@ def unknown_key(key: str, known: tuple[str, ...] | list[str]) -> ConfigError:
     return ConfigError(key, "unknown key", "known keys here: " + ", ".join(siblings))
 
 
+def _with_article(kind: Any) -> str:
+    name = _type_name(kind)
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
 def _type_name(kind: Any) -> str:
     if kind is type(None):
         return "null"
@@ -131,12 +136,12 @@ def _value(kind: Any, value: Any, key: str, root: type, faults: list[ConfigError
         result = _scalar(kind, value)
         if result is not _REFUSED:
             return result
-    fix = f"give a {_type_name(kind)}"
+    fix = f"give {_with_article(kind)}"
     if origin is list:
         fix += f", e.g. {key}=[{value}]" if isinstance(value, str) else f", e.g. {key}=[]"
     elif isinstance(value, str) and kind in (int, float, bool):
         fix += " without quotes"
-    faults.append(ConfigError(key, f"{_shown(value)} is not a {_type_name(kind)}", fix))
+    faults.append(ConfigError(key, f"{_shown(value)} is not {_with_article(kind)}", fix))
     return _REFUSED
 
 

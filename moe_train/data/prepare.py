@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from moe_train.data import tokenizer as tokenizers
 from moe_train.data.encode import Encoder, Encoding, text_of
@@ -101,8 +100,13 @@ def prepare(request: Request, report: Report | None = None) -> Manifest:
 
 
 def _prepare(request: Request, sources: list[Source], work: Path, report: Report) -> Manifest:
-    progress = Progress(len(sources), stage="train tokenizer")
-    report(progress)
+    # Here and not above: the import takes seconds, and bad input is refused without it.
+    from megatron.core.datasets.indexed_dataset import DType
+
+    progress = Progress(len(sources))
+    if request.tokenizer.startswith("bpe:"):
+        progress.stage = "train tokenizer"
+        report(progress)
     spec = _tokenizer(request, sources, work)
     encoding = Encoding(spec, request.eod_name, request.append_eod, request.text_key)
     tokenizer = Encoder(encoding).tokenizer
@@ -235,6 +239,8 @@ def _shards(
 
 
 def _merge(merged: Path, shards: list[Path], dtype: Any) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     builder = IndexedDatasetBuilder(str(beside(merged, ".bin")), dtype=dtype)
     for shard in shards:
         # Not the builder's add_index: it runs a full garbage collection for every shard.

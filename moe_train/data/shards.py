@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
 from moe_train.data.encode import Encoded
 from moe_train.data.manifest import write_json
 from moe_train.data.sources import Source, digest
@@ -89,6 +87,8 @@ class ShardWriter:
     """Writes one shard; it exists for others only after `finish`."""
 
     def __init__(self, folder: ShardFolder, source: Source) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
         self.folder, self.source = folder, source
         self.prefix = folder.prefix(source)
         self.prefix.with_suffix(".done").unlink(missing_ok=True)

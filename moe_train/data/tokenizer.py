@@ -158,7 +158,9 @@ def load(spec: str, eod: str | None = None) -> Tokenizer:
         path = path / "tokenizer.json"
     if not path.is_file():
         raise DataError(
-            "tokenizer", f"{spec!r} is neither byte nor a file", "byte, or a tokenizer.json file"
+            "tokenizer",
+            f"{spec!r} is neither byte nor a file",
+            "byte, a tokenizer.json file, or, where sources are prepared, bpe:4096",
         )
     return FileTokenizer(path, eod)
 

@@ -43,7 +43,23 @@ def restore(
     if session.rank == 0 and not weights_only:
         moved = "" if restored else f" (written in layout {manifest.layout})"
         print(f"resumed {found} at step {manifest.step}{moved}", flush=True)
+        if warning := _other_batch(manifest, session.batch):
+            print(f"warning: {warning}", flush=True)
     return found, manifest
+
+
+def _other_batch(manifest: Manifest, batch: int) -> str:
+    """What to say where the steps from here on are of another size; empty where they are not.
+
+    Replicas run micro-batches of their own, so another layout may mean another global batch.
+    """
+    if not manifest.step or manifest.consumed_samples == manifest.step * batch:
+        return ""
+    before = manifest.consumed_samples / manifest.step
+    return (
+        f"a step has {batch} sequences from here on and had {before:g} until now, which makes "
+        f"another loss curve; batch.global={round(before)} keeps it"
+    )
 
 
 def _choose(rank: int, root: Path, resume: str) -> Path | None:
