@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   moe-train plan experiment=moe_30b_8x64gb --json plan.json
   moe-train plan experiment=moe_30b_8x64gb hardware=h100_64gb --imbalance 1.3
   moe-train plan experiment=moe_30b_8x64gb --claims source_document --report claims.md
+  moe-train plan --calibrate                      measure this machine; --calibrate --help
 
 exit code: 0 legal and fits; 2 refused, with every fault and the nearest legal layouts, or with
 what would make it fit the device's memory
