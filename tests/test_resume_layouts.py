@@ -154,3 +154,13 @@ def test_another_number_of_replicas_and_with_it_another_batch_is_told(tmp_path: 
     assert again.codes == [0, 0]
     [told] = [line for line in log.read_text().splitlines() if line.startswith("warning")]
     assert "4 sequences from here on and had 2 until now" in told and "batch.global=2" in told
+
+
+def test_other_samples_are_told(tmp_path: Path) -> None:
+    words = [*FAULTY, "batch.global=2"]
+    assert train_run(tmp_path / "run", [*words, "train.steps=2"], 1).codes == [0]
+    more = ("train.steps=3", "data.sequence=32", "run.seed=7")
+    assert train_run(tmp_path / "run", [*words, *more], 1).codes == [0]
+    lines = (tmp_path / "run").with_suffix(".log").read_text().splitlines()
+    [told] = [line for line in lines if line.startswith("warning")]
+    assert "data.sequence=32, not 16 and run.seed=7, not " in told

@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   moe-train plan hardware=this_machine            plan with what was measured
 """
 
+MARK = "# Written by moe-train plan --calibrate, which may write it again.\n"
 FITTED = (
     "latency_us",
     "message_us",
@@ -57,9 +58,17 @@ def calibrate_main(argv: Sequence[str]) -> int:
     name: str = asked.calibrate
     if not name.isidentifier():
         raise ConfigError("--calibrate", f"{name!r} is no name", "letters, digits and _")
+    if name.lower() in ("null", "true", "false", "nan", "inf"):
+        raise ConfigError("--calibrate", f"{name} is a value and no word in a config", "another")
     if asked.rounds < 1:
         raise ConfigError("--rounds", f"{asked.rounds} is no number of rounds", "1 or more")
     target = config_dir() / "hardware" / f"{name}.yaml"
+    if target.exists() and not target.read_text(encoding="utf-8").startswith(MARK):
+        raise ConfigError(
+            "--calibrate", f"{target} was not written by a calibration", "choose another NAME"
+        )
+    if not os.access(target.parent, os.W_OK):
+        raise ConfigError("--calibrate", f"{target.parent} is not writable", "a writable checkout")
     with warnings.catch_warnings():
         # What Megatron says of packages that a CPU does without.
         warnings.simplefilter("ignore")
@@ -68,7 +77,7 @@ def calibrate_main(argv: Sequence[str]) -> int:
     import yaml
 
     try:
-        target.write_text(yaml.safe_dump(profile, sort_keys=False), encoding="utf-8")
+        target.write_text(MARK + yaml.safe_dump(profile, sort_keys=False), encoding="utf-8")
     except OSError as refused:
         raise ConfigError("--calibrate", f"{target}: {refused}", "a writable file") from refused
     for key, value in profile.items():

@@ -110,7 +110,7 @@ def _line(override: Override, faults: list[ConfigError]) -> str | None:
                 )
             )
             return None
-        if value is not None and not isinstance(value, str):
+        if not isinstance(value, str) and not override.is_delete():
             faults.append(
                 ConfigError(
                     key,
@@ -140,14 +140,16 @@ def _merge(overrides: Sequence[str], faults: list[ConfigError]) -> dict[str, Any
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     lines = [line for o in _parse(overrides, faults) if (line := _line(o, faults)) is not None]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
             merged = OmegaConf.to_container(hydra_compose("config", overrides=lines), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split()) if isinstance(error, YAMLError) else str(error)
+        reason = reason.splitlines()[0]
         key = getattr(error, "full_key", None) or "overrides"
         hint = "check the overrides: " + " ".join(overrides)
         faults.append(ConfigError(str(key), reason, hint))

@@ -50,7 +50,8 @@ def collect_for(overrides: Sequence[str], facts: MachineFacts) -> tuple[Config, 
     why. Values that the user overrides still win over the chosen experiment's.
     """
     config, faults = collect(overrides)
-    if config.experiment != AUTO:
+    # A name that does not exist stands at auto too, and is not the machine's to replace.
+    if config.experiment != AUTO or any(fault.field == "experiment" for fault in faults):
         return config, faults
     name, reason = choose(facts)
     rest = [o for o in overrides if o.partition("=")[0].lstrip("+") != "experiment"]

@@ -8,6 +8,7 @@ from typing import Any
 from moe_train.config import nccl
 from moe_train.config.convert import nearest
 from moe_train.config.layers import parse_layers
+from moe_train.config.ranges import range_faults, value_at
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
 
@@ -31,53 +32,6 @@ OPTIONAL_CHOICES: dict[str, tuple[str, ...]] = {"parallel.placement": ("stage", 
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
 
 
-def _keys(by_group: dict[str, str]) -> frozenset[str]:
-    return frozenset(f"{group}.{key}" for group, keys in by_group.items() for key in keys.split())
-
-
-POSITIVE = _keys(
-    {
-        "model": "layers hidden heads kv_heads head_dim experts experts_per_token "
-        "expert_hidden vocab vocab_multiple norm_epsilon rope_base init_std",
-        "model.router": "capacity_factor groups groups_per_token scaling_factor",
-        "parallel": "tensor pipeline virtual_pipeline context expert expert_tensor",
-        "batch": "micro microbatches accumulation global",
-        "data": "sequence",
-        "optim": "eps decay_steps wsd_decay_steps",
-        "train": "steps eval_batches log_every",
-        "checkpoint": "keep",
-        "backend": "timeout_seconds host_threads cuda_device_max_connections",
-        "hardware": "devices_per_node gemm_efficiency grouped_efficiency attention_efficiency "
-        "memory_efficiency link_efficiency",
-    }
-)
-NOT_NEGATIVE = _keys(
-    {
-        "run": "seed",
-        "model": "shared_expert_hidden",
-        "model.router": "aux_coeff z_coeff expert_bias_rate",
-        "optim": "lr embedding_lr min_lr warmup_steps weight_decay clip",
-        "train": "eval_every",
-        "checkpoint": "every",
-        "hardware": "memory_gb reserved_gb memory_gbps intra_node_gbps inter_node_gbps "
-        "latency_us layer_overhead_us",
-    }
-)
-
-
-def sizes_refused(faults: Iterable[ConfigError]) -> bool:
-    """Whether arithmetic on layout and model sizes would be meaningless after `faults`."""
-    return any(f.field in POSITIVE or f.field == "recompute.layers" for f in faults)
-
-
-def value_at(config: Config, key: str) -> Any:
-    """The value under a dotted config key."""
-    node: Any = config
-    for part in key.split("."):
-        node = getattr(node, part + "_" if part == "global" else part)
-    return node
-
-
 def choice_fault(key: str, value: Any, choices: Sequence[str]) -> ConfigError | None:
     """The fault of a value that is not one of `choices`, or None."""
     if value in choices:
@@ -91,7 +45,7 @@ def validate(config: Config) -> list[ConfigError]:
     """Every fault that does not depend on layout, world size or machine."""
     return [
         *_choices(config),
-        *_ranges(config),
+        *range_faults(config),
         *_model(config),
         *_router(config),
         *_recompute(config),
@@ -113,21 +67,6 @@ def _choices(config: Config) -> Iterable[ConfigError]:
     for module in config.recompute.modules:
         if fault := choice_fault("recompute.modules", module, RECOMPUTE_MODULES):
             yield fault
-
-
-def _ranges(config: Config) -> Iterable[ConfigError]:
-    for key in sorted(POSITIVE):
-        value = value_at(config, key)
-        if value is not None and not value > 0:
-            yield ConfigError(key, f"{value} is not positive", "give a value above 0")
-    for key in sorted(NOT_NEGATIVE):
-        value = value_at(config, key)
-        if value is not None and not value >= 0:
-            yield ConfigError(key, f"{value} is not a number from 0 up", "give 0 or more")
-    for key in ("optim.beta1", "optim.beta2"):
-        value = value_at(config, key)
-        if not 0 <= value < 1:
-            yield ConfigError(key, f"{value} is outside [0, 1)", "usual values: 0.9, 0.95, 0.999")
 
 
 def _model(config: Config) -> Iterable[ConfigError]:

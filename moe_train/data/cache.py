@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from filelock import FileLock
@@ -30,8 +31,14 @@ def cache_folder(configured: str | Path | None = None) -> Path:
         raise DataError(
             "data.cache", f"{folder} cannot be made: {error.strerror}", "set data.cache=FOLDER"
         ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError("data.cache", f"{folder} is not writable", "set data.cache=FOLDER")
+    try:
+        # Permission bits do not say it: they are not asked for root, nor true on every file system.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(
+            "data.cache", f"{folder} is not writable: {error.strerror}", "set data.cache=FOLDER"
+        ) from error
     return folder
 
 

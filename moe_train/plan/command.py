@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 
 from moe_train.config.experiment import AUTO
@@ -90,13 +91,13 @@ def plan_main(argv: Sequence[str]) -> int:
     from moe_train.plan.report.plan_report import plan_report
     from moe_train.plan.report.tables import print_plan
 
-    if not (asked.imbalance >= 1 and 0 <= asked.fragmentation < 1):
+    if not (1 <= asked.imbalance < inf and 0 <= asked.fragmentation < 1):
         raise ConfigError(
             "--imbalance, --fragmentation",
             f"{asked.imbalance:g}, {asked.fragmentation:g} make no sense",
             "an imbalance from 1 up, a fragmentation from 0 to below 1",
         )
-    if asked.claims:
+    if asked.claims is not None:
         return _claims(asked)
     if asked.report:
         raise ConfigError("--report", "is the report on claims", "add --claims FILE")
@@ -142,7 +143,9 @@ def _claims(asked: argparse.Namespace) -> int:
 
     document = load(find(asked.claims))
     words = [*document.overrides, *asked.overrides]
-    world = asked.world or natural_world(compose(words))
+    world = natural_world(compose(words)) if asked.world is None else asked.world
+    if world < 1:
+        raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
     taken = Assumptions(asked.imbalance, asked.fragmentation)
     markdown, data = check_claims(document, asked.overrides, world, taken, Console())
     if asked.report:

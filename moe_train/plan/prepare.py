@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from moe_train.config.compose import collect
 from moe_train.config.experiment import MachineFacts, collect_for
+from moe_train.config.ranges import sizes_refused
 from moe_train.config.root import Config
-from moe_train.config.validate import sizes_refused, validate
+from moe_train.config.validate import validate
 from moe_train.errors import ConfigFaults
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.layouts.machine import accelerator_present

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +44,34 @@ def restore(
     if session.rank == 0 and not weights_only:
         moved = "" if restored else f" (written in layout {manifest.layout})"
         print(f"resumed {found} at step {manifest.step}{moved}", flush=True)
-        if warning := _other_batch(manifest, session.batch):
+        config = session.config
+        for warning in _other_data(manifest, session.batch, config.data.sequence, config.run.seed):
             print(f"warning: {warning}", flush=True)
     return found, manifest
 
 
-def _other_batch(manifest: Manifest, batch: int) -> str:
-    """What to say where the steps from here on are of another size; empty where they are not.
+def _other_data(manifest: Manifest, batch: int, sequence: int, seed: int) -> Iterator[str]:
+    """What to say where the steps from here on are of other samples than those before.
 
     Replicas run micro-batches of their own, so another layout may mean another global batch.
     """
-    if not manifest.step or manifest.consumed_samples == manifest.step * batch:
-        return ""
-    before = manifest.consumed_samples / manifest.step
-    return (
-        f"a step has {batch} sequences from here on and had {before:g} until now, which makes "
-        f"another loss curve; batch.global={round(before)} keeps it"
-    )
+    samples = manifest.consumed_samples
+    if manifest.step and samples != manifest.step * batch:
+        before = samples / manifest.step
+        yield (
+            f"a step has {batch} sequences from here on and had {before:g} until now, which makes "
+            f"another loss curve; batch.global={round(before)} keeps it"
+        )
+    other = []
+    if samples and manifest.consumed_tokens != samples * sequence:
+        other.append(f"data.sequence={sequence}, not {manifest.consumed_tokens / samples:g}")
+    if manifest.seed != seed:
+        other.append(f"run.seed={seed}, not {manifest.seed}")
+    if other:
+        yield (
+            f"{' and '.join(other)}: samples are cut and shuffled anew, so that some text comes "
+            "again and some never; counts of samples and tokens go on as if all were of this kind"
+        )
 
 
 def _choose(rank: int, root: Path, resume: str) -> Path | None:

@@ -8,9 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from moe_train.config.convert import dotted_keys
+from moe_train.config.ranges import value_at
 from moe_train.config.root import Config
 from moe_train.config.training import BackendConfig
-from moe_train.config.validate import value_at
 from moe_train.plan.claims.subject import Subject, quantity
 from moe_train.plan.cost.links import group
 from moe_train.plan.layouts.deployment import PATTERN, deployment

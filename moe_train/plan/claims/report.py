@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import isfinite
 from typing import Any
 
 from moe_train.plan.claims.document import Document
@@ -25,7 +26,7 @@ def as_data(document: Document, verdicts: list[Verdict], subject: Subject) -> di
                 "id": verdict.claim.id,
                 "text": verdict.claim.text,
                 "quantity": verdict.claim.quantity or None,
-                "claimed": None if verdict.claim.about else list(verdict.claim.range),
+                "claimed": None if verdict.claim.about else _bounds(verdict.claim.range),
                 "value": verdict.value,
                 "verdict": verdict.kind,
                 "words": verdict.words,
@@ -38,6 +39,11 @@ def as_data(document: Document, verdicts: list[Verdict], subject: Subject) -> di
             for verdict in verdicts
         ],
     }
+
+
+def _bounds(claimed: tuple[float, float]) -> list[float | None]:
+    """An open end is null: JSON has no infinity."""
+    return [value if isfinite(value) else None for value in claimed]
 
 
 def _cell(text: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from moe_train.config.ranges import sizes_refused
 from moe_train.config.root import Config
-from moe_train.config.validate import sizes_refused, validate
+from moe_train.config.validate import validate
 from moe_train.errors import ConfigError
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.layouts.sizes import layout_of

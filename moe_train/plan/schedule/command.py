@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +56,8 @@ def schedule_main(argv: Sequence[str]) -> int:
         world = natural_world(config) if not faults else 8
     if world < 1:
         raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
-    if asked.imbalance < 1:
-        raise ConfigError("--imbalance", f"{asked.imbalance:g} is too small", "give 1 or more")
+    if not 1 <= asked.imbalance < inf:
+        raise ConfigError("--imbalance", f"{asked.imbalance:g} makes no sense", "give 1 or more")
     if asked.beside and not asked.trace:
         raise ConfigError("--beside", "goes into the file of --trace", "add --trace FILE")
     config, layout = prepare(asked.overrides, world)
