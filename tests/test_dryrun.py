@@ -195,7 +195,11 @@ def test_overlap_is_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--ranks", "9"], ["--ranks", "-1"], ["--imbalance", "0.5"], ["--microbatches", "0"]]
+    "words",
+    [
+        *(["--ranks", "9"], ["--ranks", "-1"], ["--imbalance", "0.5"], ["--imbalance", "inf"]),
+        *(["--microbatches", "0"], ["--json", "/nowhere/dryrun.json"]),
+    ],
 )
 def test_senseless_questions_are_refused(
     words: list[str], capsys: pytest.CaptureFixture[str]

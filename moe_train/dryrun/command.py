@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,14 +42,17 @@ def dryrun_main(argv: Sequence[str]) -> int:
         ConfigFaults: the plan is refused.
     """
     asked = _parser().parse_intermixed_args(argv)
-    if not asked.imbalance >= 1:
+    if not 1 <= asked.imbalance < inf:
         raise ConfigError("--imbalance", f"{asked.imbalance:g} makes no sense", "give 1 or more")
     if asked.microbatches is not None and asked.microbatches < 1:
         raise ConfigError("--microbatches", "a step has at least one", "give 1 or more")
 
     from rich.console import Console
 
-    from moe_train.plan.command import write_text
+    from moe_train.plan.command import refuse_unwritable, write_text
+
+    refuse_unwritable("--json", asked.json)
+    refuse_unwritable("--table", asked.table)
 
     if asked.table:
         from moe_train.dryrun.document import write_document

@@ -155,6 +155,16 @@ def _claims(asked: argparse.Namespace) -> int:
     return EXIT_FINISHED
 
 
+def refuse_unwritable(option: str, path: Path | None) -> None:
+    """Look, before minutes of work, at whether `option`'s file could be written.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ConfigError(option, f"{path} is no place for a file", "give a writable file")
+
+
 def write_text(option: str, path: Path, text: str) -> None:
     """Write a report that `option` asked for, and say so.
 
