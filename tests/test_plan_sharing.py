@@ -27,7 +27,7 @@ def by_the_chain(ranks: int, cores: int, busy: float, waiting: float) -> float:
 @pytest.mark.parametrize("waiting", [0.05, 0.9, 20.0])
 def test_the_formula_is_the_chain(ranks: int, cores: int, waiting: float) -> None:
     alone = 1.1 + waiting
-    assert shared_seconds(ranks, cores, 1.1, alone) == pytest.approx(
+    assert shared_seconds(ranks, cores, 1.1, alone, variation=1.0) == pytest.approx(
         by_the_chain(ranks, cores, 1.1, waiting), rel=1e-6
     )
 
@@ -50,3 +50,10 @@ def test_never_faster_than_alone_or_than_the_cores(
     assert least * (1 - 1e-9) <= seconds
     # No more than a greedy schedule at its worst (Graham, 1969).
     assert seconds <= (ranks * busy / cores + alone) * (1 + 1e-9)
+
+
+def test_regular_times_queue_for_less() -> None:
+    least, most = 2.0, shared_seconds(4, 2, 0.6, 2.0, variation=1.0)
+    found = [shared_seconds(4, 2, 0.6, 2.0, variation) for variation in (0.0, 0.25, 0.5, 1.0)]
+    assert found == sorted(found) and found[-1] == most
+    assert (found[0] - least) / (most - least) == pytest.approx(0.5)

@@ -5,16 +5,27 @@ it waits another may have its core; while it computes, one that has been woken m
 That is the machine repairman problem (Feller, "An Introduction to Probability Theory and Its
 Applications", vol. 1, XVII.7): n customers, c servers, exponential times. Both ends are exact: with
 a core for each rank nobody queues, and where nobody ever waits the cores' work is all there is.
+
+Layers are more alike than exponential times are, so less is queued than there: by (1 + v) / 2 for
+stretches of computing whose variance is v times their squared mean (Allen, "Probability,
+Statistics, and Queueing Theory", 1990, section 5.3; Kingman's formula for one server).
 """
 
 from __future__ import annotations
 
+VARIATION = 0.5
+"""Squared coefficient of variation of a rank's stretches of computing: assumed, between layers that
+are all the same (0) and exponential times (1)."""
 
-def shared_seconds(ranks: int, cores: int, busy: float, alone: float) -> float:
+
+def shared_seconds(
+    ranks: int, cores: int, busy: float, alone: float, variation: float = VARIATION
+) -> float:
     """Seconds that each of `ranks` takes for what takes it `alone` with a core of its own.
 
     Args:
         busy: seconds of a core in `alone`; the rest is waiting.
+        variation: variance of the times over their squared mean.
     """
     if ranks <= cores or busy <= 0:
         return alone
@@ -36,4 +47,6 @@ def shared_seconds(ranks: int, cores: int, busy: float, alone: float) -> float:
         if ratio < 0.5 and weight < 1e-17 * total:
             break
     # Little's law: each core in use ends 1 / busy such rounds a second.
-    return ranks * busy * total / served
+    exponential = ranks * busy * total / served
+    least = max(alone, ranks * busy / cores)
+    return least + (exponential - least) * (1 + variation) / 2
