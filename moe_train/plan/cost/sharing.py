@@ -16,6 +16,8 @@ from __future__ import annotations
 VARIATION = 0.5
 """Squared coefficient of variation of a rank's stretches of computing: assumed, between layers that
 are all the same (0) and exponential times (1)."""
+BUNCHED = 1.0
+"""The same where an exchange sets all ranks going at once, and they queue in a bunch: assumed."""
 
 
 def shared_seconds(

@@ -29,7 +29,7 @@ from moe_train.plan.cost.compute import (
     seconds,
 )
 from moe_train.plan.cost.links import point_to_point
-from moe_train.plan.cost.sharing import shared_seconds
+from moe_train.plan.cost.sharing import BUNCHED, VARIATION, shared_seconds
 from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_step
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.layouts.ticks import ticks
@@ -171,7 +171,8 @@ def step_time(config: Config, layout: Layout, vocab: int, assumptions: Assumptio
     gradients, optimizer = _update(config, layout, vocab, stages)
     if 0 < (cores := config.hardware.cores) < layout.world:
         work = _work(_busy(config), layout, z, count, whole)
-        pipeline = shared_seconds(layout.world, cores, work / layout.world, pipeline)
+        variation = BUNCHED if layout.span else VARIATION
+        pipeline = shared_seconds(layout.world, cores, work / layout.world, pipeline, variation)
         turns = layout.world / cores
         gradients, optimizer = gradients * turns, optimizer * turns
     sequences = sequences_per_step(config, layout.data)
