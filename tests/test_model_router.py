@@ -214,7 +214,13 @@ def recomputed(layout: tuple[str, ...], world: int) -> dict[str, Any]:
 
 @pytest.mark.world
 @pytest.mark.parametrize("variant", [*MODULES, "all", "one"])
-@pytest.mark.parametrize(("layout", "world"), [((), 1), (TP2EP2, 2)], ids=["single", "tp2ep2"])
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [
+        pytest.param((), 1, id="single", marks=pytest.mark.full),
+        pytest.param(TP2EP2, 2, id="tp2ep2"),
+    ],
+)
 def test_recomputing_changes_nothing(variant: str, layout: tuple[str, ...], world: int) -> None:
     plain, again = recomputed(layout, world)["plain"], recomputed(layout, world)[variant]
     assert not isinstance(again, str), again
