@@ -211,5 +211,6 @@ def test_the_run_that_prepares_the_corpus_is_no_other_than_the_next(tmp_path: Pa
         )
         assert done.returncode == 0, (name, done.returncode, done.stderr)
     first, second = (read(tmp_path / name / "metrics.jsonl") for name in ("first", "second"))
+    assert len(first) == 3
     for one, two in zip(first, second, strict=True):
         assert (one["loss_hex"], one["grad_norm_hex"]) == (two["loss_hex"], two["grad_norm_hex"])

@@ -97,11 +97,8 @@ def _scalar(kind: Any, value: Any) -> Any:
         return None if value is None else _REFUSED
     if isinstance(value, bool):
         return value if kind is bool else _REFUSED
-    if (
-        (isinstance(value, int) or kind is int)
-        and isinstance(value, int | float)
-        and (abs(value) >= 1 << 63)
-    ):
+    counted = isinstance(value, int) or (kind is int and isinstance(value, float))
+    if counted and abs(value) >= 1 << 63:
         # Beyond any count; Python itself refuses to print or convert the largest.
         return _REFUSED
     if kind is float and isinstance(value, int | float):

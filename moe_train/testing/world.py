@@ -20,12 +20,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from moe_train.train.interrupt import SIGNALS
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["moe_train.testing.preload"])
-
-# A shell that has a job in the background, and nohup, start it with these ignored, and whoever it
-# starts inherits that: a rank's answer to a signal must not depend on who started the tests.
-_HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class RankFailed(AssertionError):
@@ -123,7 +121,9 @@ def _rank(
     args: Sequence[Any],
 ) -> None:
     os.environ.update(environment)
-    for number in _HEARD:
+    # A shell that has a job in the background, and nohup, start it with some of these ignored, and
+    # whoever it starts inherits that: a rank's answer must not depend on who started the tests.
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
