@@ -198,7 +198,7 @@ def test_torch_norm_still_refuses_sequence_parallelism() -> None:
 
 def test_torch_adam_still_keeps_its_step_per_parameter() -> None:
     assert pristine()["adam"] == ("torch.optim.adamw", True, True)
-    assert patched()["adam"] == ("HostAdam", False, 1)
+    assert patched()["adam"] == ("TorchAdam", False, 1)
 
 
 def test_tensor_types_are_still_compared_by_their_cuda_names() -> None:

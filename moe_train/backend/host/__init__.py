@@ -1,1 +1,1 @@
-"""Megatron-Core on a CPU with gloo: patches, spec provider, grouped experts, Adam."""
+"""Megatron-Core on a CPU with gloo: patches, streams, groups that share a device."""

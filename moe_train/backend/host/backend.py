@@ -42,9 +42,9 @@ class HostBackend:
 
     def spec_provider(self) -> BackendSpecProvider:
         """Host modules."""
-        from moe_train.backend.host.provider import HostSpecProvider
+        from moe_train.backend.torch_kernels.provider import TorchSpecProvider
 
-        return HostSpecProvider()
+        return TorchSpecProvider()
 
     def transformer_overrides(self) -> dict[str, Any]:
         """No fused CUDA kernels; everything else as on CUDA."""
@@ -59,7 +59,7 @@ class HostBackend:
         }
 
     def optimizer_overrides(self) -> dict[str, Any]:
-        """Master weights are stored whole: HostAdam has no 16-bit remainders."""
+        """Master weights are stored whole: TorchAdam has no 16-bit remainders."""
         return {"store_param_remainders": False}
 
     def devices(self, world: int) -> int:

@@ -167,8 +167,8 @@ def apply_late() -> None:
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    from moe_train.backend.host.adam import HostAdam
-    from moe_train.backend.host.gradient_norm import multi_tensor_l2_norm
+    from moe_train.backend.torch_kernels.adam import TorchAdam
+    from moe_train.backend.torch_kernels.gradient_norm import multi_tensor_l2_norm
 
     # On CUDA the splits become numpy arrays on their way off the device; without a device
     # they would stay tensors, which all_to_all_single refuses.
@@ -186,14 +186,14 @@ def apply_late() -> None:
         state
     )
 
-    # The precision-aware optimizer asks for TransformerEngine's version; HostAdam has the
+    # The precision-aware optimizer asks for TransformerEngine's version; TorchAdam has the
     # interface of its newest.
     for module in (optimizer, optimizer_config):
         module.is_te_min_version = lambda version, check_equality=True: True
 
     # torch's AdamW keeps `step` per parameter and has no precision-aware mode; Megatron is
     # written for TransformerEngine's FusedAdam.
-    optimizer.Adam = HostAdam
+    optimizer.Adam = TorchAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
 
     # CheckpointWithoutOutput (recompute.modules) takes "no fp8" for "fp8" and asks TE about it.
@@ -227,12 +227,12 @@ def apply() -> None:
 @contextlib.contextmanager
 def fused_adam_visible() -> Iterator[None]:
     """OptimizerConfig refuses the precision-aware optimizer unless TransformerEngine's
-    FusedAdam can be imported and has certain arguments; HostAdam has them."""
-    from moe_train.backend.host.adam import HostAdam
+    FusedAdam can be imported and has certain arguments; TorchAdam has them."""
+    from moe_train.backend.torch_kernels.adam import TorchAdam
 
     name = "transformer_engine.pytorch.optimizers"
     stand_in = types.ModuleType(name)
-    stand_in.FusedAdam = HostAdam  # type: ignore[attr-defined]
+    stand_in.FusedAdam = TorchAdam  # type: ignore[attr-defined]
     packages = ["transformer_engine", "transformer_engine.pytorch"]
     added = {package: types.ModuleType(package) for package in packages} | {name: stand_in}
     before = {module: sys.modules.get(module) for module in added}

@@ -8,33 +8,33 @@ from typing import Any
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules
 
-from moe_train.backend.host.attention import HostAttention
-from moe_train.backend.host.grouped import (
-    HostColumnGroupedLinear,
-    HostGroupedMLP,
-    HostRowGroupedLinear,
+from moe_train.backend.torch_kernels.attention import TorchAttention
+from moe_train.backend.torch_kernels.grouped import (
+    TorchColumnGroupedLinear,
+    TorchGroupedMLP,
+    TorchRowGroupedLinear,
 )
-from moe_train.backend.host.norm import HostNorm
+from moe_train.backend.torch_kernels.norm import TorchNorm
 
 
-class HostSpecProvider(LocalSpecProvider):
+class TorchSpecProvider(LocalSpecProvider):
     """Megatron's local linear layers with host norms, attention and grouped experts."""
 
     def layer_norm(
         self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
     ) -> Any:
         """Norms that accept sequence parallelism."""
-        return HostNorm
+        return TorchNorm
 
     def core_attention(self) -> type:
         """Attention on torch's fused kernel."""
-        return HostAttention
+        return TorchAttention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
         """Experts on ``torch._grouped_mm``."""
         return partial(
-            HostGroupedMLP,
+            TorchGroupedMLP,
             submodules=GroupedMLPSubmodules(
-                linear_fc1=HostColumnGroupedLinear, linear_fc2=HostRowGroupedLinear
+                linear_fc1=TorchColumnGroupedLinear, linear_fc2=TorchRowGroupedLinear
             ),
         )

@@ -15,7 +15,7 @@ import torch
 STATES = ("exp_avg", "exp_avg_sq", "master_param")
 
 
-class HostAdam(torch.optim.Optimizer):
+class TorchAdam(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101) or Adam on the host.
 
     Args:

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 
-class HostGroupedLinear(torch.nn.Module):
+class TorchGroupedLinear(torch.nn.Module):
     """E linear maps with stacked weights [E, O, I]; ``partition_dim`` is split over ETP.
 
     The communication of expert tensor parallelism is the token dispatcher's, as with TE's
@@ -76,19 +76,19 @@ class HostGroupedLinear(torch.nn.Module):
         """Nothing was delayed."""
 
 
-class HostColumnGroupedLinear(HostGroupedLinear):
+class TorchColumnGroupedLinear(TorchGroupedLinear):
     """First expert matrix: output rows are split over expert tensor parallelism."""
 
     partition_dim = 1
 
 
-class HostRowGroupedLinear(HostGroupedLinear):
+class TorchRowGroupedLinear(TorchGroupedLinear):
     """Second expert matrix: input columns are split over expert tensor parallelism."""
 
     partition_dim = 2
 
 
-class HostGroupedMLP(TEGroupedMLP):
+class TorchGroupedMLP(TEGroupedMLP):
     """Megatron's grouped SwiGLU experts over stacked host weights."""
 
     def sharded_state_dict(

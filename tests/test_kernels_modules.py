@@ -22,7 +22,7 @@ def _attention(rank: int, world: int) -> None:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from moe_train.backend.host.attention import HostAttention
+    from moe_train.backend.torch_kernels.attention import TorchAttention
 
     for heads, kv_heads, mask, scale in (
         (4, 4, AttnMaskType.causal, None),
@@ -37,7 +37,7 @@ def _attention(rank: int, world: int) -> None:
             kv_channels=8,
             attention_dropout=0.0,
         )
-        attention = HostAttention(config, 1, mask, "self", softmax_scale=scale)
+        attention = TorchAttention(config, 1, mask, "self", softmax_scale=scale)
         torch.manual_seed(0)
         query = torch.randn(9, 2, heads, 8, requires_grad=True)
         key, value = (torch.randn(9, 2, kv_heads, 8, requires_grad=True) for _ in "kv")
@@ -73,7 +73,7 @@ def _norm(rank: int, world: int) -> None:
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from moe_train.backend.host.norm import HostNorm
+    from moe_train.backend.torch_kernels.norm import TorchNorm
 
     for kind, parallel in (("RMSNorm", True), ("RMSNorm", False), ("LayerNorm", True)):
         config = TransformerConfig(
@@ -84,7 +84,7 @@ def _norm(rank: int, world: int) -> None:
             tensor_model_parallel_size=2 if parallel else 1,
             sequence_parallel=parallel,
         )
-        norm: Any = HostNorm(config, 8, eps=1e-3)
+        norm: Any = TorchNorm(config, 8, eps=1e-3)
         assert len(list(norm.parameters())) == (1 if kind == "RMSNorm" else 2)
         assert all(p.sequence_parallel is parallel for p in norm.parameters())
         x = torch.randn(5, 8)
@@ -98,7 +98,7 @@ def test_norm_and_its_mark() -> None:
 
 
 def _experts(rank: int, world: int) -> None:
-    """HostGroupedMLP and SequentialMLP with the same weights: outputs, gradients, shards."""
+    """TorchGroupedMLP and SequentialMLP with the same weights: outputs, gradients, shards."""
     import copy
 
     import torch

@@ -1,4 +1,4 @@
-"""HostAdam against torch's AdamW, and what torch's has not."""
+"""TorchAdam against torch's AdamW, and what torch's has not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_train.backend.host.adam import HostAdam
+from moe_train.backend.torch_kernels.adam import TorchAdam
 
 SHAPES = ((7, 5), (11,), (3, 4, 5))
 
@@ -34,7 +34,7 @@ def groups(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
 def test_ten_steps_as_torch(decoupled: bool) -> None:
     """Both modes, two groups; the weight decay, betas and rate of each are its own."""
     ours, theirs = parameters(), parameters()
-    adam = HostAdam(groups(ours), eps=1e-6, betas=(0.9, 0.95), adam_w_mode=decoupled)
+    adam = TorchAdam(groups(ours), eps=1e-6, betas=(0.9, 0.95), adam_w_mode=decoupled)
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     oracle = kind(groups(theirs), eps=1e-6, betas=(0.9, 0.95), foreach=False, fused=False)
     for step in range(10):
@@ -56,7 +56,7 @@ def test_ten_steps_as_torch(decoupled: bool) -> None:
 
 def test_parameters_without_gradient_stand_still() -> None:
     params = parameters()
-    adam = HostAdam(params, lr=0.1, weight_decay=0.5)
+    adam = TorchAdam(params, lr=0.1, weight_decay=0.5)
     params[0].grad = torch.ones_like(params[0])
     before = [param.detach().clone() for param in params]
     adam.step()
@@ -69,8 +69,8 @@ def test_master_weights_follow_fp32_and_parameters_are_their_rounding() -> None:
     """bf16 weights with a master copy move as the fp32 run does; without one they get stuck."""
     low, alone = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
     high = [torch.nn.Parameter(param.detach().float()) for param in low]
-    master = HostAdam(low, lr=1e-4, master_weights=True)
-    plain = HostAdam(alone, lr=1e-4)
+    master = TorchAdam(low, lr=1e-4, master_weights=True)
+    plain = TorchAdam(alone, lr=1e-4)
     oracle = torch.optim.AdamW(high, lr=1e-4, weight_decay=0.0, fused=False, foreach=False)
     for step in range(20):
         set_gradients(low, step)
@@ -91,7 +91,7 @@ def test_master_weights_follow_fp32_and_parameters_are_their_rounding() -> None:
 def test_low_precision_moments_are_stored_low_and_stay_close() -> None:
     ours, theirs = parameters(), parameters()
     bf16 = torch.bfloat16
-    adam = HostAdam(ours, lr=1e-2, exp_avg_dtype=bf16, exp_avg_sq_dtype=bf16)
+    adam = TorchAdam(ours, lr=1e-2, exp_avg_dtype=bf16, exp_avg_sq_dtype=bf16)
     oracle = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.0)
     for step in range(5):
         set_gradients(ours, step)
@@ -109,8 +109,8 @@ def test_low_precision_moments_are_stored_low_and_stay_close() -> None:
 
 def test_decoupled_gradients_are_the_ones_that_count() -> None:
     ours, theirs = parameters(), parameters()
-    adam = HostAdam(ours, lr=1e-2, use_decoupled_grad=True)
-    oracle = HostAdam(theirs, lr=1e-2)
+    adam = TorchAdam(ours, lr=1e-2, use_decoupled_grad=True)
+    oracle = TorchAdam(theirs, lr=1e-2)
     set_gradients(ours, 1)
     set_gradients(ours, 0, "decoupled_grad")
     set_gradients(theirs, 0)
@@ -121,7 +121,7 @@ def test_decoupled_gradients_are_the_ones_that_count() -> None:
 
 def test_states_can_be_set_and_asked() -> None:
     param = parameters()[0]
-    adam = HostAdam([param], exp_avg_dtype=torch.bfloat16, master_weights=True)
+    adam = TorchAdam([param], exp_avg_dtype=torch.bfloat16, master_weights=True)
     adam.set_scaled_state(param, "exp_avg", torch.full_like(param, 1.5))
     assert torch.equal(adam.get_unscaled_state(param, "exp_avg"), torch.full_like(param, 1.5))
     assert torch.equal(adam.get_unscaled_state(param, "master_param"), param.detach())

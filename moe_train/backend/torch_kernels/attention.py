@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 
 
-class HostAttention(torch.nn.Module):
+class TorchAttention(torch.nn.Module):
     """Causal (or full) attention with Megatron's ``DotProductAttention`` interface."""
 
     def __init__(

@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class HostNorm:
+class TorchNorm:
     """Builder with Megatron's ``LayerNormBuilder`` signature; returns a torch norm module."""
 
     def __new__(  # type: ignore[misc]
