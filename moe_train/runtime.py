@@ -25,6 +25,7 @@ from moe_train.errors import (
 )
 from moe_train.monitor.last_words import leave
 from moe_train.monitor.lock import FolderLock
+from moe_train.monitor.mirror import mode_fault
 from moe_train.monitor.rank_log import log_to_file
 from moe_train.monitor.run_folder import (
     RunFolder,
@@ -144,6 +145,8 @@ def planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout]:
         config, layout = prepare(overrides, world, facts)
     except ConfigFaults as refused:
         raise ConfigFaults([*refused.faults, *faults]) from refused
+    if (unmirrored := mode_fault(config.log.wandb)) is not None:
+        faults.append(unmirrored)
     if faults:
         raise ConfigFaults(faults)
     fault = launch_fault(config, layout, facts) if facts and config.device != "cpu" else None

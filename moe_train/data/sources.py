@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -132,8 +133,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 def _zstandard(path: Path) -> Iterator[bytes]:
     """Decompressed bytes of all frames; unlike the stream reader, it sees a cut file."""
-    import zstandard
-
+    zstandard = _library("zstandard", path)
     frame = None
     with path.open("rb") as stream:
         while data := stream.read(CHUNK):
@@ -147,6 +147,23 @@ def _zstandard(path: Path) -> Iterator[bytes]:
                 frame = None if frame.eof else frame
     if frame is not None:
         raise EOFError("zstandard stream ends before its end-of-frame marker")
+
+
+def _library(name: str, path: Path) -> Any:
+    """A module that only this kind of file needs.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as missing:
+        package = name.partition(".")[0]
+        raise DataError(
+            str(path),
+            f"needs {package} to be read, which does not import: {missing}",
+            f"install {package}, or convert the file to .jsonl or .jsonl.gz elsewhere",
+        ) from missing
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -165,9 +182,8 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _parquet(path: Path, column: str) -> Iterator[Raw]:
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = _library("pyarrow", path)
+    _library("pyarrow.parquet", path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names

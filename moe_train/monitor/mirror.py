@@ -8,6 +8,7 @@ there (no network, a hang, a kill), the run loses the mirror and nothing else, a
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import netrc
 import os
@@ -21,6 +22,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from moe_train.errors import ConfigError
 
 QUEUE_RECORDS = 1024
 """Records kept while W&B is slow; more are dropped and counted."""
@@ -63,6 +66,14 @@ class Mirror:
         self._queue: queue.Queue[str | None] = queue.Queue(QUEUE_RECORDS)
         self._process: subprocess.Popen[str] | None = None
         if mode == "disabled":
+            return
+        if mode == "auto" and not installed():
+            self.state = "disabled"
+            self.problem = (
+                "wandb is not installed, so log.wandb=auto mirrors nothing; metrics.jsonl has "
+                "everything (log.wandb=disabled hides this line)"
+            )
+            warn(f"W&B mirror: {self.problem}")
             return
         if mode == "auto":
             mode = "online" if has_key() else "offline"
@@ -191,6 +202,27 @@ class Mirror:
     def _lose(self, problem: str) -> None:
         self.problem = problem
         self._warn(f"W&B mirror: {problem}")
+
+
+def installed() -> bool:
+    """Whether W&B can be imported, without importing it."""
+    spec = importlib.util.find_spec("wandb")
+    # Without an origin it is a folder of that name, such as W&B itself leaves where it ran.
+    return spec is not None and spec.origin is not None
+
+
+def mode_fault(mode: str) -> ConfigError | None:
+    """Why ``log.wandb`` cannot be had here, or None.
+
+    Only a mode that was named is refused; auto does without.
+    """
+    if mode not in ("online", "offline") or installed():
+        return None
+    return ConfigError(
+        "log.wandb",
+        f"{mode} needs wandb, which is not installed",
+        "install wandb, or take log.wandb=auto or disabled: metrics.jsonl has everything",
+    )
 
 
 def base_url() -> str:
