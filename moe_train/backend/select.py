@@ -30,7 +30,7 @@ def select_backend(device: str, config: BackendConfig) -> Backend:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device != "cpu":
         # Even counting GPUs starts CUDA, which reads its environment only then.
-        set_environment(config)
+        notes = set_environment(config)
     count, _ = cuda_facts() if device != "cpu" else (0, 0.0)
     if device == "cuda" and count <= local_rank:
         raise ConfigError(
@@ -42,6 +42,9 @@ def select_backend(device: str, config: BackendConfig) -> Backend:
     if device == "cuda" or (device == "auto" and count > local_rank):
         from moe_train.backend.cuda.backend import CudaBackend
 
+        if os.environ.get("RANK", "0") == "0":
+            for note in notes:
+                print(f"note: {note}", flush=True)
         return CudaBackend(local_rank)
     from moe_train.backend.host.backend import HostBackend
 

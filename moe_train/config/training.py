@@ -134,8 +134,12 @@ class BackendConfig:
     logs/, names who is to blame and ends with exit code 6."""
     host_threads: int = 1
     """CPU threads per rank on the host backend; 1 is bitwise reproducible."""
-    cuda_device_max_connections: int = 1
-    """CUDA_DEVICE_MAX_CONNECTIONS; Megatron's overlap of TP with compute relies on 1."""
+    cuda_device_max_connections: int | None = None
+    """CUDA_DEVICE_MAX_CONNECTIONS; null is by rule: 32 where the expert exchange overlaps, else 1
+    under tensor or context parallelism, else unset."""
+    expandable_segments: bool | None = None
+    """Let torch's allocator grow its segments (PYTORCH_ALLOC_CONF); null is by rule: on, except
+    with NCCL user buffers or CUDA graphs. A setting that the environment has is kept."""
     nccl: dict[str, str] = field(default_factory=dict)
     """NCCL_* environment settings by their short name, e.g. {IB_QPS_PER_CONNECTION: 2}."""
     nccl_groups: dict[str, NcclGroup] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moe_train.config import nccl
+from moe_train.config import environment, nccl
 from moe_train.config.convert import nearest
 from moe_train.config.layers import parse_layers
 from moe_train.config.ranges import range_faults, value_at
@@ -53,6 +53,7 @@ def validate(config: Config) -> list[ConfigError]:
         *_data(config),
         *_trace(config),
         *nccl.faults(config.backend.nccl_groups),
+        *environment.faults(config),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_train.config.compose import collect
+from moe_train.config.environment import settled
 from moe_train.config.experiment import MachineFacts, collect_for
 from moe_train.config.ranges import sizes_refused
 from moe_train.config.root import Config
@@ -29,7 +30,7 @@ def prepare(
             the host's own rules, as ``device=cpu`` does.
 
     Returns:
-        The config with every parallel size filled in, and its layout.
+        The config with every parallel size and environment setting filled in, and its layout.
 
     Raises:
         ConfigFaults: every fault of form, value, layout and machine together.
@@ -37,7 +38,7 @@ def prepare(
     config, faults = collect(overrides) if facts is None else collect_for(overrides, facts)
     refused = {fault.field for fault in faults}
     if not sizes_refused([*faults, *validate(config)]):
-        config = resolve(config, world)
+        config = settled(resolve(config, world))
     # A refused value stands at its default, which is not the user's to answer for.
     on_host = config.device == "cpu" or (
         config.device == "auto"

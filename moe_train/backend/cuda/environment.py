@@ -1,18 +1,34 @@
-"""Environment variables that CUDA and NCCL read once, when they start."""
+"""Environment variables that CUDA, NCCL and torch's allocator read once, when they start."""
 
 from __future__ import annotations
 
 import os
 
+from moe_train.config.environment import ALLOCATORS, settings
 from moe_train.config.training import BackendConfig
 
 
-def set_environment(config: BackendConfig) -> None:
-    """Write the machine settings of the config; call before anything asks for a GPU.
+def set_environment(config: BackendConfig) -> list[str]:
+    """Write the machine settings of a settled config; call before anything asks for a GPU.
 
     What the config says wins over what the environment had: config.yaml of a run is then the
-    truth about it. NCCL settings that the config does not name are left as they are.
+    truth about it. Two things stay: NCCL settings that the config does not name, and settings of
+    torch's allocator, of which the config knows but one.
+
+    Returns:
+        What differs from the environment that was there, in words.
     """
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = str(config.cuda_device_max_connections)
-    for name, value in config.nccl.items():
-        os.environ[f"NCCL_{name.upper().removeprefix('NCCL_')}"] = str(value)
+    theirs = {name: os.environ[name] for name in ALLOCATORS if name in os.environ}
+    notes = []
+    for name, value, key in settings(config):
+        if name in ALLOCATORS and theirs:
+            continue
+        before = os.environ.get(name, value)
+        if before != value:
+            notes.append(f"{name}={before} of the environment is replaced by {value} ({key})")
+        os.environ[name] = value
+    notes += [
+        f"{name}={value} of the environment is kept; backend.expandable_segments is not applied"
+        for name, value in theirs.items()
+    ]
+    return notes

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from moe_train.config.convert import to_mapping
+from moe_train.config.environment import variables
 from moe_train.config.root import Config
 from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_step
 from moe_train.plan.layouts.deployment import deployment
@@ -111,6 +112,7 @@ def plan_report(
         ],
         "ranks": ranks,
         "groups": {kind: layout.groups(kind) for kind in GROUP_KINDS},
+        "environment": [asdict(one) for one in variables(config)],
         "deployment": deployment(layout),
         **cost_report(config, layout, vocab, assumptions or assumptions_of(config)),
     }

@@ -66,6 +66,7 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
     _print_stages(report, console)
     _print_ranks(report, console)
     _print_groups(report, console)
+    _print_environment(report, console)
     print_costs(report, console)
 
 
@@ -132,3 +133,14 @@ def _print_groups(report: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
     if table.row_count:
         console.print(table)
+
+
+def _print_environment(report: dict[str, Any], console: Console) -> None:
+    if report["hardware"]["kind"] == "cpu":
+        return
+    names: dict[tuple[str, str], list[str]] = {}
+    for one in report["environment"]:
+        names.setdefault((one["value"] or "(left as it is)", one["why"]), []).append(one["name"])
+    console.print("Environment that a run on these devices sets")
+    for (value, why), alike in names.items():
+        console.print(f"  {', '.join(alike)} = {value}\n    {why}", markup=False, highlight=False)

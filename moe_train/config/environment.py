@@ -1,0 +1,131 @@
+"""Environment variables that a run on CUDA sets, each by a rule, and why.
+
+CUDA, NCCL and torch's allocator read them once, when they start: they are written before anything
+asks for a GPU (:mod:`moe_train.backend.cuda.environment`). docs/environment.md lists them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moe_train.config.root import Config
+from moe_train.config.training import BackendConfig
+from moe_train.errors import ConfigError
+
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""torch 2.9's CUDA allocator reads the second alone, and its general settings warn that the name is
+old unless the first is there too; from 2.10 on either is read. Both, alike, are right for all."""
+EXPANDABLE = "expandable_segments:True"
+MANY = 32
+"""Hardware queues where the expert exchange overlaps; the most that CUDA has."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of a run's environment."""
+
+    name: str
+    value: str | None
+    """None: left as the environment has it."""
+    key: str
+    """The config key that decides."""
+    why: str
+
+
+def connections_rule(config: Config) -> tuple[int | None, str]:
+    """CUDA_DEVICE_MAX_CONNECTIONS for a resolved config, and why; None leaves CUDA's own 8.
+
+    Megatron-Core wants 1 under tensor or context parallelism, so that a collective launched before
+    a product is also queued before it (its training arguments refuse anything else before
+    Blackwell), and more than 1 where the expert exchange overlaps (its MoE README). With both it
+    leaves the choice open, and 32 serves what was asked for.
+    """
+    parallel = config.parallel
+    ignored = "; Blackwell ignores it"
+    if parallel.overlap_expert_comm and (parallel.expert or 1) > 1:
+        return (
+            MANY,
+            f"the expert exchange overlaps, on streams that need queues of their own{ignored}",
+        )
+    split = [name for name in ("tensor", "context") if (getattr(parallel, name) or 1) > 1]
+    if split:
+        return 1, f"{' and '.join(split)} parallelism: collectives start in launch order{ignored}"
+    return None, "no collective relies on launch order: CUDA's own default"
+
+
+def segments_rule(config: Config) -> tuple[bool, str]:
+    """Whether torch's allocator grows its segments, and why."""
+    if config.megatron.ddp.get("nccl_ub"):
+        return False, "NCCL user buffers live in a memory pool, which has none"
+    graphs = config.megatron.transformer
+    if graphs.get("cuda_graph_impl", "none") != "none" or any(
+        graphs.get(name) for name in ("enable_cuda_graph", "external_cuda_graph")
+    ):
+        return False, "CUDA graphs would need NCCL_GRAPH_REGISTER=0 with them"
+    return True, "routing changes the sizes of activations, which fragments fixed segments"
+
+
+def settled(config: Config) -> Config:
+    """A copy of a resolved config in which the rules' values stand where none was given."""
+    backend = copy.copy(config.backend)
+    if backend.cuda_device_max_connections is None:
+        backend.cuda_device_max_connections = connections_rule(config)[0]
+    if backend.expandable_segments is None:
+        backend.expandable_segments = segments_rule(config)[0]
+    return dataclasses.replace(config, backend=backend)
+
+
+def faults(config: Config) -> Iterator[ConfigError]:
+    """What is wrong with the keys of the environment."""
+    if config.backend.expandable_segments and config.megatron.ddp.get("nccl_ub"):
+        yield ConfigError(
+            "backend.expandable_segments",
+            "true cannot be had with megatron.ddp.nccl_ub, whose memory pool has fixed segments",
+            "leave one of the two out",
+        )
+
+
+def nccl_name(key: str) -> str:
+    """The variable of a key of ``backend.nccl``, such as ``NVLS_ENABLE``."""
+    return f"NCCL_{key.upper().removeprefix('NCCL_')}"
+
+
+def settings(backend: BackendConfig) -> list[tuple[str, str, str]]:
+    """Name, value and config key of what a settled config sets, in a fixed order."""
+    found = []
+    if backend.cuda_device_max_connections is not None:
+        key = "backend.cuda_device_max_connections"
+        found.append((CONNECTIONS, str(backend.cuda_device_max_connections), key))
+    if backend.expandable_segments:
+        found += [(name, EXPANDABLE, "backend.expandable_segments") for name in ALLOCATORS]
+    found += [(nccl_name(k), str(v), f"backend.nccl.{k}") for k, v in backend.nccl.items()]
+    return found
+
+
+def variables(config: Config) -> list[Variable]:
+    """What a settled config does about each variable that has a rule or a key, and why."""
+    backend = config.backend
+    set_ = {name: value for name, value, _ in settings(backend)}
+    queues, why_queues = connections_rule(config)
+    segments, why_segments = segments_rule(config)
+    if backend.cuda_device_max_connections != queues:
+        why_queues = f"set in the config; by rule {queues or 'unset'}: {why_queues}"
+    if backend.expandable_segments != segments:
+        why_segments = f"set in the config; by rule {'on' if segments else 'off'}: {why_segments}"
+    return [
+        Variable(
+            CONNECTIONS, set_.get(CONNECTIONS), "backend.cuda_device_max_connections", why_queues
+        ),
+        *(
+            Variable(name, set_.get(name), "backend.expandable_segments", why_segments)
+            for name in ALLOCATORS
+        ),
+        *(
+            Variable(nccl_name(key), str(value), f"backend.nccl.{key}", "set in the config")
+            for key, value in backend.nccl.items()
+        ),
+    ]
