@@ -104,6 +104,7 @@ class SpanSchedule:
         self.span, self.groups, self.tracer = span, groups, tracer
         self.stage: int = groups.pp.rank()
         self.counts = FlushCounts()
+        self._turns = Turns(span.device)
 
     def __call__(
         self,
@@ -153,10 +154,9 @@ class SpanSchedule:
         return losses
 
     def _side_by_side(self, forward: Callable[[], None], backward: Callable[[], None]) -> None:
-        turns = Turns()
-        self.span.yield_turn = turns.give
+        self.span.yield_turn = self._turns.give
         try:
-            turns.run(forward, backward)
+            self._turns.run(forward, backward)
         finally:
             self.span.yield_turn = None
 
