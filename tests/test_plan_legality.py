@@ -89,6 +89,12 @@ def faults(overrides: list[str], world: int) -> dict[str, str]:
             "1",
         ),
         (
+            ["parallel.placement=span", "dtype=fp8"],
+            8,
+            "dtype",
+            "parallel.placement=stage",
+        ),
+        (
             ["parallel.placement=span", "parallel.dispatcher=allgather"],
             8,
             "parallel.dispatcher",

@@ -233,6 +233,13 @@ def _span_options(config: Config) -> Iterator[ConfigError]:
             f"{config.parallel.dispatcher}: span exchanges tokens by all-to-all",
             "parallel.dispatcher=alltoall",
         )
+    if config.dtype == "fp8":
+        yield ConfigError(
+            "dtype",
+            "fp8: a rank whose own stage is idle runs experts for the others outside Megatron's "
+            "fp8 context, so that with placement=span their precision would follow the schedule",
+            "dtype=bf16, or parallel.placement=stage",
+        )
     refused = sorted(set(config.recompute.modules) - {"moe", "moe_act"})
     if refused:
         yield ConfigError(
