@@ -14,8 +14,9 @@ Shape letters: N tokens, H hidden width, R ranks of the replica, E experts of a 
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from moe_train.backend.groups import lost_peer
 from moe_train.errors import HungError
 from moe_train.model.span.hosting import Hosted, host_backward, host_forward
 from moe_train.model.span.packing import pack, unpack, width
@@ -170,7 +172,7 @@ class Span:
             if stage not in half.active:
                 assert rows == 0, f"tokens from idle stage {stage} at {half.place}"
                 continue
-            tokens_NH, probs_N = unpack(packed[start : start + rows], PROBS)
+            tokens_NH, probs_N = unpack(packed[start : start + rows], self._hidden, PROBS)
             start += rows
             # Also with no tokens at all: gradient reduction counts on every use of a weight.
             output_NH, hosted = host_forward(
@@ -221,7 +223,7 @@ class Span:
         packed_out = torch.cat(back) if back else self._empty(0, packed=True)
         packed = self._empty(sum(sent), packed=True)
         self._all_to_all(BACKWARD, layer, packed, packed_out, sent, received)
-        return unpack(packed, PROBS)
+        return unpack(packed, self._hidden, PROBS)
 
     def _empty(self, rows: int, packed: bool = False) -> torch.Tensor:
         columns = width(self._hidden, self._dtype, PROBS) if packed else self._hidden
@@ -237,20 +239,29 @@ class Span:
         input_splits: list[int] | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> None:
-        try:
+        with self._naming(direction, layer):
             work = dist.all_to_all_single(
                 output, data, output_splits, input_splits, group=self.group, async_op=True
             )
             assert work is not None
             if not self.overlap:
                 work.wait()
-            if meanwhile is not None:
-                meanwhile()
-            if self.overlap:
-                if self.yield_turn is not None:
-                    self.yield_turn(direction)
+        if meanwhile is not None:
+            meanwhile()
+        if self.overlap:
+            if self.yield_turn is not None:
+                self.yield_turn(direction)
+            with self._naming(direction, layer):
                 work.wait()
+
+    @contextlib.contextmanager
+    def _naming(self, direction: int, layer: int) -> Iterator[None]:
+        """Say where the exchange was when a peer was lost; any other failure passes as it is."""
+        try:
+            yield
         except RuntimeError as failure:
+            if lost_peer(failure) is None:
+                raise
             raise HungError(
                 f"rank {dist.get_rank()}",
                 f"the exchange of local layer {layer} failed at {self._halves[direction].place}: "

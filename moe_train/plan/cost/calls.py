@@ -163,11 +163,12 @@ def _span(config: Config, layout: Layout, z: Shapes) -> list[Call]:
     """Both sides know the counts by the time of the backward pass."""
     hardware, row, rows = config.hardware, z.H * z.b, z.N * z.K
     where = group(layout, hardware, "ep")
-    packed = all_to_all(hardware, where, rows * (row + PROBABILITY))
+    packed = all_to_all(hardware, where, rows * z.packed_row)
     return [
         Call("experts, counts", "ep", "dispatch", all_to_all(hardware, where, z.E * COUNT),
              1, 0, "8 E"),
-        Call("experts, rows and probabilities", "ep", "dispatch", packed, 1, 1, "N K (H b + 4)"),
+        Call("experts, rows and probabilities", "ep", "dispatch", packed, 1, 1,
+             "N K (H b + 4), rows in multiples of 16"),
         Call("experts, results", "ep", "combine", all_to_all(hardware, where, rows * row),
              1, 1, "N K H b"),
     ]  # fmt: skip

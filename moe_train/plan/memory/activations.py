@@ -75,9 +75,9 @@ def expert_terms(z: Shapes, rows: float | None = None, *, act: bool = False) -> 
 
 def span_terms(z: Shapes) -> list[Term]:
     """What the spanning exchange keeps on the hosting rank beside the experts' own, per row set."""
-    packed = z.R * (z.H * z.b + 4)
+    packed = z.R * z.packed_row
     return [
-        Term("received rows", packed if z.t > 1 else 4 * z.R, "R (H b + 4)", "model/span/hosting"),
+        Term("received rows", packed if z.t > 1 else 4 * z.R, "R w", "model/span/hosting"),
         Term("expert results", z.R * z.H * z.b, "R H b", "model/span/hosting"),
     ]
 

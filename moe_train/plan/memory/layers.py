@@ -130,9 +130,9 @@ def layer_backward(z: Shapes, kept: Collection[str], passes: int) -> list[Phase]
         around.append(
             Term("gradient of combined rows", z.N * z.K * z.H * z.b, "N K H b", "model/span")
         )
-        earlier = (z.R - rows) * (2 * z.H * z.b + 4)
+        earlier = (z.R - rows) * (z.H * z.b + z.packed_row)
         around.append(
-            Term("other stages' gradients", earlier, "(1 - 1/P) R (2 H b + 4)", "model/span")
+            Term("other stages' gradients", earlier, "(1 - 1/P) R (H b + w)", "model/span")
         )
     weight = z.local_experts * z.F * z.H * z.b
     # torch computes a weight's gradient whole before it is added to the gradient buffer;
@@ -184,9 +184,9 @@ def _gradients_back(z: Shapes, gone: list[Term]) -> Phase:
             Term("gradient of expert output", received * z.H * z.b, "R H b", "model/span"),
             Term("gradient of combined rows", sent * z.H * z.b, "N K H b", "model/span"),
             Term("gradient of expert input", received * z.H * z.b, "R H b", "model/span/hosting"),
-            Term("packed, by stage and joined", 2 * received * (z.H * z.b + 4),
-                 "2 R (H b + 4)", "model/span/packing"),
-            Term("packed, returned", sent * (z.H * z.b + 4), "N K (H b + 4)", "model/span/packing"),
+            Term("packed, by stage and joined", 2 * received * z.packed_row,
+                 "2 R w", "model/span/packing"),
+            Term("packed, returned", sent * z.packed_row, "N K w", "model/span/packing"),
             Term("unpacked", sent * z.H * z.b, "N K H b", "model/span/packing"),
         ),
     )  # fmt: skip

@@ -11,6 +11,7 @@ Letters in formulas, here and in all modules that count bytes:
     H hidden, Q query and G key/value width on a rank, D head width, n heads on a rank
     E experts of a layer, F expert width on a rank (f / x), W shared width on a rank
     V vocabulary rows on a rank, b bytes of the compute dtype
+    w bytes of a row packed for the spanning exchange
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ class Shapes:
     x: int
     local_experts: int
     fused: bool
+
+    @property
+    def packed_row(self) -> int:
+        """w: bytes of a row and its probability in the spanning exchange (model/span/packing),
+        H b + 4 up to the next multiple of 16.
+        """
+        return -(-(self.H * self.b + 4) // 16) * 16
 
 
 def capacity_factor(config: Config, assumptions: Assumptions) -> float:
