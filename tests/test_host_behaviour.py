@@ -26,6 +26,31 @@ def _norm(gradient: torch.Tensor) -> float:
     return float(found[0])
 
 
+def _clip_copies() -> int:
+    """Elements of new tensors that clipping one gradient makes."""
+    from megatron.core.optimizer import clip_grads
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if torch.is_tensor(result) and result.data_ptr() != gradient.data_ptr():
+                self.made += result.numel()
+            return result
+
+    gradient = torch.ones(100)
+    with Count() as count:
+        clip_grads.multi_tensor_applier(
+            clip_grads.multi_tensor_scale_impl, None, [[gradient], [gradient]], 0.5
+        )
+    assert torch.equal(gradient, torch.full((100,), 0.5))
+    return count.made
+
+
 def _pristine(connection: Any) -> None:
     import sys
 
@@ -78,6 +103,7 @@ def _pristine(connection: Any) -> None:
         "fp8": hasattr(random, "FP8GlobalStateManager"),
         "heavy": "torch._inductor" in sys.modules,
         "l2": norm,
+        "clip": _clip_copies(),
     }
     connection.send(facts)
 
@@ -155,6 +181,7 @@ def _patched(rank: int, world: int) -> dict[str, Any]:
         "retyped": torch.ones(1).type(torch.int64).dtype == torch.int64,
         "rng": again,
         "l2": _norm(torch.full((4_000_003,), 1.1)),
+        "clip": _clip_copies(),
         "devices": made
         | {str(torch.ones(1).cuda().device), str(torch.ones(1).to("cuda").device)}
         | {str(torch.ones(1).to(device="cuda:0").device), str(torch.cuda.current_device())},
@@ -249,6 +276,11 @@ def test_the_fallback_norm_still_rounds_badly() -> None:
     exact *= float(np.float32(1.1)) / 1.1
     assert abs(patched()["l2"] / exact - 1) < 1e-6
     assert abs(pristine()["l2"] / exact - 1) > 1e-6
+
+
+def test_the_fallback_clips_through_a_copy() -> None:
+    assert pristine()["clip"] == 100
+    assert patched()["clip"] == 0
 
 
 def test_literal_devices_are_the_host() -> None:

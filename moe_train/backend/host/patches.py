@@ -168,7 +168,10 @@ def apply_late() -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     from moe_train.backend.torch_kernels.adam import TorchAdam
-    from moe_train.backend.torch_kernels.gradient_norm import multi_tensor_l2_norm
+    from moe_train.backend.torch_kernels.gradient_norm import (
+        multi_tensor_l2_norm,
+        multi_tensor_scale,
+    )
 
     # On CUDA the splits become numpy arrays on their way off the device; without a device
     # they would stay tensors, which all_to_all_single refuses.
@@ -203,6 +206,8 @@ def apply_late() -> None:
 
     # The fallback's rounding depends on how a gradient is cut, and so on the layout.
     clip_grads.l2_norm_impl = multi_tensor_l2_norm
+    # The fallback's copy is as large as the largest gradient.
+    clip_grads.multi_tensor_scale_impl = multi_tensor_scale
 
 
 def apply() -> None:
