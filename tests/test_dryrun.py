@@ -54,7 +54,7 @@ def real_rank(rank: int, world: int, words: list[str]) -> tuple[int, int, int, i
     with MemoryTracker() as tracker:
         initialise_state(engine.optimizer)
         own_state(tracker, engine)
-        peak = watched_step(engine, batches, tracker)
+        peak = watched_step(engine, batches, tracker).peak
         state = [tracker.total(one) for one in (WEIGHTS, GRADIENTS, OPTIMIZER)]
         return state[0], state[1], state[2], peak.bytes, peak.phase
 

@@ -24,9 +24,9 @@ EXAMPLES = """examples:
       --imbalance 1.5
   moe-train dryrun --table docs/dryrun.md                  every layout of the 30 B: a long run
 
-The model, the optimizer's state and the schedule are the real ones, with this machine's kernels
-(torch's own); tensors hold no memory. The optimizer's update itself is not run. Tokens are
-routed evenly; --imbalance scales the rows of the rank's experts.
+The model, the optimizer with its state and the schedule are the real ones, with this machine's
+kernels (torch's own); tensors hold no memory. The step includes gradient norm, clipping and
+update. Tokens are routed evenly; --imbalance scales the rows of the rank's experts.
 
 exit code: 0; 2 the configuration is refused
 """

@@ -33,10 +33,11 @@ HEAD = """# Dry run against closed form
 Written by `moe-train dryrun --table docs/dryrun.md`.
 
 The dry run builds the real 30 B model of a rank, its gradient buffers and its optimizer state on
-fake tensors and runs forward and backward of its schedule; the peak is that of all live tensors.
-The planner's closed form (`moe_train/plan/memory/stages.py`) is for the same kernels, torch's own
-on the host, without fragmentation. Both leave out what kernels use inside and the optimizer's
-update. Routing is even, sequences have 4096 tokens, the optimizer is precision-aware (12 bytes a
+fake tensors and runs its schedule, forward and backward, then gradient norm, clipping and update;
+the peak is that of all live tensors. The planner's closed form (`moe_train/plan/memory/stages.py`)
+is for the same kernels, torch's own on the host, without fragmentation. Both leave out what
+kernels use inside.
+Routing is even, sequences have 4096 tokens, the optimizer is precision-aware (12 bytes a
 parameter). Sizes are in GB, 1e9 bytes.
 
 One rank stands for its pipeline stage: its tensor-, expert- and data-parallel peers hold tensors

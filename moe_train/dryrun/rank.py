@@ -31,6 +31,8 @@ class RankRun:
     gradients: int
     optimizer: int
     peak: Peak
+    update: int
+    """Bytes that the optimizer's update needs beside what is live before it."""
 
     @property
     def state(self) -> int:
@@ -69,14 +71,15 @@ def dry_run(
             initialise_state(engine.optimizer)
             own_state(tracker, engine)
             # All micro-batches are alike, and the same tensors serve for all.
-            peak = watched_step(engine, [_micro_batch(config)] * count, tracker)
+            watched = watched_step(engine, [_micro_batch(config)] * count, tracker)
             return RankRun(
                 rank,
                 layout.coordinates(rank).dense.pp,
                 tracker.total(WEIGHTS),
                 tracker.total(GRADIENTS),
                 tracker.total(OPTIMIZER),
-                peak,
+                watched.peak,
+                watched.update,
             )
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step under the tracker: forward and backward of every micro-batch, watched.
+"""One optimizer step under the tracker: every micro-batch and the update, watched.
 
 The same code follows a rank on fake tensors and a rank of a real world.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -20,6 +21,21 @@ from moe_train.model.span.exchange import Span
 from moe_train.train import span_schedule
 from moe_train.train.engine import Engine
 from moe_train.train.forward import MicroBatch, forward_step
+from moe_train.train.step import apply_update
+
+UPDATE = "optimizer update"
+"""Name of the phase after the last backward pass."""
+CLIPPED = 1e9
+"""Gradient norm that the update is given: large, so that gradients are clipped."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One watched step."""
+
+    peak: Peak
+    update: int
+    """Bytes that gradient norm, clipping and update need beside what is live before them."""
 
 
 def own_state(tracker: MemoryTracker, engine: Engine) -> None:
@@ -58,8 +74,8 @@ def state_tensors(inner: Sequence[Any]) -> Iterator[torch.Tensor]:
                 yield from (value for value in states.values() if torch.is_tensor(value))
 
 
-def watched_step(engine: Engine, batches: Sequence[MicroBatch], tracker: MemoryTracker) -> Peak:
-    """Run all micro-batches forward and backward, in the engine's schedule; the update is not run.
+def watched_step(engine: Engine, batches: Sequence[MicroBatch], tracker: MemoryTracker) -> Watched:
+    """Run all micro-batches forward and backward, in the engine's schedule, then the update.
 
     Call inside the tracker, with :func:`own_state` told.
     """
@@ -80,6 +96,18 @@ def watched_step(engine: Engine, batches: Sequence[MicroBatch], tracker: MemoryT
             micro_batch_size=engine.config.batch.micro,
             forward_only=False,
         )
+    passes, before = tracker.peak(), tracker.live
+    update = watched_update(engine, tracker)
+    return Watched(max(passes, update, key=lambda peak: peak.bytes), update.bytes - before)
+
+
+def watched_update(engine: Engine, tracker: MemoryTracker) -> Peak:
+    """Run gradient norm, clipping and update, as after the last backward pass."""
+    tracker.phase, tracker.module = UPDATE, "optimizer"
+    tracker.begin()
+    engine.optimizer.prepare_grads()
+    engine.optimizer.get_grad_norm()
+    apply_update(engine.optimizer, CLIPPED)
     return tracker.peak()
 
 

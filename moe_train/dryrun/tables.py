@@ -22,8 +22,8 @@ def print_stages(rows: Sequence[tuple[str, RankRun, StageMemory]], console: Cons
     """One row a rank and recomputation: peak, closed form and moment; then what it is made of."""
     unit = unit_of(run.peak.bytes for _, run, _ in rows)
     peaks = table_of(
-        f"Peak of tensors, forward and backward of one step, {unit.prefix}B",
-        "recompute", "rank, stage", "peak", "planned", "difference",
+        f"Peak of tensors in one step, {unit.prefix}B",
+        "recompute", "rank, stage", "peak", "planned", "difference", "update adds",
     )  # fmt: skip
     parts = table_of(
         f"The peak by category, {unit.prefix}B", "recompute", "rank, stage", *CATEGORIES
@@ -33,11 +33,13 @@ def print_stages(rows: Sequence[tuple[str, RankRun, StageMemory]], console: Cons
         peaks.add_row(
             recompute, place, unit.show(run.peak.bytes, 3), unit.show(plan.allocated, 3),
             f"{difference(run, plan):+.2%} ({activation_difference(run, plan):+.1%})",
+            unit.show(run.update, 3),
         )  # fmt: skip
         sizes = run.peak.categories
         parts.add_row(recompute, place, *(unit.show(sizes[name], 3) for name in CATEGORIES))
     console.print(peaks)
     console.print("difference: closed form over dry run (in brackets: without state)")
+    console.print("update adds: what gradient norm, clipping and update need beside what is live")
     for recompute, run, _ in rows:
         where = f"{run.peak.phase}, {run.peak.module or 'schedule'}"
         console.print(f"  peak of rank {run.rank}, recompute {recompute}: {where}", soft_wrap=True)

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_train.backend.groups import close_world, open_groups
 from moe_train.config.layers import parse_layers
@@ -50,10 +52,24 @@ def fake_world(rank: int, world: int) -> Iterator[FakeTensorMode]:
     )
     dist.init_process_group(backend="fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        with no_fork, one_by_one, FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with (
+            no_fork,
+            one_by_one,
+            FakeTensorMode(allow_non_fake_inputs=True) as mode,
+            _KnownScalars(),
+        ):
             yield mode
     finally:
         close_world()
+
+
+class _KnownScalars(TorchDispatchMode):
+    """Answer a tensor's value, such as the gradient norm's, with 1: fake tensors have none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        return func(*args, **(kwargs or {}))
 
 
 class _Finished(contextlib.AbstractContextManager["_Finished"]):

@@ -66,9 +66,14 @@ def train_step(
         )
     lr = set_step(engine.scheduler, step)
     with engine.tracer.region("optimizer", "optimizer"):
-        _clip(engine.optimizer, grad_norm)
-        engine.optimizer.step_with_ready_grads()
+        apply_update(engine.optimizer, grad_norm)
     return StepResult(loss, grad_norm, lr, stats)
+
+
+def apply_update(optimizer: Any, grad_norm: float) -> None:
+    """Clip the prepared gradients by their global norm and update the weights."""
+    _clip(optimizer, grad_norm)
+    optimizer.step_with_ready_grads()
 
 
 @torch.no_grad()
