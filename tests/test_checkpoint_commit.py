@@ -11,7 +11,8 @@ import pytest
 
 from moe_train import cli
 from moe_train.checkpoint import folders
-from moe_train.checkpoint.manifest import Manifest, file_facts, read_manifest, verify
+from moe_train.checkpoint.digests import file_facts
+from moe_train.checkpoint.manifest import Manifest, read_manifest, verify
 from moe_train.errors import EXIT_CHECKPOINT, CheckpointError
 from moe_train.testing.runs import train_run
 

@@ -87,7 +87,12 @@ def test_every_file_times_every_damage(tmp_path: Path) -> None:
     for number, (case, (code, told)) in enumerate(one.items()):
         assert code == 0, f"{case}: {told}"
         assert "warning: passed over a damaged checkpoint" in told, case
-        assert f"step_00000004/{case.split()[2]}" in told, f"{case}: {told}"
+        _, damage, file = case.split()
+        # Most of a manifest is digests: a flipped one cannot be told from a flipped block.
+        blamed = (
+            {file, "__0_0.distcp"} if (damage, file) == ("flipped", "manifest.json") else {file}
+        )
+        assert any(f"step_00000004/{name}" in told for name in blamed), f"{case}: {told}"
         assert "step_00000002 at step 2" in told and "Traceback" not in told, case
         # The steps that the damage cost were made again, bit for bit.
         again = read(tmp_path / "cases" / f"case{number}" / "metrics.jsonl")

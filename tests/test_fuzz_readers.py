@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from moe_train.checkpoint.digests import file_facts
 from moe_train.checkpoint.index import read_index
-from moe_train.checkpoint.manifest import Manifest, file_facts, read_manifest, verify
+from moe_train.checkpoint.manifest import Manifest, read_manifest, verify
 from moe_train.config.compose import collect, compose_mapping, typed
 from moe_train.config.convert import dotted_keys
 from moe_train.config.root import Config

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from moe_train.checkpoint.digests import file_facts
 from moe_train.checkpoint.index import read_index
-from moe_train.checkpoint.manifest import MAX_BYTES, Manifest, file_facts, read_manifest, verify
+from moe_train.checkpoint.manifest import MAX_BYTES, Manifest, read_manifest, verify
 from moe_train.errors import EXIT_CHECKPOINT, CheckpointError
 from moe_train.testing.runs import QUIET, train_run
 from moe_train.testing.world import run_world

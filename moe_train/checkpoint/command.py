@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ VERIFY_EXAMPLES = """examples:
   moe-train checkpoint verify runs/notes/checkpoints/step_00000100
   moe-train checkpoint verify runs/*/checkpoints/step_* --json report.json
 
-Every file is compared with the size and SHA-256 in the manifest.
+Every file is compared with the size in the manifest, every block of it with its SHA-256.
 exit code: 0 all sound; 4 damage
 """
 
@@ -84,7 +85,7 @@ def inspect(folder: Path, deep: bool) -> Row:
     """
     size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file()) if folder.is_dir() else 0
     try:
-        manifest = verify(folder, deep)
+        manifest = verify(folder, deep, threads=min(8, os.cpu_count() or 1))
     except CheckpointError as damage:
         return Row(str(folder), None, "", None, size, False, f"{damage.field}: {damage.problem}")
     return Row(

@@ -7,48 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moe_train.checkpoint import folders, optimizer_state, rng
-from moe_train.checkpoint.manifest import Manifest, read_manifest, verify
+from moe_train.checkpoint import optimizer_state, rng
+from moe_train.checkpoint.manifest import Manifest, read_manifest
 from moe_train.checkpoint.model_state import load_model_state, sharded_model_state
 from moe_train.checkpoint.tensors import read_tensors
 from moe_train.errors import CheckpointError
-
-
-def find_checkpoint(root: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """Choose what to resume from; call on one rank and share the answer.
-
-    Args:
-        resume: ``auto`` (newest that verifies, under ``root``), ``never``, or a path.
-
-    Returns:
-        The folder or None, and a warning for each newer checkpoint that was passed over.
-
-    Raises:
-        CheckpointError: the named path is not a sound checkpoint, or every one is damaged.
-    """
-    if resume == "never":
-        return None, []
-    if resume != "auto":
-        # A link that a user names is the user's; those inside are refused.
-        folder = Path(resume).resolve()
-        verify(folder)
-        return folder, []
-    warnings: list[str] = []
-    candidates = folders.committed(root)
-    for folder in candidates:
-        try:
-            verify(folder)
-        except CheckpointError as damage:
-            warnings.append(str(damage))
-            continue
-        return folder, warnings
-    if candidates:
-        raise CheckpointError(
-            str(root),
-            f"all {len(candidates)} checkpoints are damaged: {warnings[0]}",
-            "restore one of them, or start again with checkpoint.resume=never",
-        )
-    return None, warnings
 
 
 def check_fits(folder: Path, model: dict[str, Any], tokenizer: str) -> Manifest:

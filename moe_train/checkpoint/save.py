@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_train.checkpoint import folders, manifest, optimizer_state, rng, space
+from moe_train.checkpoint.digests import file_facts
 from moe_train.checkpoint.index import write_index
 from moe_train.checkpoint.manifest import Manifest
 from moe_train.checkpoint.model_state import sharded_model_state
@@ -105,7 +106,7 @@ class Save:
         mine = {}
         for path in sorted(self._staging.glob(f"__{dist.get_rank()}_*.distcp")):
             folders.sync_file(path)
-            mine[path.name] = manifest.file_facts(path)
+            mine[path.name] = file_facts(path)
         self.seconds += time.monotonic() - begun
         return mine
 
@@ -113,7 +114,7 @@ class Save:
         if dist.get_rank() == 0:
             assert written is not None
             write_index(self._staging, *written)
-            table[manifest.INDEX] = manifest.file_facts(self._staging / manifest.INDEX)
+            table[manifest.INDEX] = file_facts(self._staging / manifest.INDEX)
             Manifest(files=table, **self._facts).write(self._staging)
             folders.commit(self._staging)
 

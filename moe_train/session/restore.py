@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint.load import check_fits, find_checkpoint, load_checkpoint
+from moe_train.checkpoint.choose import find_checkpoint
+from moe_train.checkpoint.load import check_fits, load_checkpoint
 from moe_train.checkpoint.manifest import Manifest
 from moe_train.errors import CheckpointError
 from moe_train.session.agreement import agree
@@ -29,7 +30,10 @@ def restore(
     Raises:
         CheckpointError: damaged, or of another model or tokenizer; the same on every rank.
     """
-    found = _choose(session.rank, root, resume)
+    found, warnings = find_checkpoint(root, resume)
+    if session.rank == 0:
+        for warning in warnings:
+            print(f"warning: passed over a damaged checkpoint: {warning}", flush=True)
     if found is None:
         return None, None
     facts = session.facts()
@@ -72,20 +76,6 @@ def _other_data(manifest: Manifest, batch: int, sequence: int, seed: int) -> Ite
             f"{' and '.join(other)}: samples are cut and shuffled anew, so that some text comes "
             "again and some never; counts of samples and tokens go on as if all were of this kind"
         )
-
-
-def _choose(rank: int, root: Path, resume: str) -> Path | None:
-    """Rank 0 reads and hashes; the others follow."""
-    fault: CheckpointError | None = None
-    found: Path | None = None
-    if rank == 0:
-        try:
-            found, warnings = find_checkpoint(root, resume)
-            for warning in warnings:
-                print(f"warning: passed over a damaged checkpoint: {warning}", flush=True)
-        except CheckpointError as damage:
-            fault = damage
-    return agree(fault, found)
 
 
 def _check(found: Path, facts: dict[str, Any]) -> Manifest:
