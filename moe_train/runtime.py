@@ -191,6 +191,9 @@ def run(overrides: Sequence[str], interrupt: Interrupt, suffix: str = "") -> int
             )
             if session.folder is not None:
                 standing.logs = session.folder.logs
+            if rank == 0:
+                taken = session.engine.backend.kernels
+                print(f"kernels {taken.kernels.name} ({taken.why})", flush=True)
             # Only now: it imports Megatron, which the backend had to prepare for.
             from moe_train.session.training import train
 

@@ -28,6 +28,7 @@ MACHINE = {
         "transformer_impl": ("'transformer_engine'", "'local'"),
         "apply_rope_fusion": ("True", "False"),
         "moe_permute_fusion": ("True", "False"),
+        "moe_router_fusion": ("True", "False"),
         "cross_entropy_loss_fusion": ("True", "False"),
         "persist_layer_norm": None,
         "gradient_accumulation_fusion": None,

@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
-from moe_train.backend import select
+from moe_train.backend import kernels, select
 from moe_train.backend.cuda import backend as cuda
+from moe_train.config.kernels import TORCH
 from moe_train.config.training import BackendConfig
 from moe_train.errors import EXIT_CONFIG, ConfigError
 
@@ -81,19 +84,99 @@ def test_more_ranks_than_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         select.select_backend("cuda", BackendConfig())
 
 
+def without_device(monkeypatch: pytest.MonkeyPatch, engine: ModuleType | None) -> None:
+    """A process that could take its GPU; ``engine`` is TransformerEngine, or None."""
+    monkeypatch.setattr(cuda.torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(cuda.patches, "apply_missing_te", lambda lean: None)
+    monkeypatch.setitem(sys.modules, "transformer_engine", engine)
+    if engine is not None:
+        monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
+
+
 def test_a_missing_transformer_engine_is_told_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    monkeypatch.setattr(cuda.torch.cuda, "set_device", lambda device: None)
-    with pytest.raises(ConfigError, match="TransformerEngine"):
-        cuda.CudaBackend(0).prepare()
+    without_device(monkeypatch, None)
+    with pytest.raises(ConfigError, match="TransformerEngine does not import") as refused:
+        cuda.CudaBackend(0, BackendConfig(kernels="te")).prepare()
+    assert refused.value.field == "backend.kernels"
+    assert "backend.kernels=torch" in str(refused.value)
 
 
-def test_weight_gradients_are_fused_only_where_the_kernel_is(
+@pytest.mark.parametrize(
+    ("requested", "installed", "taken"),
+    [
+        ("auto", True, "te"),
+        ("auto", False, "torch"),
+        ("te", True, "te"),
+        ("torch", True, "torch"),
+        ("torch", False, "torch"),
+    ],
+)
+def test_kernels_are_taken_by_what_imports(
+    monkeypatch: pytest.MonkeyPatch, requested: str, installed: bool, taken: str
+) -> None:
+    without_device(monkeypatch, ModuleType("transformer_engine") if installed else None)
+    backend = cuda.CudaBackend(0, BackendConfig(kernels=requested))
+    backend.prepare()
+    assert backend.kernels.kernels.name == taken
+    assert requested in backend.kernels.why
+    assert backend.transformer_overrides()["apply_rope_fusion"] is (taken == "te")
+
+
+def test_torch_kernels_never_import_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_device(monkeypatch, None)
+    monkeypatch.setattr(cuda, "choose_kernels", kernels.choose_kernels)
+    monkeypatch.setattr(kernels, "transformer_engine_problem", lambda: pytest.fail("imported"))
+    assert kernels.choose_kernels(BackendConfig(kernels="torch"), on_cpu=False).kernels is TORCH
+    assert kernels.choose_kernels(BackendConfig(kernels="auto"), on_cpu=True).kernels is TORCH
+
+
+def test_a_broken_transformer_engine_is_not_taken(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert cuda.CudaBackend(0).transformer_overrides()["gradient_accumulation_fusion"] is False
+    """Its torch extension is built for one torch: a wrong one fails as it is loaded."""
+    package = tmp_path / "transformer_engine"
+    (package / "pytorch").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "pytorch/__init__.py").write_text("raise OSError('undefined symbol: x')")
+    for name in [name for name in sys.modules if name.split(".")[0] == package.name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    choice = kernels.choose_kernels(BackendConfig(), on_cpu=False)
+    assert choice.kernels is TORCH
+    assert "undefined symbol" in choice.why
+    for name in [name for name in sys.modules if name.split(".")[0] == package.name]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_cpu_has_torch_kernels_alone() -> None:
+    for requested in ("auto", "torch"):
+        assert (
+            select.select_backend("cpu", BackendConfig(kernels=requested)).kernels.kernels is TORCH
+        )
+    with pytest.raises(ConfigError, match="no kernels for a CPU"):
+        select.select_backend("cpu", BackendConfig(kernels="te"))
+
+
+class Engine(torch.nn.Linear):
+    """As TransformerEngine's layers keep the switch."""
+
+    fuse_wgrad_accumulation = False
+
+
+def test_weight_gradients_are_fused_without_apex_outside_the_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Megatron's config also governs its own head, whose kernel is Apex's."""
+    model = torch.nn.Sequential(Engine(2, 2), torch.nn.Linear(2, 2))
+    te = cuda.CudaBackend(0, BackendConfig(kernels="te"))
+    assert te.transformer_overrides()["gradient_accumulation_fusion"] is False
+    cuda.CudaBackend(0, BackendConfig(kernels="torch")).finish_model(model)
+    assert not model[0].fuse_wgrad_accumulation
+    te.finish_model(model)
+    assert model[0].fuse_wgrad_accumulation
+    assert not hasattr(model[1], "fuse_wgrad_accumulation")
     (tmp_path / f"{cuda.WEIGHT_GRADIENT_KERNEL}.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    assert cuda.CudaBackend(0).transformer_overrides()["gradient_accumulation_fusion"] is True
+    assert te.transformer_overrides()["gradient_accumulation_fusion"] is True

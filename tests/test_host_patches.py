@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_train.backend.host import patches, streams
+from moe_train.backend import patches
+from moe_train.backend.host import streams
 from moe_train.testing.cuda_scan import Use, uses
 from moe_train.testing.world import run_world
 

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
     from megatron.core.models.backends import BackendSpecProvider
 
+    from moe_train.config.kernels import KernelChoice
+
 
 class Backend(Protocol):
     """One kind of machine. Built by :func:`moe_train.backend.select.select_backend`."""
@@ -17,8 +19,8 @@ class Backend(Protocol):
     """``host`` or ``cuda``."""
     communication: str
     """torch.distributed backend name."""
-    transformer_impl: str
-    """Megatron's ``transformer_impl`` that the spec provider belongs to."""
+    kernels: KernelChoice
+    """The kernel set and why it was taken; on a GPU final once :meth:`prepare` has run."""
 
     @property
     def device(self) -> torch.device:
@@ -32,6 +34,9 @@ class Backend(Protocol):
 
     def transformer_overrides(self) -> dict[str, Any]:
         """TransformerConfig fields that this machine fixes (fusions it has or lacks)."""
+
+    def finish_model(self, chunk: torch.nn.Module) -> None:
+        """Switch on what Megatron's config cannot, in a model chunk just built."""
 
     def optimizer_overrides(self) -> dict[str, Any]:
         """OptimizerConfig fields that this machine fixes."""

@@ -45,7 +45,7 @@ def select_backend(device: str, config: BackendConfig) -> Backend:
         if os.environ.get("RANK", "0") == "0":
             for note in notes:
                 print(f"note: {note}", flush=True)
-        return CudaBackend(local_rank)
+        return CudaBackend(local_rank, config)
     from moe_train.backend.host.backend import HostBackend
 
     return HostBackend(config)

@@ -127,7 +127,14 @@ class LogConfig:
 
 @dataclass
 class BackendConfig:
-    """The machine's communication and threads."""
+    """The machine's kernels, communication and threads."""
+
+    kernels: str = "auto"
+    """Kernels on GPUs: auto (TransformerEngine's where it imports, else torch's) | te | torch.
+    A CPU has torch's alone."""
+    compile: bool | None = None
+    """Let Megatron compile its small functions with torch.compile, which needs Triton and a C
+    compiler on every node; None is as Megatron ships it with te, and off with torch."""
 
     timeout_seconds: int = 600
     """A step, validation or save that takes longer counts as hung: its rank writes its stacks to

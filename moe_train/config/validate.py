@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moe_train.config import environment, nccl
+from moe_train.config import environment, kernels, nccl
 from moe_train.config.convert import nearest
 from moe_train.config.layers import parse_layers
 from moe_train.config.ranges import range_faults, value_at
@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.moment_dtype": ("fp32", "bf16"),
     "optim.grad_dtype": ("fp32", "bf16"),
     "train.non_finite": ("stop", "skip", "rollback"),
+    "backend.kernels": kernels.CHOICES,
     "log.wandb": ("auto", "online", "offline", "disabled"),
     "log.console": ("auto", "bar", "lines", "none"),
 }

@@ -64,6 +64,7 @@ def build_chunks(
             pg_collection=groups,
             vp_stage=chunk if chunks > 1 else None,
         )
+        backend.finish_model(model)
         models.append(model)
     return models
 

@@ -46,7 +46,9 @@ def prepare(
         and facts.kind == "cpu"
         and not accelerator_present()
     )
-    found = check(config, world, host=on_host)
+    # The GPUs that a run is chosen for are this machine's, and so are its kernels.
+    here = facts is not None and facts.kind != "cpu"
+    found = check(config, world, host=on_host, here=here)
     faults.extend(fault for fault in found if fault.field not in refused)
     if faults:
         raise ConfigFaults(faults)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from moe_train.errors import MoeTrainError
+from moe_train.config.kernels import KernelChoice
+from moe_train.errors import ConfigError, MoeTrainError
 
 
 def agree[T](fault: MoeTrainError | None, value: T) -> T:
@@ -24,3 +25,21 @@ def agree[T](fault: MoeTrainError | None, value: T) -> T:
             # This rank's own keeps its cause.
             raise fault if fault is not None and str(fault) == str(other) else other
     return told[0][1]
+
+
+def same_kernels(choice: KernelChoice) -> None:
+    """Refuse a world whose ranks took different kernel sets; collective over the world.
+
+    Raises:
+        ConfigError: TransformerEngine imports on some nodes only; the same on every rank.
+    """
+    sets: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(sets, (choice.kernels.name, choice.why))
+    other = next((rank for rank, (name, _) in enumerate(sets) if name != sets[0][0]), None)
+    if other is not None:
+        raise ConfigError(
+            "backend.kernels",
+            f"rank 0 takes {sets[0][0]} ({sets[0][1]}), rank {other} {sets[other][0]} "
+            f"({sets[other][1]})",
+            "backend.kernels=torch, or the same TransformerEngine on every node",
+        )

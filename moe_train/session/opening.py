@@ -93,7 +93,13 @@ def open_session(
             fault = unusable
     if fault is not None and world == 1:
         raise fault
-    backend.prepare()
+    try:
+        backend.prepare()
+    except MoeTrainError as unusable:
+        # The peers are on their way into the world: they are told there.
+        fault = fault or unusable
+        if world == 1:
+            raise
     path = _join(config, backend, rank, world, stack, fault, folder.path if folder else None)
     assert corpus is not None
     folder = RunFolder(path) if path else None
@@ -113,12 +119,14 @@ def _join(
 ) -> Path | None:
     """Open the world; returns rank 0's ``path`` unless a rank has a fault."""
     from moe_train.backend.groups import close_world, open_world
-    from moe_train.session.agreement import agree
+    from moe_train.session.agreement import agree, same_kernels
 
     # The watchdog speaks first; a collective that gives up by itself names nobody.
     open_world(backend, rank, world, 2 * config.backend.timeout_seconds)
     stack.callback(close_world)
-    return agree(fault, path)
+    path = agree(fault, path)
+    same_kernels(backend.kernels)
+    return path
 
 
 def _build(config: Config, layout: Layout, backend: Backend, vocab: int) -> Engine:

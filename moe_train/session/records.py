@@ -14,16 +14,28 @@ from moe_train.monitor.status import write_status
 from moe_train.plan.report.plan_report import plan_report
 
 if TYPE_CHECKING:
+    from moe_train.config.kernels import KernelChoice
     from moe_train.config.root import Config
     from moe_train.monitor.recorder import Recorder
     from moe_train.plan.layouts.layout import Layout
     from moe_train.session.opening import Session
 
 
-def describe_run(folder: RunFolder, config: Config, layout: Layout, step: int) -> None:
-    """Write config, plan and the running status into the run folder."""
+def describe_run(
+    folder: RunFolder,
+    config: Config,
+    layout: Layout,
+    step: int,
+    kernels: KernelChoice | None = None,
+) -> None:
+    """Write config, plan and the running status into the run folder.
+
+    Args:
+        kernels: the kernel set, once it has been taken.
+    """
     folder.write_config(to_mapping(config))
-    write_atomically(folder.plan, json.dumps(plan_report(config, layout), indent=1) + "\n")
+    report = plan_report(config, layout, kernels=kernels)
+    write_atomically(folder.plan, json.dumps(report, indent=1) + "\n")
     write_status(folder.status, "running", step)
 
 

@@ -57,8 +57,8 @@ def train(
     datasets = _datasets(session, start, consumed)
     source = _source(session, datasets.train, consumed)
     standing.step = start
-    if session.rank == 0 and not standing.taken_up:
-        describe_run(folder, config, session.layout, start)
+    if session.rank == 0:
+        describe_run(folder, config, session.layout, start, engine.backend.kernels)
         standing.taken_up = True
     recorder = open_recorder(session, datasets, start, stack) if session.rank == 0 else None
     plan_trace(session, start)

@@ -80,7 +80,7 @@ def cuda_configs(overrides: Sequence[str], world: int) -> dict[str, dict[str, st
     )
 
     config, _ = prepare(overrides, world)
-    backend = CudaBackend(local_rank=0)
+    backend = CudaBackend(0, config.backend)
     with transformer_engine_answers():
         built = {
             "transformer": transformer_config(config, backend),

@@ -21,26 +21,26 @@ def pretend_gpu() -> None:
     """
     import torch
 
-    from moe_train.backend.host.backend import HostBackend
-    from moe_train.config.training import BackendConfig
+    from moe_train.backend.patches import apply_missing_cuda
 
     torch.cuda.is_available = lambda: True
-    HostBackend(BackendConfig()).prepare()
+    apply_missing_cuda()
 
 
 def cuda_ranks(overrides: Sequence[str], world: int) -> list[dict[str, Any]]:
     """``parameters`` and sorted ``matrices`` of every rank, built by the CUDA provider."""
-    from moe_train.backend.cuda.backend import CudaBackend, require_transformer_engine
+    from moe_train.backend.cuda.backend import CudaBackend
+    from moe_train.backend.kernels import transformer_engine_problem
     from moe_train.dryrun.world import fake_chunks, fake_world, parameter_count
     from moe_train.plan.prepare import prepare
     from moe_train.testing.shards import matrices
 
-    require_transformer_engine()
+    assert (problem := transformer_engine_problem()) is None, problem
     config, layout = prepare(overrides, world)
     ranks = []
     for rank in range(world):
         with fake_world(rank, world):
-            chunks = fake_chunks(config, layout, CudaBackend(local_rank=0))
+            chunks = fake_chunks(config, layout, CudaBackend(0, config.backend))
             ranks.append(
                 {"parameters": parameter_count(chunks), "matrices": sorted(matrices(chunks))}
             )

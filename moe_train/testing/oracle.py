@@ -56,7 +56,7 @@ def refusal(config: Config, layout: Layout) -> str:
         try:
             if config.device != "cpu":
                 with transformer_engine_answers():
-                    _configs(config, CudaBackend(local_rank=0))
+                    _configs(config, CudaBackend(0, config.backend))
             else:
                 _configs(config, host)
             microbatches = _microbatches(config, layout)

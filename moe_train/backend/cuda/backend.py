@@ -1,18 +1,21 @@
-"""The CUDA backend: one GPU per rank, NCCL, TransformerEngine; Megatron unpatched."""
+"""The CUDA backend: one GPU per rank, NCCL, TransformerEngine's kernels or torch's."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_train.errors import ConfigError
+from moe_train.backend import patches
+from moe_train.backend.kernels import choose_kernels
+from moe_train.config.kernels import KernelChoice, planned_kernels
+from moe_train.config.training import BackendConfig
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
+
 
 # Apex's kernel, with which Megatron's own linear layers add weight gradients in place.
 WEIGHT_GRADIENT_KERNEL = "fused_weight_gradient_mlp_cuda"
@@ -23,10 +26,11 @@ class CudaBackend:
 
     name = "cuda"
     communication = "nccl"
-    transformer_impl = "transformer_engine"
 
-    def __init__(self, local_rank: int) -> None:
+    def __init__(self, local_rank: int, config: BackendConfig | None = None) -> None:
         self._local_rank = local_rank
+        self._config = config or BackendConfig()
+        self.kernels: KernelChoice = planned_kernels(self._config.kernels, on_cpu=False)
 
     @property
     def device(self) -> torch.device:
@@ -34,31 +38,48 @@ class CudaBackend:
         return torch.device("cuda", self._local_rank)
 
     def prepare(self) -> None:
-        """Take the GPU and see that its kernels are there.
+        """Take the GPU, choose the kernels and import Megatron for them.
 
         Raises:
-            ConfigError: TransformerEngine is not installed.
+            ConfigError: ``backend.kernels=te`` and TransformerEngine does not import.
         """
         torch.cuda.set_device(self.device)
-        require_transformer_engine()
+        self.kernels = choose_kernels(self._config, on_cpu=False)
+        compiled = self._config.compile
+        if self.kernels.kernels.name == "torch":
+            patches.apply_missing_te(lean=not compiled)
+        elif compiled is False:
+            patches.import_megatron_uncompiled()
 
     def spec_provider(self) -> BackendSpecProvider:
-        """TransformerEngine's modules."""
+        """The modules of the kernel set."""
+        if self.kernels.kernels.name == "torch":
+            from moe_train.backend.torch_kernels.provider import TorchSpecProvider
+
+            return TorchSpecProvider()
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider()
 
     def transformer_overrides(self) -> dict[str, Any]:
-        """Fused kernels on, as far as they are installed and stable."""
-        return {
-            "transformer_impl": "transformer_engine",
-            "apply_rope_fusion": True,
-            # Without Apex, Megatron refuses to construct the head with it.
-            "gradient_accumulation_fusion": importlib.util.find_spec(WEIGHT_GRADIENT_KERNEL)
-            is not None,
-            # TransformerEngine's own is unstable by Megatron's word, which warns of it.
-            "cross_entropy_fusion_impl": "native",
-        }
+        """Fused kernels on, as far as the kernel set has them."""
+        overrides = self.kernels.kernels.overrides()
+        if importlib.util.find_spec(WEIGHT_GRADIENT_KERNEL) is None:
+            # Megatron's head would refuse to be built; TransformerEngine's layers need no Apex
+            # for it and are switched on in finish_model.
+            overrides["gradient_accumulation_fusion"] = False
+        return overrides
+
+    def finish_model(self, chunk: torch.nn.Module) -> None:
+        """Let TransformerEngine's layers add weight gradients to the buffer themselves.
+
+        They read their own attribute at every forward pass; Megatron's config, from which it came,
+        also governs the head, which can do so with Apex alone.
+        """
+        if self.kernels.kernels.overrides()["gradient_accumulation_fusion"]:
+            for module in chunk.modules():
+                if hasattr(module, "fuse_wgrad_accumulation"):
+                    module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
     def optimizer_overrides(self) -> dict[str, Any]:
         """Offloading means all of the state: Megatron's dataclass would offload a share of 0.
@@ -69,7 +90,9 @@ class CudaBackend:
         return {"optimizer_offload_fraction": 1.0, "store_param_remainders": False}
 
     def optimizer_construction(self) -> contextlib.AbstractContextManager[None]:
-        """TransformerEngine is there: nothing to arrange."""
+        """OptimizerConfig asks for a FusedAdam: TransformerEngine's, or ours."""
+        if self.kernels.kernels.name == "torch":
+            return patches.fused_adam_visible()
         return contextlib.nullcontext()
 
     def devices(self, world: int) -> int:
@@ -83,19 +106,3 @@ class CudaBackend:
     def synchronize(self) -> None:
         """Wait for the device."""
         torch.cuda.synchronize(self.device)
-
-
-def require_transformer_engine() -> None:
-    """Import TransformerEngine, so that its absence is told before any group or model exists.
-
-    Raises:
-        ConfigError: it does not import.
-    """
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except ImportError as missing:
-        raise ConfigError(
-            "device",
-            f"cuda needs TransformerEngine, which does not import: {missing}",
-            "install the gpu extra (EXTRAS=dev,gpu make setup) or use the Dockerfile",
-        ) from missing

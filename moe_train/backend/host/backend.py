@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_train.backend.host import patches
+from moe_train.backend import patches
+from moe_train.backend.kernels import choose_kernels
 from moe_train.config.training import BackendConfig
 
 if TYPE_CHECKING:
@@ -21,10 +22,10 @@ class HostBackend:
 
     name = "host"
     communication = "gloo"
-    transformer_impl = "local"
 
     def __init__(self, config: BackendConfig) -> None:
         self._threads = config.host_threads
+        self.kernels = choose_kernels(config, on_cpu=True)
 
     @property
     def device(self) -> torch.device:
@@ -38,7 +39,9 @@ class HostBackend:
         torch.set_deterministic_debug_mode("error")
         # Determinism would otherwise fill every empty() with NaN, which costs bandwidth.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        patches.apply()
+        patches.hide_transformer_engine()
+        patches.apply_missing_cuda()
+        patches.apply_missing_te()
 
     def spec_provider(self) -> BackendSpecProvider:
         """Host modules."""
@@ -47,16 +50,11 @@ class HostBackend:
         return TorchSpecProvider()
 
     def transformer_overrides(self) -> dict[str, Any]:
-        """No fused CUDA kernels; everything else as on CUDA."""
-        return {
-            "transformer_impl": "local",
-            "gradient_accumulation_fusion": False,
-            "persist_layer_norm": False,
-            "masked_softmax_fusion": False,
-            "moe_permute_fusion": False,
-            "cross_entropy_loss_fusion": False,
-            "batch_p2p_sync": False,
-        }
+        """Torch's kernels; there is no device to wait for after a batch of sends."""
+        return {**self.kernels.kernels.overrides(), "batch_p2p_sync": False}
+
+    def finish_model(self, chunk: torch.nn.Module) -> None:
+        """Nothing is left to switch on."""
 
     def optimizer_overrides(self) -> dict[str, Any]:
         """Master weights are stored whole: TorchAdam has no 16-bit remainders."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from moe_train.config.kernels import planned_kernels
 from moe_train.config.ranges import sizes_refused
 from moe_train.config.root import Config
 from moe_train.config.validate import validate
 from moe_train.errors import ConfigError
 from moe_train.plan.layouts.layout import Layout
 from moe_train.plan.layouts.sizes import layout_of
-from moe_train.plan.legality.kernels import fp8_faults, host_options, host_sizes
+from moe_train.plan.legality.kernels import fp8_faults, kernel_options, kernel_sizes
 from moe_train.plan.legality.rules import WORLD_SIZE, layout_faults
 from moe_train.plan.legality.search import nearest_layouts
 
 
-def check(config: Config, world: int, *, host: bool | None = None) -> list[ConfigError]:
+def check(
+    config: Config, world: int, *, host: bool | None = None, here: bool = False
+) -> list[ConfigError]:
     """Every violated rule of `config` on `world` ranks; empty when it can run.
 
     Null parallel sizes count as `moe_train.plan.layouts.sizes.layout_of` fills them; resolve
@@ -21,15 +24,17 @@ def check(config: Config, world: int, *, host: bool | None = None) -> list[Confi
 
     Args:
         host: whether it will run on CPUs; None takes ``device``, whose ``auto`` plans for GPUs.
+        here: whether it will run on this machine's own GPUs, with the kernels installed here.
     """
     on_host = config.device == "cpu" if host is None else host
-    faults = [*validate(config), *(host_options(config) if on_host else ())]
+    kernels = planned_kernels(config.backend.kernels, on_cpu=on_host, here=here).kernels
+    faults = [*validate(config), *kernel_options(config, kernels, on_host)]
     if sizes_refused(faults):
         return faults
     layout = layout_of(config, world)
     found = [_with_legal_layouts(f, config, layout) for f in layout_faults(config, layout)]
     refused = {fault.field for fault in (*faults, *found)}
-    machine = [*(host_sizes(config, layout) if on_host else ()), *fp8_faults(config, layout)]
+    machine = [*kernel_sizes(config, layout, kernels, on_host), *fp8_faults(config, layout)]
     return [*faults, *found, *(fault for fault in machine if fault.field not in refused)]
 
 

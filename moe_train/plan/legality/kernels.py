@@ -1,15 +1,15 @@
 """What the kernels of a machine cannot do: the rules that a layout alone does not show.
 
-Two machines are known: the host (torch's own kernels) and an accelerator with
-TransformerEngine. Megatron-Core's sources for the second are ``TransformerConfig.__post_init__``
-(0.19); TransformerEngine's is ``assert_dim_for_fp8_exec`` (2.x): widths in multiples of 16,
-rows in multiples of 8.
+What a kernel set has is in its descriptor (`moe_train.config.kernels`). Megatron-Core's sources
+for TransformerEngine are ``TransformerConfig.__post_init__`` (0.19); TransformerEngine's is
+``assert_dim_for_fp8_exec`` (2.x): widths in multiples of 16, rows in multiples of 8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moe_train.config.kernels import KernelSet
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
 from moe_train.plan.layouts.layout import Layout
@@ -21,26 +21,44 @@ GROUPED_ALIGNMENT = 16
 FP8_WIDTH, FP8_ROWS = 16, 8
 
 
-def host_options(config: Config) -> Iterator[ConfigError]:
-    """Options that the host backend does not have."""
-    if config.dtype == "fp8":
-        yield ConfigError("dtype", "fp8 needs TransformerEngine on a GPU", "dtype=bf16 or fp32")
-    if config.parallel.dispatcher == "flex":
-        yield ConfigError("parallel.dispatcher", "flex needs a GPU", "parallel.dispatcher=alltoall")
-    if config.optim.offload:
+def kernel_options(config: Config, kernels: KernelSet, on_cpu: bool) -> Iterator[ConfigError]:
+    """Options that the kernels, or a machine without a GPU, do not have."""
+    where = "on a GPU" if on_cpu else "(backend.kernels=te)"
+    if on_cpu and config.backend.kernels == "te":
+        yield ConfigError(
+            "backend.kernels",
+            "te: TransformerEngine has no kernels for a CPU",
+            "backend.kernels=auto or torch",
+        )
+    if on_cpu and config.backend.compile:
+        yield ConfigError(
+            "backend.compile",
+            "true: compiled functions round otherwise on a CPU, where runs are bitwise the same",
+            "backend.compile=false",
+        )
+    if config.dtype == "fp8" and not kernels.fp8:
+        yield ConfigError("dtype", f"fp8 needs TransformerEngine {where}", "dtype=bf16 or fp32")
+    if config.parallel.dispatcher == "flex" and not kernels.flex:
+        needs = "a GPU" if on_cpu else "TransformerEngine's permutation (backend.kernels=te)"
+        yield ConfigError(
+            "parallel.dispatcher", f"flex needs {needs}", "parallel.dispatcher=alltoall"
+        )
+    if on_cpu and config.optim.offload:
         yield ConfigError("optim.offload", "there is no GPU to offload from", "optim.offload=false")
 
 
-def host_sizes(config: Config, layout: Layout) -> Iterator[ConfigError]:
-    """Sizes that the host's kernels cannot take."""
-    if layout.context > 1:
+def kernel_sizes(
+    config: Config, layout: Layout, kernels: KernelSet, on_cpu: bool
+) -> Iterator[ConfigError]:
+    """Sizes that the kernels cannot take."""
+    if layout.context > 1 and not kernels.context:
         yield ConfigError(
             "parallel.context",
             f"{layout.context}: attention over parts of a sequence is TransformerEngine's, "
-            "on a GPU",
-            "parallel.context=1",
+            + ("on a GPU" if on_cpu else "and the kernels are torch's"),
+            "parallel.context=1" if on_cpu else "parallel.context=1 or backend.kernels=te",
         )
-    if config.dtype == "fp8":
+    if config.dtype == "fp8" or kernels.name != "torch":
         return
     model, bytes_ = config.model, DTYPE_BYTES[config.dtype]
     unit = GROUPED_ALIGNMENT // bytes_
@@ -51,7 +69,7 @@ def host_sizes(config: Config, layout: Layout) -> Iterator[ConfigError]:
         if width % unit:
             parts = layout.expert_tensor if field.endswith("expert_hidden") else 1
             yield _unaligned(field, getattr(model, field[6:]), unit * parts,
-                             "the host's grouped matrix product takes rows of "
+                             "torch's grouped matrix product takes rows of "
                              f"{GROUPED_ALIGNMENT} bytes")  # fmt: skip
 
 

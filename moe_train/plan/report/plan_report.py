@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_train.config.convert import to_mapping
 from moe_train.config.environment import variables
+from moe_train.config.kernels import KernelChoice, planned_kernels
 from moe_train.config.root import Config
 from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_step
 from moe_train.plan.layouts.deployment import deployment
@@ -52,13 +53,32 @@ def _rank(config: Config, layout: Layout, rank: int, counts: RankParameters) -> 
     }
 
 
+def kernels_report(config: Config, taken: KernelChoice | None = None) -> dict[str, Any]:
+    """The kernel set of a run, and what it sets in Megatron's TransformerConfig, with reasons."""
+    on_cpu = config.device == "cpu" or config.hardware.kind == "cpu"
+    choice = taken or planned_kernels(config.backend.kernels, on_cpu=on_cpu)
+    return {
+        "name": choice.kernels.name,
+        "why": choice.why,
+        "about": choice.kernels.about,
+        "settings": {
+            setting.field: {"value": setting.value, "why": setting.why}
+            for setting in choice.kernels.settings
+        },
+    }
+
+
 def plan_report(
-    config: Config, layout: Layout, assumptions: Assumptions | None = None
+    config: Config,
+    layout: Layout,
+    assumptions: Assumptions | None = None,
+    kernels: KernelChoice | None = None,
 ) -> dict[str, Any]:
     """The plan of a legal, resolved config.
 
     Args:
         assumptions: routing imbalance and allocator waste; None takes the usual ones.
+        kernels: the kernel set that a run has taken; None for the one that it would take.
 
     Layers and ranks are named as in the config (layers from 1, ranks and experts from
     0); parameters are counts of numbers, not bytes.
@@ -95,6 +115,7 @@ def plan_report(
             "rows": padded_vocab(vocab, model.vocab_multiple),
             "source": vocab_source,
         },
+        "kernels": kernels_report(config, kernels),
         "parameters": {
             "total": counts.total,
             **asdict(counts),

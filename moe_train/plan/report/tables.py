@@ -62,12 +62,24 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
         f"A step: {batch['microbatches_per_step']} micro-batches of {batch['micro']} a replica, "
         f"{batch['sequences_per_step']} sequences, {batch['tokens_per_step']:,} tokens"
     )
+    _print_kernels(report["kernels"], console)
     _print_parameters(report, counts, console)
     _print_stages(report, console)
     _print_ranks(report, console)
     _print_groups(report, console)
     _print_environment(report, console)
     print_costs(report, console)
+
+
+def _print_kernels(kernels: dict[str, Any], console: Console) -> None:
+    console.print(f"Kernels: {kernels['name']} ({kernels['why']}). {kernels['about']}")
+    table = table_of("Fusions", "field of TransformerConfig", "value", "why")
+    table.columns[2].justify = "left"
+    for field, setting in kernels["settings"].items():
+        value = setting["value"]
+        shown = {True: "on", False: "off"}.get(value, str(value))
+        table.add_row(field, shown, setting["why"])
+    console.print(table)
 
 
 def _print_parameters(report: dict[str, Any], counts: dict[str, Any], console: Console) -> None:

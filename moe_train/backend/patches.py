@@ -1,8 +1,12 @@
-"""Every patch that lets Megatron-Core run on a CPU with gloo, each with its reason.
+"""Every patch of Megatron-Core and torch, in two tables, each with its reason.
 
-``apply_early`` must run before Megatron is imported, ``apply_late`` after. On CUDA neither
-runs. ``tests/test_host_patches.py`` holds the tables below against every CUDA use in Megatron's
-installed source, and each patch against the behaviour that made it necessary.
+*Missing CUDA*: a CPU with gloo stands in for a GPU with NCCL (``CUDA_CALLS``, ``FACTORIES``,
+``TENSOR_METHODS``, ``MISSING_CUDA``); applied by the host backend only.
+*Missing TransformerEngine*: torch's kernels stand in for TransformerEngine's (``MISSING_TE``);
+applied wherever those are used, on CPU and GPU. With TransformerEngine nothing is patched.
+
+``tests/test_host_patches.py`` holds the tables against every CUDA use in Megatron's installed
+source, ``tests/test_host_behaviour.py`` each patch against the behaviour that made it necessary.
 """
 
 from __future__ import annotations
@@ -14,11 +18,13 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moe_train.backend.host import gloo, streams
+from moe_train.config.kernels import TRANSFORMER_ENGINE
 
 CPU = torch.device("cpu")
 
@@ -160,73 +166,157 @@ def lean_imports() -> Iterator[None]:
             del sys.modules[module]
 
 
-def apply_late() -> None:
-    """Patch Megatron's own modules; call once, inside :func:`lean_imports`."""
-    from megatron.core import optimizer
-    from megatron.core.optimizer import clip_grads, optimizer_config
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+@dataclass(frozen=True)
+class Patch:
+    """``replacement`` for ``name`` in Megatron's ``module`` (below ``megatron.core``)."""
 
+    module: str
+    name: str
+    replacement: Any
+    reason: str
+
+    def apply(self) -> None:
+        """Replace the name, which has to be there; call inside :func:`lean_imports`."""
+        setattr(
+            importlib.import_module(f"megatron.core.{self.module}"), self.name, self.replacement
+        )
+
+
+def _splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _get_rng_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> Any:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(state)
+
+
+_SPLITS = (
+    "on CUDA the splits become numpy arrays on their way off the device; without a device they "
+    "would stay tensors, which all_to_all_single refuses"
+)
+_TRACKER = "the tracker goes through torch's lazy CUDA initialisation otherwise"
+
+MISSING_CUDA: tuple[Patch, ...] = (
+    Patch("transformer.moe.moe_utils", "maybe_move_tensor_to_cpu", _splits_to_host, _SPLITS),
+    Patch("transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", _splits_to_host, _SPLITS),
+    Patch("tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state, _TRACKER),
+    Patch("tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state, _TRACKER),
+)
+
+
+def missing_te() -> tuple[Patch, ...]:
+    """What torch's kernels replace in Megatron; a function, since they import Megatron."""
     from moe_train.backend.torch_kernels.adam import TorchAdam
     from moe_train.backend.torch_kernels.gradient_norm import (
         multi_tensor_l2_norm,
         multi_tensor_scale,
     )
 
-    # On CUDA the splits become numpy arrays on their way off the device; without a device
-    # they would stay tensors, which all_to_all_single refuses.
-    def splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    moe_utils.maybe_move_tensor_to_cpu = splits_to_host
-    token_dispatcher.maybe_move_tensor_to_cpu = splits_to_host
-
-    # The tracker goes through torch's lazy CUDA initialisation otherwise.
-    random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: (
-        torch.get_rng_state()
+    fp8 = "CheckpointWithoutOutput (recompute.modules) takes no fp8 for fp8 and asks TE about it"
+    return (
+        Patch(
+            "optimizer",
+            "Adam",
+            TorchAdam,
+            "torch's AdamW keeps `step` per parameter and has no precision-aware mode; Megatron is "
+            "written for TransformerEngine's FusedAdam",
+        ),
+        Patch("optimizer", "USING_PYTORCH_OPTIMIZER", False, "TorchAdam is no torch.optim.AdamW"),
+        Patch(
+            "tensor_parallel.random",
+            "FP8GlobalStateManager",
+            types.SimpleNamespace(is_fp8_enabled=lambda: False),
+            fp8,
+        ),
+        Patch(
+            "tensor_parallel.random",
+            "activation_recompute_forward",
+            lambda **_: contextlib.nullcontext(),
+            fp8,
+        ),
+        Patch("tensor_parallel.random", "fp8_autocast", lambda **_: contextlib.nullcontext(), fp8),
+        Patch(
+            "optimizer.clip_grads",
+            "l2_norm_impl",
+            multi_tensor_l2_norm,
+            "the fallback's rounding depends on how a gradient is cut, and so on the layout",
+        ),
+        Patch(
+            "optimizer.clip_grads",
+            "multi_tensor_scale_impl",
+            multi_tensor_scale,
+            "the fallback's copy is as large as the largest gradient",
+        ),
     )
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
-        state
-    )
-
-    # The precision-aware optimizer asks for TransformerEngine's version; TorchAdam has the
-    # interface of its newest.
-    for module in (optimizer, optimizer_config):
-        module.is_te_min_version = lambda version, check_equality=True: True
-
-    # torch's AdamW keeps `step` per parameter and has no precision-aware mode; Megatron is
-    # written for TransformerEngine's FusedAdam.
-    optimizer.Adam = TorchAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-
-    # CheckpointWithoutOutput (recompute.modules) takes "no fp8" for "fp8" and asks TE about it.
-    random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False)
-    random.activation_recompute_forward = lambda **_: contextlib.nullcontext()
-    random.fp8_autocast = lambda **_: contextlib.nullcontext()
-
-    # The fallback's rounding depends on how a gradient is cut, and so on the layout.
-    clip_grads.l2_norm_impl = multi_tensor_l2_norm
-    # The fallback's copy is as large as the largest gradient.
-    clip_grads.multi_tensor_scale_impl = multi_tensor_scale
 
 
-def apply() -> None:
-    """All patches, in order; the second call does nothing."""
-    if getattr(torch, "_moe_train_host", False):
+def apply_missing_cuda() -> None:
+    """Let a CPU stand in for a GPU, in this process; Megatron is imported on the way."""
+    if not _once("_moe_train_no_cuda"):
         return
-    # What was imported before keeps compiled functions and its own references to what is patched
-    # here: such a rank rounds otherwise than its peers, and than itself in its next run.
-    early = sorted(name for name in sys.modules if name.startswith("megatron.core."))
-    assert not early, f"imported before the host backend was prepared: {', '.join(early[:3])}"
-    torch._moe_train_host = True  # type: ignore[attr-defined]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     apply_early()
     gloo.share_device()
     keep_compiler_out()
     with lean_imports():
-        importlib.import_module("megatron.core")
-        importlib.import_module("megatron.core.models.gpt.gpt_model")
-        apply_late()
+        _import_megatron()
+        for patch in MISSING_CUDA:
+            patch.apply()
+
+
+def apply_missing_te(*, lean: bool = True) -> None:
+    """Let torch's kernels stand in for TransformerEngine's, in this process.
+
+    Args:
+        lean: import Megatron without its compiled functions.
+    """
+    if not _once("_moe_train_no_te"):
+        return
+    hide_transformer_engine()
+    with lean_imports() if lean else contextlib.nullcontext():
+        _import_megatron()
+        for patch in missing_te():
+            patch.apply()
+
+
+def hide_transformer_engine() -> None:
+    """Let no import of TransformerEngine succeed from now on, installed or not.
+
+    Megatron decides by its import which kernels it uses in places that no option reaches: gradient
+    clipping, dummy gradients, RNG states.
+    """
+    sys.modules[TRANSFORMER_ENGINE] = None  # type: ignore[assignment]
+
+
+def import_megatron_uncompiled() -> None:
+    """Import Megatron without its compiled functions, whatever its kernels are."""
+    with lean_imports():
+        _import_megatron()
+
+
+def _once(mark: str) -> bool:
+    """Whether this process has yet to be patched; marks it."""
+    if getattr(torch, mark, False):
+        return False
+    # What was imported before keeps compiled functions and its own references to what is patched
+    # here: such a rank rounds otherwise than its peers, and than itself in its next run.
+    ours = any(getattr(torch, other, False) for other in _MARKS)
+    early = sorted(name for name in sys.modules if name.startswith("megatron.core."))
+    assert ours or not early, f"imported before the backend was prepared: {', '.join(early[:3])}"
+    setattr(torch, mark, True)
+    return True
+
+
+_MARKS = ("_moe_train_no_cuda", "_moe_train_no_te")
+
+
+def _import_megatron() -> None:
+    importlib.import_module("megatron.core")
+    importlib.import_module("megatron.core.models.gpt.gpt_model")
 
 
 @contextlib.contextmanager
@@ -235,18 +325,18 @@ def fused_adam_visible() -> Iterator[None]:
     FusedAdam can be imported and has certain arguments; TorchAdam has them."""
     from moe_train.backend.torch_kernels.adam import TorchAdam
 
-    name = "transformer_engine.pytorch.optimizers"
+    name = f"{TRANSFORMER_ENGINE}.pytorch.optimizers"
     stand_in = types.ModuleType(name)
     stand_in.FusedAdam = TorchAdam  # type: ignore[attr-defined]
-    packages = ["transformer_engine", "transformer_engine.pytorch"]
+    packages = [TRANSFORMER_ENGINE, f"{TRANSFORMER_ENGINE}.pytorch"]
     added = {package: types.ModuleType(package) for package in packages} | {name: stand_in}
-    before = {module: sys.modules.get(module) for module in added}
+    # Megatron asks for the version once and remembers it: none.
+    added[TRANSFORMER_ENGINE].__version__ = "0"  # type: ignore[attr-defined]
+    before = {module: sys.modules[module] for module in added if module in sys.modules}
     sys.modules.update(added)
     try:
         yield
     finally:
-        for module, previous in before.items():
-            if previous is None:
-                del sys.modules[module]
-            else:
-                sys.modules[module] = previous
+        for module in added:
+            del sys.modules[module]
+        sys.modules.update(before)

@@ -1,0 +1,52 @@
+"""Which kernel set a process takes: what ``backend.kernels`` says, and what imports."""
+
+from __future__ import annotations
+
+import importlib
+
+from moe_train.config.kernels import TE, TORCH, TRANSFORMER_ENGINE, KernelChoice
+from moe_train.config.training import BackendConfig
+from moe_train.errors import ConfigError
+
+WITHOUT = "backend.kernels=torch trains without it"
+
+
+def choose_kernels(config: BackendConfig, *, on_cpu: bool) -> KernelChoice:
+    """The kernel set of this process; imports TransformerEngine unless torch's is certain.
+
+    Raises:
+        ConfigError: ``backend.kernels=te`` where it cannot be.
+    """
+    if on_cpu:
+        if config.kernels == "te":
+            raise ConfigError(
+                "backend.kernels",
+                "te: TransformerEngine has no kernels for a CPU",
+                "backend.kernels=auto or torch",
+            )
+        return KernelChoice(TORCH, "the only kernels of a CPU")
+    if config.kernels == "torch":
+        return KernelChoice(TORCH, "backend.kernels=torch")
+    problem = transformer_engine_problem()
+    if config.kernels == "te":
+        if problem is not None:
+            raise ConfigError(
+                "backend.kernels",
+                f"te: TransformerEngine does not import: {problem}",
+                f"install the gpu extra (EXTRAS=dev,gpu make setup); {WITHOUT}",
+            )
+        return KernelChoice(TE, "backend.kernels=te")
+    if problem is None:
+        return KernelChoice(TE, "auto: TransformerEngine imports")
+    return KernelChoice(TORCH, f"auto: TransformerEngine does not import: {problem}")
+
+
+def transformer_engine_problem() -> str | None:
+    """Why TransformerEngine cannot be used by this process; None if it can."""
+    try:
+        importlib.import_module(f"{TRANSFORMER_ENGINE}.pytorch")
+    except (ImportError, OSError, RuntimeError) as problem:
+        # Its libraries are loaded by path and its torch extension is checked against torch: a
+        # wrong build shows as any of these.
+        return str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+    return None
