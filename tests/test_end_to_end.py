@@ -29,6 +29,7 @@ LINES = {
     "job": r"job \d of \d: .*",
     "experiment": r"experiment \w+( \(auto: .+\))?",
     "layout": r"layout \S+ on \d rank\(s\): tensor .*",
+    "kernels": r"kernels torch \(.+\)",
     "step": r"step \d+/\d+  loss [\d.]+  grad .*",
     "validation": r"step \d+  validation loss [\d.]+  \(unigram entropy [\d.]+\)",
     "summary": r"(run|training loss|validation loss|tokens/s|MFU|wall time|run folder) +\S.*",
@@ -183,10 +184,11 @@ def test_default_run(world: int, tmp_path: Path) -> None:
     done = shell(tmp_path, ["train.steps=2"], world)
     assert done.returncode == 0, done.stdout + done.stderr
     assert unknown_lines(done.stdout) == [] and done.stderr == ""
-    for name in ("experiment", "layout", "step", "validation", "summary"):
+    for name in ("experiment", "layout", "kernels", "step", "validation", "summary"):
         assert re.search(LINES[name], done.stdout), name
     [run] = (tmp_path / "runs").iterdir()
     plan = json.loads((run / "plan.json").read_text())
+    assert plan["kernels"]["name"] == "torch"
     assert plan["layout"]["world"] == world
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert {path.name for path in run.iterdir()} >= {

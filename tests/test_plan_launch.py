@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from moe_train import runtime
 from moe_train.cli import main
+from moe_train.config import kernels
 from moe_train.config.experiment import MachineFacts
 from moe_train.errors import EXIT_CONFIG, ConfigError, ConfigFaults
 from moe_train.plan import prepare as preparing
@@ -125,3 +127,33 @@ def test_a_plan_for_hardware_without_the_dtype_is_refused(
     assert main(["plan", *PRECISION, "dtype=fp8"]) == EXIT_CONFIG
     assert "a100_64gb has no fp8" in capsys.readouterr().err
     assert main(["plan", *PRECISION, "dtype=fp8", "hardware=h100_64gb"]) == 0
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_run_plans_with_the_kernels_that_are_here(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    """fp8 is TransformerEngine's: without it a run is refused before anything is started."""
+    on(monkeypatch, "gpu", 64.0)
+    monkeypatch.setattr(kernels, "transformer_engine_installed", lambda: installed)
+    words = ["experiment=twin", "dtype=fp8", "model.expert_hidden=64", "parallel=single"]
+    words += ["model.hidden=64", "data.sequence=128"]
+    facts = MachineFacts("gpu", 1, 64.0)
+    if installed:
+        preparing.prepare(words, 1, facts)
+        return
+    with pytest.raises(ConfigFaults, match="fp8 needs TransformerEngine"):
+        preparing.prepare(words, 1, facts)
+
+
+def test_the_plan_shows_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "plan.json"
+    words = ["experiment=moe_30b_8x64gb", "--json", str(target)]
+    assert main(["plan", *words, "backend.kernels=torch"]) == 0
+    assert "Kernels: torch (backend.kernels=torch)" in capsys.readouterr().out
+    ours = json.loads(target.read_text())["kernels"]
+    assert main(["plan", *words, "backend.kernels=te"]) == 0
+    theirs = json.loads(target.read_text())["kernels"]
+    assert (ours["name"], theirs["name"]) == ("torch", "te")
+    assert ours["settings"]["moe_permute_fusion"]["value"] is False
+    assert theirs["settings"]["moe_permute_fusion"]["value"] is True

@@ -51,10 +51,10 @@ TE = KernelSet(
     about="TransformerEngine: fused attention, norms, grouped experts, Adam; fp8",
     transformer_impl="transformer_engine",
     settings=(
-        Setting("apply_rope_fusion", True, "one kernel instead of four over queries and keys"),
+        Setting("apply_rope_fusion", True, "rotates queries and keys in one kernel each"),
         Setting("moe_permute_fusion", True, "no index tensors and no sort on the way to experts"),
         Setting("moe_router_fusion", True, "top-k, scores and auxiliary loss in one kernel each"),
-        Setting("cross_entropy_loss_fusion", True, "one all-reduce instead of three"),
+        Setting("cross_entropy_loss_fusion", True, "two all-reduces instead of three"),
         Setting(
             "cross_entropy_fusion_impl",
             "native",
