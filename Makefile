@@ -1,4 +1,4 @@
-# Every target sets the environment up first; nothing is installed outside ./.venv.
+# Every target but gpu-check sets the environment up first; nothing is installed outside ./.venv.
 SHELL := bash
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -7,7 +7,7 @@ NPROC ?= 8
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-full lint format plan bench clean
+.PHONY: help setup train test test-full lint format plan bench gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -42,6 +42,9 @@ plan: $(STAMP) ## layout, parameters and legality of a configuration, without st
 
 bench: $(STAMP) ## a step of ours against others'; writes benchmarks/results/latest.json
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks $(ARGS)
+
+gpu-check: ## what only a GPU can prove, without set-up; CHECKS=a,b picks, OUT=folder of the report
+	@launch/gpu_check.sh $(if $(CHECKS),--checks $(CHECKS)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 clean: ## remove caches and build products; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,6 +34,7 @@ HEIGHT = {
     "calibrate": 8,
     "convert": 8,
     "evaluate": 8,
+    "gpu_check": 9,
     "testing": 9,
     "cli": 10,
 }

@@ -1,0 +1,136 @@
+"""What a check works with: workers, runs, sizes, and the time that it has left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_train.gpu_check.findings import Failed
+from moe_train.gpu_check.programs import Ended, launch, read_json, start, training_lines
+from moe_train.gpu_check.sizes import QUIET, Sizes
+from moe_train.gpu_check.workers import Worker
+
+
+class Bench:
+    """One suite's equipment.
+
+    Args:
+        device: ``gpu`` or ``cpu``: where the checked side of every check runs.
+        gpus: GPUs of this machine.
+        folder: for runs, logs and data.
+
+    Attributes:
+        here: worker on the checked device.
+        host: worker on the CPU, for references; never sees a GPU.
+        sizes: models and amounts for this device.
+        machine: hardware and versions, once the environment check knows them.
+    """
+
+    def __init__(self, device: str, gpus: int, folder: Path) -> None:
+        self.device, self.gpus, self.folder = device, gpus, folder
+        self.sizes = Sizes(device)
+        logs = folder / "logs"
+        blind = {"CUDA_VISIBLE_DEVICES": ""}
+        self._blind = {} if device == "gpu" else blind
+        self.host = Worker("host", logs / "host.log", blind)
+        self.here = Worker("here", logs / "here.log", self._blind)
+        self.machine: dict[str, Any] = {}
+        self.name = ""
+        self._deadline = time.monotonic()
+
+    def begin(self, name: str, seconds: float) -> None:
+        """A check starts and has ``seconds``."""
+        self.name, self._deadline = name, time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds left to the check."""
+        return self._deadline - time.monotonic()
+
+    def close(self) -> None:
+        """End the workers."""
+        self.here.stop()
+        self.host.stop()
+
+    def do(self, task: str, /, **args: Any) -> Any:
+        """A task on the checked device."""
+        return self.here.call(task, self.left, **args)
+
+    def words(self, overrides: Sequence[str], kernels: str = "torch") -> list[str]:
+        """Overrides of a run on the checked device: ``overrides`` on the suite's own tokens."""
+        return [*QUIET, *self.sizes.device(kernels), *self._data(), *overrides]
+
+    def host_words(self, overrides: Sequence[str]) -> list[str]:
+        """The same on the CPU."""
+        return [*QUIET, "device=cpu", *self._data(), *overrides]
+
+    def train(self, name: str, overrides: Sequence[str], kernels: str = "torch") -> Path:
+        """Train on the checked device, in its worker; returns the run folder.
+
+        Raises:
+            Failed: the run did not finish.
+        """
+        return self._train(self.here, name, self.words(overrides, kernels))
+
+    def train_on_host(self, name: str, overrides: Sequence[str]) -> Path:
+        """Train on the CPU, in its worker."""
+        return self._train(self.host, name, self.host_words(overrides))
+
+    def launch(
+        self,
+        name: str,
+        overrides: Sequence[str],
+        ranks: int = 1,
+        *,
+        plant: Sequence[str] = (),
+        spare: float = 0.0,
+    ) -> Ended:
+        """Train on the checked device in processes of its own.
+
+        Args:
+            spare: seconds of the check's time that the run may not use.
+        """
+        return launch(
+            self.run_folder(name),
+            self.words(overrides),
+            ranks,
+            self.left - spare,
+            plant=plant,
+            extra=self._blind,
+        )
+
+    def exchange(self, ranks: int) -> dict[str, Any]:
+        """Figures of :mod:`moe_train.gpu_check.tasks.exchange` on ``ranks`` ranks."""
+        path = self.run_folder("exchange.json")
+        words = ["-m", "moe_train.gpu_check.tasks.exchange", str(path), self.device]
+        code, output = start(path.with_suffix(".log"), words, ranks, self.left, self._blind)
+        if code != 0:
+            raise Failed(f"the exchange ended with exit code {code}\n{output}")
+        return read_json(path)
+
+    def run_folder(self, name: str) -> Path:
+        """Where this check's run of a name lies."""
+        return self.folder / "runs" / f"{self.name}-{name}"
+
+    def _train(self, worker: Worker, name: str, words: list[str]) -> Path:
+        folder = self.run_folder(name)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        named = [f"run.dir={folder.parent}", f"run.name={folder.name}"]
+        code = worker.call("train", self.left, overrides=[*words, *named])
+        if code != 0:
+            raise Failed(f"training {name} ended with exit code {code}\n{worker.said()}")
+        return folder
+
+    def _data(self) -> list[str]:
+        from moe_train.gpu_check.tokens import write_tokens
+
+        prefix = write_tokens(self.folder / "data")
+        return [f"data.train=[{prefix}]", "data.tokenizer=byte",
+                f"data.cache={self.folder / 'cache'}"]  # fmt: skip
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """Training lines of a run folder."""
+    return training_lines(folder)

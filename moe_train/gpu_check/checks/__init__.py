@@ -1,0 +1,29 @@
+"""Every check, in the order of importance."""
+
+from __future__ import annotations
+
+from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.checks import kernels, layouts, limits, machine, mission, numbers, speed
+from moe_train.gpu_check.checks import survival as survive
+
+CHECKS: list[Check] = [
+    machine.ENVIRONMENT,
+    numbers.INITIAL,
+    numbers.FP32,
+    numbers.BF16,
+    speed.SPEED,
+    limits.MEMORY,
+    speed.PROFILE,
+    numbers.CHECKPOINT,
+    limits.STORAGE,
+    limits.OOM,
+    survive.RESUME,
+    kernels.KERNELS,
+    numbers.TE,
+    numbers.FP8,
+    kernels.ZERO_ROWS,
+    *layouts.TWO,
+    *layouts.FOUR,
+    *mission.EIGHT,
+]
+"""A killed suite has answered the first ones."""

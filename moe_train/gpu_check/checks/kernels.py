@@ -1,0 +1,40 @@
+"""Single kernels: what the planner's efficiencies are made of."""
+
+from __future__ import annotations
+
+from moe_train.gpu_check.bench import Bench
+from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.findings import Findings
+
+
+def _kernels(bench: Bench, findings: Findings) -> None:
+    bench.do("close")
+    findings.note(dense=bench.do("matrix", size=8192 if bench.sizes.gpu else 64))
+    experts, hidden, inner = bench.sizes.experts
+    rows = bench.do("grouped", experts=experts, hidden=hidden, inner=inner, rows=bench.sizes.rows)
+    findings.note(grouped_products=rows)
+    findings.require(
+        any("backward_tflops" in row for row in rows), "no size of the grouped product ran"
+    )
+    sequences, heads, tokens, width = bench.sizes.attention
+    found = bench.do("attention", sequences=sequences, heads=heads, tokens=tokens, width=width)
+    findings.note(attention=found)
+    findings.require("backward_tflops" in found[0], f"attention did not run: {found[0]}")
+
+
+def _zero_rows(bench: Bench, findings: Findings) -> None:
+    found = bench.do("zero_rows", hidden=256, inner=512)
+    findings.note(**found)
+    for name, value in found.items():
+        # One bf16 rounding of the result is 2^-8 of its size.
+        findings.require(value <= 2e-2, f"{name} is {value:.2e} from the reference")
+
+
+KERNELS = Check(
+    "kernels", "how fast are grouped products by rows, and attention by backend?", 1, 90, _kernels,
+    cpu=True,
+)  # fmt: skip
+ZERO_ROWS = Check(
+    "te-zero-rows", "do TransformerEngine's experts without tokens get right gradients?", 1, 45,
+    _zero_rows,
+)  # fmt: skip

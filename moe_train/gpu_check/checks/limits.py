@@ -1,0 +1,108 @@
+"""Memory: is it what was planned, do saves and updates stay small, and is its end told as such?"""
+
+from __future__ import annotations
+
+import shutil
+
+from moe_train.errors import EXIT_MEMORY
+from moe_train.gpu_check.bench import Bench
+from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.checks.speed import opened
+from moe_train.gpu_check.findings import Findings, Skip
+from moe_train.gpu_check.sizes import DEEP
+
+POLICIES = ("none", "2-15", "all")
+WITHIN = 0.10
+"""Tolerated relative difference of the allocator's peak from the dry run's: what kernels use
+inside (cuBLAS's workspace, attention's statistics) is in the first alone."""
+ADDED = 1_000_000_000
+"""Bytes that an update, a save or a load may add on the device; one parameter if it is larger."""
+
+
+def _memory(bench: Bench, findings: Findings) -> None:
+    bench.host.begin(
+        "dry_run", overrides=["device=cpu", *DEEP, "data.tokenizer=byte"], policies=list(POLICIES)
+    )
+    measured = {}
+    for policy in POLICIES:
+        words = bench.words([*DEEP, f"recompute.layers={policy}", "run.name=memory",
+                             f"run.dir={bench.folder / 'runs'}"])  # fmt: skip
+        base = bench.do("open", overrides=words)["base_bytes"]
+        result = bench.do("steps", count=3)
+        measured[policy] = result["allocated_bytes"] - base
+        findings.note(
+            **{
+                f"{policy}: held before": base,
+                f"{policy}: reserved over allocated": result["reserved_bytes"]
+                / max(1, result["allocated_bytes"]),
+            }
+        )
+        plan = bench.do("plan", overrides=words, world=1)
+        stage = plan.get("memory", {}).get("stages", [{}])[0]
+        planned = stage.get("allocated_bytes")
+        findings.compare(f"peak, recompute {policy}, plan", "bytes", planned, measured[policy])
+    bench.do("close")
+    for dry in bench.host.finish(bench.left):
+        policy = dry["recompute"]
+        peak = dry["peak"]["bytes"]
+        findings.compare(f"peak, recompute {policy}, dry run", "bytes", peak, measured[policy])
+        off = measured[policy] / peak - 1
+        findings.require(
+            abs(off) <= WITHIN,
+            f"recompute {policy}: the peak is {off:+.1%} from the dry run's (allowed {WITHIN:.0%})",
+        )
+
+
+def _storage(bench: Bench, findings: Findings) -> None:
+    _, session = opened(bench)
+    need = 16 * session["parameters"]
+    free = shutil.disk_usage(bench.folder).free
+    if free < 2 * need:
+        raise Skip(f"the disk has {free / 1e9:.0f} GB free, the state needs {need / 1e9:.0f} GB")
+    updated = bench.do("update")
+    findings.note(**{f"update_{key}": value for key, value in updated.items()})
+    found = bench.do("save_and_load")
+    findings.note(
+        **found,
+        save_gb_per_second=found["bytes"] / found["save_seconds"] / 1e9,
+        load_gb_per_second=found["bytes"] / found["load_seconds"] / 1e9,
+    )
+    findings.require(found["bytes"] > 2 * session["parameters"], "the checkpoint is too small")
+    allowed = max(ADDED, session["largest_parameter_bytes"])
+    for what, added in (
+        ("update", updated.get("added_bytes")),
+        ("save", found.get("save_added_bytes")),
+        ("load", found.get("load_added_bytes")),
+    ):
+        if added is not None:
+            findings.require(
+                added <= allowed, f"the {what} added {added / 1e9:.2f} GB on the device"
+            )
+
+
+def _oom(bench: Bench, findings: Findings) -> None:
+    words = [*bench.sizes.large, "train.steps=3"]
+    if bench.device == "gpu":
+        # The plan fits the card, so it is not refused; another process has the memory.
+        held = bench.do("hold", leave_gb=6.0)
+        findings.note(held_gb=held)
+        ended = bench.launch("large", words)
+        bench.do("close")
+    else:
+        ended = bench.launch("large", words, plant=["memory", "2", "0"])
+    status = ended.status
+    findings.note(exit_code=ended.code, status=status)
+    findings.require(
+        ended.code == EXIT_MEMORY, f"exit code {ended.code}, not {EXIT_MEMORY}\n{ended.output}"
+    )
+    findings.require(status.get("state") == "failed", f"status.json says {status}")
+    findings.require("memory" in str(status.get("reason")), "status.json does not say memory")
+    findings.require("peer" not in ended.output, "it is told as a lost peer")
+
+
+MEMORY = Check("memory", "is the allocator's peak what dry run and plan say?", 1, 150, _memory)
+STORAGE = Check(
+    "storage", "how fast are save and load, and do they and the update stay below 1 GB?", 1, 120,
+    _storage, cpu=True,
+)  # fmt: skip
+OOM = Check("oom", "is the end of memory told as such?", 1, 90, _oom, cpu=True)

@@ -1,0 +1,32 @@
+"""Can anything run here at all?"""
+
+from __future__ import annotations
+
+from moe_train.gpu_check.bench import Bench
+from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.findings import Findings
+
+
+def _environment(bench: Bench, findings: Findings) -> None:
+    gpu = bench.device == "gpu"
+    found = bench.do("facts", gpu=gpu)
+    bench.machine = found["machine"]
+    findings.note(**found["machine"])
+    for name, why in found["missing"].items():
+        findings.fail(f"{name} does not import ({why}): put it on PYTHONPATH (docs/gpu-check.md)")
+    if gpu:
+        seen = bench.do("devices")
+        findings.note(usable_gpus=seen["count"])
+        findings.require(
+            seen["count"] > 0,
+            f"torch cannot use a GPU here: {seen['error']} (torch is built for "
+            f"{seen['built_for'] or 'no GPU at all'})",
+        )
+    # Asking has started CUDA, which reads its environment then: runs set theirs first.
+    bench.here.stop()
+
+
+ENVIRONMENT = Check(
+    "environment", "do the packages import, and can torch use the GPUs?", 1, 60,
+    _environment, cpu=True,
+)  # fmt: skip

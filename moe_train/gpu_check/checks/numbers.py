@@ -1,0 +1,118 @@
+"""Are the numbers right? Initial values, loss curves, checkpoints that change devices."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from moe_train.gpu_check.bench import Bench, curve
+from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.curves import judge, reference
+from moe_train.gpu_check.findings import Failed, Findings, Skip
+from moe_train.gpu_check.sizes import CURVE, SMALL, STEPS
+
+
+def _initial(bench: Bench, findings: Findings) -> None:
+    words = [*SMALL, "dtype=fp32"]
+    bench.host.begin("weights", overrides=bench.host_words(words))
+    ours = bench.do("weights", overrides=bench.words(words))
+    theirs = bench.host.finish(bench.left)
+    findings.note(parameters=len(ours))
+    findings.require(bool(ours), "the model has no parameters")
+    findings.require(ours.keys() == theirs.keys(), "parameters have other names than on the CPU")
+    differing = [name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]]
+    findings.require(
+        not differing,
+        f"{len(differing)} of {len(ours)} initial values differ: {sorted(differing)[:3]}",
+    )
+    shipped = reference("fp32")["weights"]
+    findings.note(
+        equal_to_the_reference_machine=sum(ours[name] == shipped.get(name) for name in ours)
+    )
+
+
+def _curve(dtype: str, bench: Bench, findings: Findings) -> None:
+    words = [*SMALL, f"dtype={dtype}", f"train.steps={CURVE}"]
+    shipped = reference(dtype)["steps"]
+    # Last on the host, so that its time is not the device's.
+    bench.host.begin(
+        "train",
+        overrides=[*bench.host_words(words), *_named(bench, f"{dtype}-host")],
+    )
+    ours = curve(bench.train(dtype, words))
+    findings.note(loss=f"{ours[0]['loss']:.4f} to {ours[-1]['loss']:.4f}")
+    findings.require(ours[-1]["loss"] < ours[0]["loss"], "the loss does not fall within the curve")
+    judge(findings, "against the shipped CPU curve", ours, shipped, dtype)
+    again = curve(bench.train(f"{dtype}-again", words))
+    judge(findings, "the same run again", again, ours, dtype)
+    code = bench.host.finish(bench.left)
+    if code != 0:
+        raise Failed(f"the CPU's run ended with exit code {code}\n{bench.host.said()}")
+    theirs = curve(bench.run_folder(f"{dtype}-host"))
+    judge(findings, "against this machine's CPU", ours, theirs, dtype)
+
+
+def _named(bench: Bench, name: str) -> list[str]:
+    folder = bench.run_folder(name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return [f"run.dir={folder.parent}", f"run.name={folder.name}"]
+
+
+def _checkpoint(bench: Bench, findings: Findings) -> None:
+    """CPU to step 10, device to step 20, CPU to step 30: one curve."""
+    words = [*SMALL, "dtype=fp32", "checkpoint.keep=1"]
+    saving = "checkpoint.every=10"
+    first = bench.train_on_host("first", [*words, saving, "train.steps=10"])
+    handed = f"checkpoint.resume={first}/checkpoints/step_00000010"
+    second = bench.train("second", [*words, saving, f"train.steps={CURVE}", handed])
+    handed = f"checkpoint.resume={second}/checkpoints/step_000000{CURVE}"
+    third = bench.train_on_host("third", [*words, f"train.steps={STEPS}", handed])
+    shipped = reference("fp32")["steps"]
+    for name, folder, start in (("to the device", second, 10), ("back to the CPU", third, CURVE)):
+        steps = curve(folder)
+        findings.require(
+            steps[0]["step"] == start + 1, f"{name}: the first step is {steps[0]['step']}"
+        )
+        judge(findings, name, steps, shipped, "fp32")
+
+
+def _te(bench: Bench, findings: Findings) -> None:
+    _need_te(bench)
+    for dtype in ("fp32", "bf16"):
+        words = [*SMALL, f"dtype={dtype}", f"train.steps={CURVE}"]
+        ours = curve(bench.train(f"{dtype}-te", words, kernels="te"))
+        theirs = curve(bench.train(f"{dtype}-torch", words))
+        judge(findings, f"te against torch, {dtype}", ours, theirs, dtype)
+
+
+def _fp8(bench: Bench, findings: Findings) -> None:
+    _need_te(bench)
+    capability = str(bench.machine.get("capability"))
+    if tuple(map(int, capability.split("."))) < (8, 9):
+        raise Skip(f"compute capability {capability} has no fp8; 8.9 and newer have")
+    words = [*SMALL, "dtype=fp8", f"train.steps={CURVE}"]
+    ours = curve(bench.train("fp8", words, kernels="te"))
+    judge(findings, "against the shipped bf16 curve", ours, reference("bf16")["steps"], "fp8")
+
+
+def _need_te(bench: Bench) -> None:
+    if str(bench.machine.get("transformer-engine", "unknown")).startswith("unknown"):
+        raise Skip("TransformerEngine is not installed")
+
+
+INITIAL = Check(
+    "initial", "do GPU and CPU start from the same weights, bit by bit?", 1, 60, _initial, cpu=True
+)
+FP32 = Check(
+    "curve-fp32", "is the fp32 loss curve the CPU's, and the same when run again?", 1, 90,
+    partial(_curve, "fp32"), cpu=True,
+)  # fmt: skip
+BF16 = Check(
+    "curve-bf16", "is the bf16 loss curve the CPU's, and the same when run again?", 1, 90,
+    partial(_curve, "bf16"), cpu=True,
+)  # fmt: skip
+CHECKPOINT = Check(
+    "checkpoint", "does a CPU's checkpoint continue on the GPU, and the GPU's on the CPU?", 1, 90,
+    _checkpoint, cpu=True,
+)  # fmt: skip
+TE = Check("te", "do TransformerEngine's kernels and torch's give the same curve?", 1, 90, _te)
+FP8 = Check("fp8", "does fp8 train?", 1, 60, _fp8)

@@ -1,0 +1,62 @@
+"""How fast is a step, how busy is the device, and who makes the host wait?"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from moe_train.gpu_check.bench import Bench
+from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.findings import Findings
+
+STEPS = 8
+"""Timed steps; the first two are left out of the median."""
+
+
+def opened(bench: Bench) -> tuple[list[str], dict[str, Any]]:
+    """The session of the timings, open: its overrides and facts."""
+    folder = bench.folder / "runs"
+    words = [*bench.words(bench.sizes.large), f"run.dir={folder}", "run.name=session",
+             "checkpoint.keep=1"]  # fmt: skip
+    return words, bench.do("open", overrides=words)
+
+
+def _speed(bench: Bench, findings: Findings) -> None:
+    words, session = opened(bench)
+    findings.note(parameters=session["parameters"], open_seconds=session["seconds"])
+    result = bench.do("steps", count=STEPS)
+    seconds = statistics.median(result["seconds"][2:])
+    rate = session["tokens_per_step"] / seconds
+    findings.note(
+        first_step_seconds=result["seconds"][0],
+        step_seconds=result["seconds"],
+        tokens_per_second=rate,
+        model_tflops=rate * session["flops_per_token"] / 1e12,
+        hardware_profile=session["hardware"],
+    )
+    plan = bench.do("plan", overrides=words, world=1)
+    time = plan.get("time", {})
+    findings.compare("step", "s", time.get("step_seconds"), seconds)
+    findings.compare("tokens", "1/s", time.get("tokens_per_second"), rate)
+    peak = session["peak_tflops"] * 1e12
+    if peak:
+        findings.compare("MFU", "", time.get("mfu"), rate * session["flops_per_token"] / peak)
+    findings.require(seconds > 0, "a step took no time")
+
+
+def _profile(bench: Bench, findings: Findings) -> None:
+    opened(bench)
+    found = bench.do("profile")
+    findings.note(**found)
+    findings.require("profiled_error" not in found, f"no profile: {found.get('profiled_error')}")
+    if bench.device == "gpu" and "profiled_error" not in found:
+        findings.require("kernels" in found, "the profile has no device events")
+
+
+SPEED = Check(
+    "speed", "how long is a step, how many tokens/s, which MFU?", 1, 120, _speed, cpu=True
+)
+PROFILE = Check(
+    "profile", "which kernels take the time, and where does the host wait?", 1, 90, _profile,
+    cpu=True,
+)  # fmt: skip

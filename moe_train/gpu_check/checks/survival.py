@@ -1,0 +1,40 @@
+"""Does a run that was killed go on as if nothing had happened?"""
+
+from __future__ import annotations
+
+import signal
+
+from moe_train.gpu_check.bench import Bench, curve
+from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.curves import judge
+from moe_train.gpu_check.findings import Findings
+from moe_train.gpu_check.sizes import CURVE, SMALL
+
+KILLED_AT = 13
+
+
+def _resume(bench: Bench, findings: Findings) -> None:
+    words = [*SMALL, "dtype=bf16", f"train.steps={CURVE}"]
+    saving = [*words, "checkpoint.every=5"]
+    killed = bench.launch("killed", saving, plant=["kill", str(KILLED_AT), "0"])
+    findings.require(
+        killed.code == -signal.SIGKILL, f"the run was to die of SIGKILL, and ended {killed.code}"
+    )
+    findings.require(
+        [step["step"] for step in killed.steps] == list(range(1, KILLED_AT)),
+        f"the killed run has {len(killed.steps)} steps, not {KILLED_AT - 1}",
+    )
+    bench.launch("killed", saving).finished()
+    whole = curve(bench.train("whole", words))
+    steps = curve(bench.run_folder("killed"))
+    findings.require(
+        [step["step"] for step in steps] == list(range(1, CURVE + 1)),
+        "steps are missing or twice in the resumed run",
+    )
+    judge(findings, "against the uninterrupted run", steps, whole, "bf16")
+
+
+RESUME = Check(
+    "resume", "does a run that SIGKILL ended continue on the uninterrupted curve?", 1, 120, _resume,
+    cpu=True,
+)  # fmt: skip

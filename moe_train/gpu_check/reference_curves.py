@@ -1,0 +1,69 @@
+"""Make the shipped reference curves anew: ``python -m moe_train.gpu_check.reference_curves``.
+
+To be run where numbers change on purpose; a test holds the shipped ones against a fresh run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_train.gpu_check.bench import Bench, curve
+from moe_train.gpu_check.curves import FIELDS, reference_path
+from moe_train.gpu_check.sizes import SMALL, STEPS
+from moe_train.monitor.files import write_atomically
+
+SECONDS = 300.0
+VERSIONS = ("torch", "megatron-core", "numpy", "python", "processor", "cpu_capability")
+
+
+def fresh(dtype: str, bench: Bench, steps: int) -> list[dict[str, Any]]:
+    """The first ``steps`` training lines of a curve, made on this machine's CPU."""
+    bench.begin(f"reference-{dtype}", SECONDS)
+    return curve(bench.train_on_host("curve", [*words_of(dtype), f"train.steps={steps}"]))
+
+
+def words_of(dtype: str) -> list[str]:
+    """Overrides of a reference curve."""
+    return [*SMALL, f"dtype={dtype}"]
+
+
+def make(dtype: str, bench: Bench) -> dict[str, Any]:
+    """One curve on this machine's CPU, with its initial weights and versions."""
+    words = words_of(dtype)
+    steps = fresh(dtype, bench, STEPS)
+    tokens = (bench.folder / "data" / "tokens.bin").read_bytes()
+    machine = bench.host.call("facts", bench.left, gpu=False)["machine"]
+    return {
+        "made_with": {name: machine[name] for name in VERSIONS},
+        "overrides": words,
+        "tokens_sha256": hashlib.sha256(tokens).hexdigest(),
+        "steps": [{name: step[name] for name in FIELDS} for step in steps],
+        "weights": bench.host.call("weights", bench.left, overrides=bench.host_words(words)),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write both curves; returns the exit code."""
+    if argv:
+        print(__doc__)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench("cpu", 0, Path(folder))
+        try:
+            for dtype in ("fp32", "bf16"):
+                path = reference_path(dtype)
+                write_atomically(path, json.dumps(make(dtype, bench), indent=1) + "\n")
+                print(f"wrote {path}")
+        finally:
+            bench.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

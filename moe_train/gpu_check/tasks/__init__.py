@@ -1,0 +1,1 @@
+"""What workers run: each task is a function of plain arguments that returns plain data."""

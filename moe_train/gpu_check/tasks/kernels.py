@@ -1,0 +1,140 @@
+"""Single kernels, timed: matrix products, grouped products by rows, attention by backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+ROUNDS = 10
+
+
+def _device() -> Any:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device(torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def seconds(function: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """Mean time of a call, after two that do not count; device work included."""
+    import torch
+
+    for _ in range(2):
+        function()
+    if torch.cuda.is_available():
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(rounds):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / rounds
+    begun = time.perf_counter()
+    for _ in range(rounds):
+        function()
+    return (time.perf_counter() - begun) / rounds
+
+
+def matrix(size: int) -> list[dict[str, Any]]:
+    """A square product in each dtype, and a copy: what the hardware profile takes as the peak."""
+    import torch
+
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(size, size, device=_device(), dtype=dtype) for _ in range(2))
+        took = seconds(partial(torch.matmul, a, b))
+        rows.append({"what": f"product {size}^3 {_name(dtype)}", "ms": took * 1e3,
+                     "tflops": 2 * size**3 / took / 1e12})  # fmt: skip
+    source = torch.empty(16 * size * size, dtype=torch.uint8, device=_device())
+    target = torch.empty_like(source)
+    took = seconds(partial(target.copy_, source))
+    rows.append({"what": "copy", "ms": took * 1e3, "gbps": 2 * source.numel() / took / 1e9})
+    return rows
+
+
+def grouped(experts: int, hidden: int, inner: int, rows: list[int]) -> list[dict[str, Any]]:
+    """The first expert product by rows an expert: forward, and both gradients; bf16."""
+    import torch
+
+    device = _device()
+    weight = torch.randn(experts, 2 * inner, hidden, device=device, dtype=torch.bfloat16)
+    weight = (weight * 0.02).requires_grad_()
+    found = []
+    for count in rows:
+        total = count * experts
+        x = torch.randn(total, hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
+        ends = torch.arange(1, experts + 1, device=device, dtype=torch.int32) * count
+
+        def forward(x: Any = x, ends: Any = ends) -> Any:
+            return torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+        row: dict[str, Any] = {"rows": count}
+        work = 2 * total * hidden * 2 * inner / 1e12
+        try:
+            row |= _rate("forward", seconds(forward), work)
+            out = forward()
+            gradient = torch.randn_like(out)
+
+            def backward(out: Any = out, x: Any = x, gradient: Any = gradient) -> Any:
+                return torch.autograd.grad(out, (x, weight), gradient, retain_graph=True)
+
+            row |= _rate("backward", seconds(backward), 2 * work)
+        # One size that this card or this torch does not take leaves the others.
+        except RuntimeError as error:
+            row["error"] = str(error).splitlines()[0][:200]
+        found.append(row)
+    return found
+
+
+def attention(sequences: int, heads: int, tokens: int, width: int) -> list[dict[str, Any]]:
+    """Causal attention forward and backward by backend, and as torch chooses; bf16."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    shape = (sequences, heads, tokens, width)
+    q, k, v = (
+        torch.randn(shape, device=_device(), dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    work = 2 * 2 * sequences * heads * tokens**2 * width / 2 / 1e12
+    choices = {"chosen by torch": None, **dict(SDPBackend.__members__)}
+    found = []
+    for name, backend in choices.items():
+        if name in ("ERROR", "OVERRIDEABLE"):
+            continue
+        row: dict[str, Any] = {"backend": name}
+
+        def forward(backend: Any = backend) -> Any:
+            if backend is None:
+                return scaled_dot_product_attention(q, k, v, is_causal=True)
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        try:
+            row |= _rate("forward", seconds(forward), work)
+            out = forward()
+            gradient = torch.randn_like(out)
+
+            def backward(out: Any = out, gradient: Any = gradient) -> Any:
+                return torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
+
+            # Five products where the forward pass has two.
+            row |= _rate("backward", seconds(backward), 2.5 * work)
+        # A backend that does not take these shapes says so.
+        except RuntimeError as error:
+            row["error"] = str(error).splitlines()[0][:200]
+        found.append(row)
+    return found
+
+
+def _rate(what: str, took: float, tflop: float) -> dict[str, float]:
+    return {f"{what}_ms": took * 1e3, f"{what}_tflops": tflop / took}
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,91 @@
+"""Runs of the product inside a worker: training, plans, initial weights, dry runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import warnings
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+
+def train(overrides: list[str]) -> int:
+    """``train.py`` with ``overrides`` on this process's one rank; returns its exit code."""
+    from moe_train.gpu_check.tasks.session import close
+    from moe_train.runtime import main
+
+    close()
+    return main(overrides)
+
+
+def plan(overrides: list[str], world: int) -> dict[str, Any]:
+    """``plan.json`` of a configuration, as a run on this machine would write it."""
+    from moe_train.plan.report.plan_report import plan_report
+    from moe_train.runtime import planned
+
+    config, layout = planned(overrides, world)
+    return plan_report(config, layout)
+
+
+def weights(overrides: list[str]) -> dict[str, str]:
+    """SHA-256 of every parameter's initial value, by name."""
+    from moe_train.gpu_check.tasks.session import close
+    from moe_train.runtime import planned
+    from moe_train.session.opening import open_session
+
+    close()
+    config, layout = planned(overrides, 1)
+    with ExitStack() as stack:
+        session = open_session(config, layout, 0, 1, stack)
+        return {
+            name: digest(parameter.detach())
+            for chunk in session.engine.chunks
+            for name, parameter in chunk.named_parameters()
+        }
+
+
+def digest(tensor: Any) -> str:
+    """SHA-256 of a tensor's bytes."""
+    import torch
+
+    flat = tensor.cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+
+
+def dry_run(overrides: list[str], policies: list[str]) -> list[dict[str, Any]]:
+    """``moe-train dryrun`` of one rank: its ``ranks`` entries, one a recompute policy."""
+    from moe_train.dryrun.command import dryrun_main
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "dryrun.json"
+        words = ["--world", "1", "--device-like", "--json", str(path)]
+        dryrun_main([*overrides, *words, "--recompute", ",".join(policies)])
+        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["ranks"]
+    return found
+
+
+def fastest(overrides: list[str], world: int) -> dict[str, Any]:
+    """The planner's fastest layout that fits, at the configuration's own global batch.
+
+    Returns:
+        ``tag`` and ``overrides`` of the layout.
+    """
+    from moe_train.plan.layouts.batch import sequences_per_step
+    from moe_train.plan.legality.search import legal_layouts, ranked
+    from moe_train.runtime import planned
+
+    config, layout = planned(overrides, world)
+    sequences = sequences_per_step(config, layout.data)
+    config = replace(config, batch=replace(config.batch, global_=sequences))
+    candidates = []
+    for placement in ("stage", "span"):
+        free = replace(
+            config.parallel, tensor=None, pipeline=None, expert=None, placement=placement
+        )
+        candidates += legal_layouts(replace(config, parallel=free), world)
+    best = ranked(config, candidates)[0]
+    return {"tag": best.tag, "overrides": [*best.overrides(), f"batch.global={sequences}"]}
