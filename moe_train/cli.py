@@ -146,8 +146,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(*found)
     except MoeTrainError as error:
-        print(f"moe-train: {error}", file=sys.stderr)
-        return error.exit_code
+        return _told(error)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not isinstance(error, MemoryError) and "torch" not in sys.modules:
+            raise
+        from moe_train.backend.memory import memory_fault
+
+        if (fault := memory_fault(error)) is None:
+            raise
+        return _told(fault)
+
+
+def _told(error: MoeTrainError) -> int:
+    print(f"moe-train: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -84,6 +84,20 @@ class HungError(MoeTrainError):
     exit_code = EXIT_HUNG
 
 
+class MemoryFault(MoeTrainError):
+    """Memory ran out; ``field`` names the rank."""
+
+    exit_code = EXIT_MEMORY
+
+
+class DeviceMemoryError(MemoryFault):
+    """The memory of a rank's device ran out."""
+
+
+class HostMemoryError(MemoryFault):
+    """The memory of a rank's host ran out."""
+
+
 class Preempted(MoeTrainError):
     """The run was told to stop; its state is saved and it can be resumed."""
 

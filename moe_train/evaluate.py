@@ -18,7 +18,9 @@ from moe_train.errors import EXIT_FINISHED, CheckpointError, ConfigError, MoeTra
 from moe_train.monitor.files import write_atomically
 from moe_train.monitor.rank_log import log_to_file
 from moe_train.monitor.run_folder import RunFolder, default_run_name
-from moe_train.runtime import planned, report, world_of_process
+from moe_train.runtime import planned, world_of_process
+from moe_train.session.ending import diagnosed, report
+from moe_train.session.standing import Standing
 
 if TYPE_CHECKING:
     from moe_train.config.root import Config
@@ -32,7 +34,7 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 4 -m moe_train.cli evaluate run.name=notes parallel.expert=4
 
 Model, data and batch are those of the checkpoint's run, unless overridden; the layout is chosen
-for the ranks that there are. exit code: 0; 2 config, 3 data, 4 checkpoint
+for the ranks that there are. exit code: 0; 2 config, 3 data, 4 checkpoint, 7 memory
 """
 
 INHERITED = ("model", "data", "dtype", "run.seed", "batch", "train.eval_batches")
@@ -53,7 +55,13 @@ def evaluate_main(argv: Sequence[str]) -> int:
     try:
         rank, world = world_of_process()
         config, layout, root = _planned(asked.overrides, world)
-        found = evaluate(config, layout, root, rank, world)
+        try:
+            found = evaluate(config, layout, root, rank, world)
+        except Exception as failure:
+            known = diagnosed(failure, Standing(), config, layout)
+            if known is None or known is failure:
+                raise
+            raise known from failure
         if rank == 0:
             _show(found, asked.json)
         return EXIT_FINISHED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from moe_train.config.sweep import suffixes
 from moe_train.errors import (
     EXIT_FINISHED,
     EXIT_HUNG,
+    EXIT_MEMORY,
     EXIT_PREEMPTED,
     ConfigError,
     ConfigFaults,
@@ -33,11 +33,12 @@ from moe_train.monitor.run_folder import (
     default_run_name,
     next_free_name,
 )
-from moe_train.monitor.status import State, read_status, write_status
+from moe_train.monitor.status import read_status
 from moe_train.plan.layouts.machine import accelerator_present, visible_devices
 from moe_train.plan.memory.fit import launch_fault, unpriced
 from moe_train.plan.prepare import prepare
 from moe_train.session.cause import claim
+from moe_train.session.ending import STOPPED, diagnosed, end, report, tell_status
 from moe_train.session.standing import Standing
 from moe_train.train.interrupt import Interrupt, end_with_launcher
 
@@ -59,8 +60,6 @@ examples:
 
 Overrides are key=value; moe-train plan shows what they lead to and names every fault.
 """
-STOPPED = "stopped"
-"""File in the logs of a run that was told to stop under the torchrun that is still there."""
 
 
 def world_of_process() -> tuple[int, int]:
@@ -104,24 +103,10 @@ def _main(argv: Sequence[str], interrupt: Interrupt) -> int:
             print(f"job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
         codes.append(run(job, interrupt, suffix))
         # A stop is meant for the whole sweep, and a world without one of its ranks is over.
-        if codes[-1] in (EXIT_PREEMPTED, EXIT_HUNG):
+        alone = world_of_process()[1] == 1
+        if codes[-1] in (EXIT_PREEMPTED, EXIT_HUNG) or (codes[-1] == EXIT_MEMORY and not alone):
             break
     return next((code for code in codes if code != EXIT_FINISHED), EXIT_FINISHED)
-
-
-def report(fault: MoeTrainError, standing: Standing | None = None) -> int:
-    """Tell an error once, from rank 0, and return its exit code.
-
-    A lost peer may be rank 0 itself, so that one is told by the first rank that misses it, unless
-    a rank has said why it fell.
-    """
-    leave(str(fault))
-    first = world_of_process()[0] == 0
-    if fault.exit_code == EXIT_HUNG:
-        first = claim(standing.logs if standing else None, str(fault))
-    if first:
-        print(f"moe_train: {fault}", file=sys.stderr, flush=True)
-    return fault.exit_code
 
 
 def planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout]:
@@ -186,29 +171,32 @@ def run(overrides: Sequence[str], interrupt: Interrupt, suffix: str = "") -> int
         from moe_train.session.opening import open_session
 
         with ExitStack() as stack:
-            session = open_session(
-                config, layout, rank, world, stack, folder=standing.folder, fault=fault
-            )
-            if session.folder is not None:
-                standing.logs = session.folder.logs
-            if rank == 0:
-                taken = session.engine.backend.kernels
-                print(f"kernels {taken.kernels.name} ({taken.why})", flush=True)
-            # Only now: it imports Megatron, which the backend had to prepare for.
-            from moe_train.session.training import train
+            try:
+                session = open_session(
+                    config, layout, rank, world, stack,
+                    folder=standing.folder, fault=fault, joined=standing.join,
+                )  # fmt: skip
+                if rank == 0:
+                    taken = session.engine.backend.kernels
+                    print(f"kernels {taken.kernels.name} ({taken.why})", flush=True)
+                # Only now: it imports Megatron, which the backend had to prepare for.
+                from moe_train.session.training import train
 
-            train(session, standing, stack, begun, interrupt)
+                train(session, standing, stack, begun, interrupt)
+            except BaseException as failure:
+                standing.fault = diagnosed(failure, standing, config, layout)
+                if standing.fault is None or standing.fault is failure:
+                    raise
+                raise standing.fault from failure
         return EXIT_FINISHED
     except MoeTrainError as fault:
-        state: State = "preempted" if fault.exit_code == EXIT_PREEMPTED else "failed"
-        tell_status(standing, state, str(fault))
-        return report(fault, standing)
+        return end(standing.fault or fault, standing)
     except BaseException as crash:
         from moe_train.backend.groups import lost_peer
 
-        if (lost := lost_peer(crash)) is not None:
-            tell_status(standing, "failed", str(lost))
-            return report(lost, standing)
+        # Closing what is left of a world may fail as well, and is not why the run ends.
+        if (known := standing.fault or lost_peer(crash)) is not None:
+            return end(known, standing)
         leave(traceback.format_exc())
         claim(standing.logs, f"{type(crash).__name__}: {crash}")
         tell_status(standing, "failed", f"{type(crash).__name__}: {crash}")
@@ -244,14 +232,6 @@ def stay_stopped(config: Config, layout: Layout, suffix: str) -> None:
             "the run was told to stop, and is not taken up by a restart of its ranks",
             "start it again with the same run.name to go on",
         )
-
-
-def tell_status(standing: Standing, state: State, reason: str) -> None:
-    """Write the end of this run into its folder, once the folder is this run's (rank 0)."""
-    if standing.folder is not None and standing.taken_up:
-        write_status(standing.folder.status, state, standing.step, reason)
-        if state == "preempted":
-            (standing.folder.logs / STOPPED).touch()
 
 
 def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing) -> None:

@@ -133,13 +133,22 @@ def _initialize(sizes: Sizes, timeout_seconds: int, gloo: bool, nccl_path: str |
     )
 
 
-def close_world() -> None:
-    """Destroy all groups, so that another run may start in this process."""
+def close_world(abort: bool = False) -> None:
+    """Destroy all groups, so that another run may start in this process.
+
+    Args:
+        abort: this rank failed: drop what NCCL has under way, which destroying would wait for.
+    """
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if abort and dist.get_backend() == dist.Backend.NCCL:
+        # Nobody works with these groups after it.
+        dist.distributed_c10d._abort_process_group()
+    else:
         dist.destroy_process_group()
 
 

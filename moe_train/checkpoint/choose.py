@@ -11,10 +11,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from moe_train.backend.memory import memory_fault
 from moe_train.checkpoint import folders
 from moe_train.checkpoint.digests import blocks, share
 from moe_train.checkpoint.manifest import NAME, Manifest, check_blocks, check_files, read_manifest
-from moe_train.errors import CheckpointError
+from moe_train.errors import CheckpointError, MoeTrainError
 
 
 def find_checkpoint(root: Path, resume: str) -> tuple[Path | None, list[str]]:
@@ -92,7 +93,7 @@ def verify_together(folder: Path) -> Manifest:
 
 def _agreed[T](folder: Path, work: Callable[[], T]) -> list[T]:
     """All ranks' results, unless one of them failed: then its error, on all; collective."""
-    fault: CheckpointError | None = None
+    fault: MoeTrainError | None = None
     result: T | None = None
     rank, world = dist.get_rank(), dist.get_world_size()
     try:
@@ -101,13 +102,13 @@ def _agreed[T](folder: Path, work: Callable[[], T]) -> list[T]:
         fault = damage
     # Whatever else ends this rank's part must not leave its peers waiting.
     except (OSError, RuntimeError, MemoryError, ValueError) as problem:
-        fault = CheckpointError(
+        fault = memory_fault(problem, f"{folder.name} cannot be read") or CheckpointError(
             str(folder),
             f"cannot be read: {type(problem).__name__}: {problem}",
             "look at the disk: moe-train checkpoint list RUN shows what is sound",
         )
         fault.__cause__ = problem
-    if fault is not None and world > 1:
+    if isinstance(fault, CheckpointError) and world > 1:
         cause = fault.__cause__
         fault = CheckpointError(fault.field, f"{fault.problem} (seen by rank {rank})", fault.fix)
         fault.__cause__ = cause

@@ -18,7 +18,7 @@ from moe_train.checkpoint.manifest import Manifest
 from moe_train.checkpoint.model_state import sharded_model_state
 from moe_train.checkpoint.tensors import Writing, Written, check_complete, split
 from moe_train.checkpoint.together import together
-from moe_train.errors import CheckpointError
+from moe_train.errors import MoeTrainError
 
 
 class Save:
@@ -121,7 +121,7 @@ class Save:
     def _together[T](self, work: Callable[[], T]) -> list[T]:
         try:
             return together(work, self._staging, "could not be written", FREE)
-        except CheckpointError:
+        except MoeTrainError:
             if dist.get_rank() == 0:
                 # Its room may be what the next attempt needs.
                 shutil.rmtree(self._staging, ignore_errors=True)

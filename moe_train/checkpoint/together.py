@@ -10,7 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from moe_train.errors import CheckpointError
+from moe_train.backend.memory import memory_fault
+from moe_train.errors import CheckpointError, MoeTrainError
 
 LOGGER = logging.getLogger(__name__)
 
@@ -29,8 +30,10 @@ def together[T](work: Callable[[], T], folder: Path, failure: str, fix: str) -> 
 
     Raises:
         CheckpointError: with the first rank's reason.
+        MemoryFault: the same, where that reason is memory.
     """
-    problem, cause = "", None
+    fault: MoeTrainError | None = None
+    cause: BaseException | None = None
     result: T | None = None
     try:
         result = work()
@@ -38,12 +41,14 @@ def together[T](work: Callable[[], T], folder: Path, failure: str, fix: str) -> 
     # wrote; a damaged item is whatever unpacking it makes of it. All of it must reach the peers.
     except (Exception, CheckpointException) as error:
         LOGGER.warning("%s %s", folder, failure, exc_info=True)
-        problem, cause = f"{failure} ({_told(error)})", error
+        fault, cause = memory_fault(error, f"{folder.name} {failure}"), error
+        if fault is None:
+            fault = CheckpointError(str(folder), f"{failure} ({_told(error)})", fix)
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (problem, result))
+    dist.all_gather_object(outcomes, (fault, result))
     for other, _ in outcomes:
-        if other:
-            raise CheckpointError(str(folder), other, fix) from cause
+        if other is not None:
+            raise other from cause
     return [outcome for _, outcome in outcomes]
 
 

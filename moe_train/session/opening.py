@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_train.backend.select import select_backend
 from moe_train.data.blend import open_corpus
-from moe_train.errors import MoeTrainError
+from moe_train.errors import MoeTrainError, NonFiniteError, Preempted
 from moe_train.monitor.rank_log import log_to_file
 from moe_train.monitor.run_folder import RunFolder
 from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_step
@@ -16,6 +16,7 @@ from moe_train.plan.quantities.parameters import padded_vocab
 from moe_train.session.cause import forget
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from moe_train.backend.protocol import Backend
@@ -69,12 +70,14 @@ def open_session(
     *,
     folder: RunFolder | None = None,
     fault: MoeTrainError | None = None,
+    joined: Callable[[Path], None] | None = None,
 ) -> Session:
     """Check the data, join the world and build the model; ``stack`` closes what is opened.
 
     Args:
         folder: the run folder, on rank 0; the others are told.
         fault: why this rank cannot go on; its peers are told before it is raised everywhere.
+        joined: called with the run folder's logs, once all ranks know of them.
 
     Raises:
         MoeTrainError: this rank's fault or a peer's; see the rooms.
@@ -104,6 +107,8 @@ def open_session(
     assert corpus is not None
     folder = RunFolder(path) if path else None
     log_to_file(folder.rank_log(rank) if folder else None)
+    if folder is not None and joined is not None:
+        joined(folder.logs)
     engine = _build(config, layout, backend, vocab)
     return Session(config, layout, rank, world, corpus, vocab, engine, folder)
 
@@ -123,7 +128,13 @@ def _join(
 
     # The watchdog speaks first; a collective that gives up by itself names nobody.
     open_world(backend, rank, world, 2 * config.backend.timeout_seconds)
-    stack.callback(close_world)
+
+    def close(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        # Peers of a rank that fails alone may never come to the end that a graceful close awaits.
+        close_world(abort=error is not None and not isinstance(error, together))
+
+    together = (NonFiniteError, Preempted)
+    stack.push(close)
     path = agree(fault, path)
     same_kernels(backend.kernels)
     return path

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_train.errors import MoeTrainError
 from moe_train.monitor.lock import FolderLock
 from moe_train.monitor.run_folder import RunFolder
 
@@ -24,6 +25,12 @@ class Standing:
     """Whether the folder's files speak of this run: a refused one leaves an earlier run's be."""
     step: int = 0
     """Completed steps."""
+    fault: MoeTrainError | None = None
+    """What ended the run, once that is known."""
+
+    def join(self, logs: Path) -> None:
+        """The world is open and its ranks share ``logs``."""
+        self.logs = logs
 
 
 class Follower:

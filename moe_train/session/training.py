@@ -17,7 +17,7 @@ from moe_train.monitor.last_words import leave
 from moe_train.monitor.recorder import Silent
 from moe_train.monitor.run_folder import RunFolder
 from moe_train.monitor.status import write_status
-from moe_train.session.cause import claim
+from moe_train.session.cause import claim, claimed
 from moe_train.session.opening import Session
 from moe_train.session.records import describe_run, finish, open_recorder
 from moe_train.session.restore import restore
@@ -73,6 +73,7 @@ def train(
         session.world,
         config.backend.timeout_seconds,
         partial(_hung, folder, standing),
+        partial(claimed, folder.logs),
     ) as watchdog:
         run_loop(
             engine,

@@ -35,6 +35,8 @@ class Fault:
     victim: int
     """Rank that is hit, or LAUNCHER."""
     signal: int = signal.SIGKILL
+    text: str = ""
+    """Not empty: instead of a signal, torch's error of a device out of memory, with this text."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ class _Place:
 
 POINTS = {
     "plan": _Place("moe_train.runtime", "planned"),
+    "build": _Place("moe_train.train.engine", "build_model"),
     "open": _Place("moe_train.session.training", "restore"),
+    "load": _Place("moe_train.session.restore", "load_checkpoint"),
     "forward": _Place("moe_train.train.step", "forward_step"),
+    "backward": _Place("megatron.core.pipeline_parallel.schedules", "backward_step"),
     "update": _Place("moe_train.train.step", "_clip"),
     "updated": _Place("moe_train.train.loop", "train_step", after=True),
     "validation": _Place("moe_train.train.loop", "validate"),
@@ -62,7 +67,7 @@ POINTS = {
     "after rename": _Place("moe_train.checkpoint.folders", "commit", after=True, root=True),
     "during purge": _Place("shutil", "rmtree", root=True),
     "closing": _Place("moe_train.backend.groups", "close_world"),
-    "last words": _Place("moe_train.runtime", "tell_status"),
+    "last words": _Place("moe_train.session.ending", "tell_status"),
 }
 SAVING = ("before shards", "after shards", "before manifest", "before rename", "after rename",
           "during purge")  # fmt: skip
@@ -145,6 +150,10 @@ class _Injector:
                 (self._folder / f"done_{number}").touch(exist_ok=False)
             except FileExistsError:
                 continue
+            if fault.text:
+                from torch import OutOfMemoryError
+
+                raise OutOfMemoryError(fault.text)
             os.kill(self._process(fault.victim), fault.signal)
             if fault.victim == LAUNCHER:
                 # The others wait for this rank meanwhile: what it hands on finds all at the point.

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+PATIENCE = 10.0
+"""Seconds that a rank has to end by itself after another one did."""
 LIVELY = 4
 """Notes older than so many periods come from a process that does not run."""
 
@@ -30,13 +32,21 @@ class Watchdog:
         logs: folder that all ranks share.
         limit: seconds that a phase may take; 0 watches nothing.
         on_hang: called once, from the watchdog's thread, with what is wrong.
+        ended: what another rank said about why it ends, or None. A rank that waits for it in a
+            collective of NCCL is not told by anybody else.
     """
 
     def __init__(
-        self, logs: Path, rank: int, world: int, limit: float, on_hang: Callable[[str], None]
+        self,
+        logs: Path,
+        rank: int,
+        world: int,
+        limit: float,
+        on_hang: Callable[[str], None],
+        ended: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._logs, self.rank, self.world = logs, rank, world
-        self._limit, self._on_hang = limit, on_hang
+        self._limit, self._on_hang, self._ended = limit, on_hang, ended
         self._period = min(2.0, max(limit / 8, 0.05))
         self._phase, self._step, self._count, self._since = "start", 0, 0, time.monotonic()
         self._stop = threading.Event()
@@ -71,8 +81,15 @@ class Watchdog:
         self._since = time.monotonic()
 
     def _watch(self) -> None:
+        noticed = 0.0
         while not self._stop.wait(self._period):
             self._note()
+            # A rank that can end by itself does so at once, and stops this thread.
+            if (cause := self._ended()) is not None:
+                noticed = noticed or time.monotonic()
+                if time.monotonic() - noticed > PATIENCE:
+                    self._on_hang(f"waited for a rank that has ended: {cause}")
+                    return
             if time.monotonic() - self._since > self._limit:
                 self._on_hang(self._verdict())
                 return

@@ -51,6 +51,18 @@ def remedies(
             yield words, need
 
 
+def lighter(
+    config: Config, layout: Layout, vocab: int, assumptions: Assumptions
+) -> list[tuple[str, float]]:
+    """Overrides with which the worst stage needs less than now, and its bytes then; least first."""
+    now = worst(plan_memory(config, layout, vocab, assumptions)).total
+    found = [
+        (words, worst(plan_memory(changed, layout, vocab, assumptions)).total)
+        for changed, words in _changes(config)
+    ]
+    return sorted((one for one in found if one[1] < now), key=lambda one: one[1])
+
+
 def _changes(config: Config) -> Iterator[tuple[Config, str]]:
     options = variants(config)
     for name in ("distributed", "precision-aware", "offloaded"):
