@@ -317,8 +317,10 @@ def test_a_session_is_timed_profiled_saved_and_loaded(bench: Bench) -> None:
     assert findings.figures["grouped_products"][0]["backward_tflops"] > 0
 
 
-def event(name: str, start: float, end: float, on: str = "CUDA") -> Any:
-    return SimpleNamespace(name=name, device_type=f"DeviceType.{on}",
+def event(
+    name: str, start: float, end: float, on: str = "CUDA", *, annotation: bool = False
+) -> Any:
+    return SimpleNamespace(name=name, device_type=f"DeviceType.{on}", is_user_annotation=annotation,
                            time_range=SimpleNamespace(start=start, end=end))  # fmt: skip
 
 
@@ -329,6 +331,7 @@ def test_a_profile_counts_waits_copies_and_idle_time() -> None:
         event("void gemm<float, 128>(int)", 0, 4000), event("void gemm<half, 64>(int)", 2000, 5000),
         event("Memcpy DtoH (Device -> Pinned)", 9000, 10000),
         event("Memcpy HtoD (Pageable -> Device)", 9000, 9500),
+        event("nccl:all_to_all", 0, 20000, annotation=True),
     ]  # fmt: skip
     found = profile.summary(events, True, 3)
     assert found["host_waits"] == {"cudaStreamSynchronize": 2}

@@ -23,6 +23,8 @@ class Bench:
 
     Attributes:
         here: worker on the checked device.
+        te: worker on the checked device for TransformerEngine's kernels: Megatron is imported once
+            in a process, and differently for each kernel set.
         host: worker on the CPU, for references; never sees a GPU.
         sizes: models and amounts for this device.
         machine: hardware and versions, once the environment check knows them.
@@ -36,6 +38,7 @@ class Bench:
         self._blind = {} if device == "gpu" else blind
         self.host = Worker("host", logs / "host.log", blind)
         self.here = Worker("here", logs / "here.log", self._blind)
+        self.te = Worker("te", logs / "te.log", self._blind)
         self.machine: dict[str, Any] = {}
         self.name = ""
         self._deadline = time.monotonic()
@@ -51,8 +54,8 @@ class Bench:
 
     def close(self) -> None:
         """End the workers."""
-        self.here.stop()
-        self.host.stop()
+        for worker in (self.here, self.te, self.host):
+            worker.stop()
 
     def do(self, task: str, /, **args: Any) -> Any:
         """A task on the checked device."""
@@ -72,7 +75,8 @@ class Bench:
         Raises:
             Failed: the run did not finish.
         """
-        return self._train(self.here, name, self.words(overrides, kernels))
+        worker = self.te if kernels == "te" else self.here
+        return self._train(worker, name, self.words(overrides, kernels))
 
     def train_on_host(self, name: str, overrides: Sequence[str]) -> Path:
         """Train on the CPU, in its worker."""

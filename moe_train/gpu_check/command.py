@@ -163,11 +163,13 @@ def gpu_count() -> int:
         return 0
     program = [sys.executable, "-c", "from moe_train.gpu_check.tasks.facts import devices\n"
                "import json\nprint(json.dumps(devices()))"]  # fmt: skip
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    last = ""
     try:
-        seen = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
+        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        seen = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError, subprocess.TimeoutExpired) as error:
+        last = last or str(error)
         raise ConfigError(
             "gpu", f"a driver is there, but torch cannot be asked about it: {last}",
             "put torch on PYTHONPATH; --device cpu checks the suite itself",

@@ -50,6 +50,13 @@ DEEP = [
 """16 layers, 0.33 B parameters, 8192 tokens a micro-batch: activations outweigh the state."""
 
 
+WIDE = [*SMALL, "dtype=bf16", "data.sequence=4096", "batch.micro=64", "batch.global=64"]
+"""A quarter of a million tokens a micro-batch: a few GB of activations over next to no state."""
+HELD_BACK_GB = 3.0
+"""What a run of WIDE finds free on a card that another process holds: enough to start, and less
+than half of what it needs."""
+
+
 class Sizes:
     """Sizes for a device: ``gpu`` or ``cpu``."""
 

@@ -70,6 +70,9 @@ def run(
 
 def one(check: Check, bench: Bench, report: Report, seconds: float) -> tuple[Verdict, str]:
     """Run one check with ``seconds`` to spend; returns verdict and reason, written already."""
+    if check.gpus > 1:
+        # Its ranks need all of every card.
+        bench.close()
     findings = Findings()
     report.begin(check.name, findings)
     bench.begin(check.name, seconds)

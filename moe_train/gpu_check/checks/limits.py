@@ -9,7 +9,7 @@ from moe_train.gpu_check.bench import Bench
 from moe_train.gpu_check.check import Check
 from moe_train.gpu_check.checks.speed import opened
 from moe_train.gpu_check.findings import Findings, Skip
-from moe_train.gpu_check.sizes import DEEP
+from moe_train.gpu_check.sizes import DEEP, HELD_BACK_GB, SMALL, WIDE
 
 POLICIES = ("none", "2-15", "all")
 WITHIN = 0.10
@@ -81,15 +81,14 @@ def _storage(bench: Bench, findings: Findings) -> None:
 
 
 def _oom(bench: Bench, findings: Findings) -> None:
-    words = [*bench.sizes.large, "train.steps=3"]
     if bench.device == "gpu":
         # The plan fits the card, so it is not refused; another process has the memory.
-        held = bench.do("hold", leave_gb=6.0)
+        held = bench.do("hold", leave_gb=HELD_BACK_GB)
         findings.note(held_gb=held)
-        ended = bench.launch("large", words)
+        ended = bench.launch("wide", [*WIDE, "train.steps=3"])
         bench.do("close")
     else:
-        ended = bench.launch("large", words, plant=["memory", "2", "0"])
+        ended = bench.launch("small", [*SMALL, "train.steps=3"], plant=["memory", "2", "0"])
     status = ended.status
     findings.note(exit_code=ended.code, status=status)
     findings.require(

@@ -27,6 +27,6 @@ def _environment(bench: Bench, findings: Findings) -> None:
 
 
 ENVIRONMENT = Check(
-    "environment", "do the packages import, and can torch use the GPUs?", 1, 60,
+    "environment", "do the packages import, and can torch use the GPUs?", 1, 120,
     _environment, cpu=True,
 )  # fmt: skip

@@ -100,7 +100,7 @@ def _need_te(bench: Bench) -> None:
 
 
 INITIAL = Check(
-    "initial", "do GPU and CPU start from the same weights, bit by bit?", 1, 60, _initial, cpu=True
+    "initial", "do GPU and CPU start from the same weights, bit by bit?", 1, 120, _initial, cpu=True
 )
 FP32 = Check(
     "curve-fp32", "is the fp32 loss curve the CPU's, and the same when run again?", 1, 90,

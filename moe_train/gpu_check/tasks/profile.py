@@ -82,6 +82,9 @@ def summary(events: list[Any], on_device: bool, top: int) -> dict[str, Any]:
 
 
 def _is_device(event: Any) -> bool:
+    """Whether an event is work of the device, and no range that somebody marked on it."""
+    if getattr(event, "is_user_annotation", False):
+        return False
     return "CPU" not in str(getattr(event, "device_type", "CPU")).upper()
 
 
