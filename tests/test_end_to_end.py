@@ -81,27 +81,24 @@ def test_sweep_under_torchrun_each_job_its_own_folder_and_a_quiet_console(tmp_pa
 
 
 @pytest.mark.world
-def test_sweep_in_one_process_equals_runs_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "first", "second"), [("experts", 4, 8), ("layers", 2, 3)])
+def test_sweep_in_one_process_equals_runs_of_their_own(
+    tmp_path: Path, key: str, first: int, second: int
+) -> None:
     """Two jobs share a process: global state that is not torn down would show in the second."""
-    swept = run_world(
-        _main,
-        1,
-        ["-m", "model.experts=4,8", "train.steps=3", f"run.dir={tmp_path}", "run.name=s", *QUIET],
-        log=tmp_path / "log",
-    )
+    fixed = [word for word in QUIET if f"model.{key}=" not in word]
+    argv = ["-m", f"model.{key}={first},{second}", "train.steps=3", f"run.dir={tmp_path}"]
+    swept = run_world(_main, 1, [*argv, "run.name=s", *fixed], log=tmp_path / "log")
     assert swept == [0], (tmp_path / "log").read_text()
-    alone = train_run(
-        tmp_path / "alone", [*SMALL, "train.steps=3", "checkpoint.every=2", "model.experts=8"]
-    )
+    alone = train_run(tmp_path / "alone", [*fixed, "train.steps=3", f"model.{key}={second}"])
     assert alone.codes == [0]
-    second = read(tmp_path / "s-model.experts-8" / "metrics.jsonl")
+    records = read(tmp_path / f"s-model.{key}-{second}" / "metrics.jsonl")
     for name in ("loss_hex", "grad_norm_hex", "aux_loss", "load_imbalance"):
-        assert [record[name] for record in second if "loss" in record] == alone.column(name)
-    assert len(list((tmp_path / "s-model.experts-4" / "checkpoints").iterdir())) == 2
+        assert [record[name] for record in records if "loss" in record] == alone.column(name)
+    assert len(list((tmp_path / f"s-model.{key}-{first}" / "checkpoints").iterdir())) == 2
 
 
-QUIET = [*(w for w in SMALL if "experts" not in w), "device=cpu", "checkpoint.every=2"]
-QUIET += ["train.eval_every=0", "log.console=none"]
+QUIET = [*SMALL, "device=cpu", "checkpoint.every=2", "train.eval_every=0", "log.console=none"]
 
 
 def _main(rank: int, world: int, argv: list[str]) -> int:
@@ -112,7 +109,7 @@ def _main(rank: int, world: int, argv: list[str]) -> int:
 
 def test_a_refused_job_does_not_stop_the_sweep(tmp_path: Path) -> None:
     argv = ["-m", "optim.lr=-1,1e-3", "train.steps=1", f"run.dir={tmp_path}", "run.name=s"]
-    argv += [*QUIET, "model.experts=4"]
+    argv += QUIET
     codes = run_world(_main, 1, argv, log=tmp_path / "log")
     assert codes == [EXIT_CONFIG]
     assert (tmp_path / "log").read_text().count("optim.lr: -1") == 1

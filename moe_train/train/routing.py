@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import (
+    destroy_moe_metrics_tracker,
+    get_moe_metrics_tracker,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 
 
@@ -52,6 +55,8 @@ class RoutingRecorder:
     ) -> None:
         self._tokens_LE = torch.zeros(layers, experts, dtype=torch.float64, device=device)
         self._routed = 0
+        # Megatron's is global and keeps the number of layers of the first model of a process.
+        destroy_moe_metrics_tracker()
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, TopKRouter):
