@@ -271,6 +271,22 @@ def test_tokens_are_the_same_everywhere(tmp_path: Path) -> None:
     assert curves.reference("fp32")["tokens_sha256"] == digest
 
 
+def test_a_session_is_timed_profiled_saved_and_loaded(bench: Bench) -> None:
+    by_name = {check.name: check for check in CHECKS}
+    for name, figures in {
+        "speed": {"tokens_per_second", "step_seconds", "model_tflops"},
+        "profile": {"host_reads", "longest"},
+        "storage": {"save_seconds", "load_seconds", "bytes", "update_seconds"},
+        "kernels": {"grouped_products", "attention", "dense"},
+    }.items():
+        findings = Findings()
+        bench.begin(name, 60)
+        by_name[name].run(bench, findings)
+        assert not findings.failures, (name, findings)
+        assert figures <= findings.figures.keys(), (name, findings)
+    assert findings.figures["grouped_products"][0]["backward_tflops"] > 0
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_shipped_curves_are_this_programs(bench: Bench, dtype: str) -> None:
     """Bit by bit where they were made with the same versions on the same processor."""
@@ -299,22 +315,6 @@ def test_a_curve_beside_the_reference_fails(dtype: str, limit: float) -> None:
         assert len(findings.failures) == failures, off
     with pytest.raises(Failed, match="no steps"):
         curves.judge(Findings(), "x", [], steps, dtype)
-
-
-def test_a_session_is_timed_profiled_saved_and_loaded(bench: Bench) -> None:
-    by_name = {check.name: check for check in CHECKS}
-    for name, figures in {
-        "speed": {"tokens_per_second", "step_seconds", "model_tflops"},
-        "profile": {"host_reads", "longest"},
-        "storage": {"save_seconds", "load_seconds", "bytes", "update_seconds"},
-        "kernels": {"grouped_products", "attention", "dense"},
-    }.items():
-        findings = Findings()
-        bench.begin(name, 60)
-        by_name[name].run(bench, findings)
-        assert not findings.failures, (name, findings)
-        assert figures <= findings.figures.keys(), (name, findings)
-    assert findings.figures["grouped_products"][0]["backward_tflops"] > 0
 
 
 def event(

@@ -67,8 +67,6 @@ def open(overrides: list[str]) -> dict[str, Any]:
 
 
 def _start(overrides: list[str]) -> None:
-    from moe_train.data.batches import BatchSource
-    from moe_train.data.datasets import build_datasets
     from moe_train.monitor.run_folder import create_run_folder
     from moe_train.runtime import planned
     from moe_train.session.opening import open_session
@@ -78,6 +76,10 @@ def _start(overrides: list[str]) -> None:
     stack = ExitStack()
     try:
         session = open_session(config, layout, 0, 1, stack, folder=folder)
+        # Only now: they import Megatron, which the backend had to prepare for.
+        from moe_train.data.batches import BatchSource
+        from moe_train.data.datasets import build_datasets
+
         dataset = build_datasets(
             config.data,
             sequence=config.data.sequence,
