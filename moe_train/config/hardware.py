@@ -57,5 +57,11 @@ class HardwareConfig:
     which another rank on that core computes. Counts where ranks are more than ``cores``."""
     cores: int = 0
     """Cores that all ranks share, each with one thread; 0: every rank has a device of its own."""
+    devices: list[str] = field(default_factory=list)
+    """Regular expressions of the whole names that drivers give devices with this profile."""
+    device: str = ""
+    """Name of the devices of this run, where the profile was chosen by it."""
+    peak_known: bool = True
+    """Whether peak_tflops is the device's: without it a run has no MFU."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where each number comes from, or the word assumed."""
