@@ -19,13 +19,11 @@ from moe_train.errors import (
     EXIT_MEMORY,
     EXIT_PREEMPTED,
     ConfigError,
-    ConfigFaults,
     MoeTrainError,
     Preempted,
 )
 from moe_train.monitor.last_words import leave
 from moe_train.monitor.lock import FolderLock
-from moe_train.monitor.mirror import mode_fault
 from moe_train.monitor.rank_log import log_to_file
 from moe_train.monitor.run_folder import (
     RunFolder,
@@ -34,11 +32,9 @@ from moe_train.monitor.run_folder import (
     next_free_name,
 )
 from moe_train.monitor.status import read_status
-from moe_train.plan.layouts.machine import accelerator_present, visible_devices
-from moe_train.plan.memory.fit import launch_fault, unpriced
-from moe_train.plan.prepare import prepare
 from moe_train.session.cause import claim
 from moe_train.session.ending import STOPPED, diagnosed, end, report, tell_status
+from moe_train.session.planning import planned
 from moe_train.session.standing import Standing
 from moe_train.train.interrupt import Interrupt, end_with_launcher
 
@@ -109,41 +105,6 @@ def _main(argv: Sequence[str], interrupt: Interrupt) -> int:
     return next((code for code in codes if code != EXIT_FINISHED), EXIT_FINISHED)
 
 
-def planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout]:
-    """Config and layout of a run on this machine, every fault found before torch is imported.
-
-    Raises:
-        ConfigFaults: all faults together.
-        ConfigError: the plan does not fit the memory of this machine's GPUs.
-    """
-    facts = None if "device=cpu" in overrides else visible_devices(world)
-    faults = []
-    if "device=cuda" in overrides and not accelerator_present():
-        faults.append(
-            ConfigError(
-                "device",
-                "cuda was asked for, but this machine shows no GPU",
-                "device=cpu runs the same program on gloo; device=auto picks what is there",
-            )
-        )
-    try:
-        config, layout = prepare(overrides, world, facts)
-    except ConfigFaults as refused:
-        raise ConfigFaults([*refused.faults, *faults]) from refused
-    if (unmirrored := mode_fault(config.log.wandb)) is not None:
-        faults.append(unmirrored)
-    if faults:
-        raise ConfigFaults(faults)
-    fault = launch_fault(config, layout, facts) if facts and config.device != "cpu" else None
-    if fault is not None:
-        if not (changed := unpriced(config)):
-            raise fault
-        if world_of_process()[0] == 0:
-            print(f"warning: {fault}\n    started all the same, since {', '.join(changed)} "
-                  "may change that", flush=True)  # fmt: skip
-    return config, layout
-
-
 def run(overrides: Sequence[str], interrupt: Interrupt, suffix: str = "") -> int:
     """One run on this rank; returns its exit code.
 
@@ -156,8 +117,9 @@ def run(overrides: Sequence[str], interrupt: Interrupt, suffix: str = "") -> int
     rank, world = world_of_process()
     standing = Standing()
     try:
-        config, layout = planned(overrides, world)
-        stay_stopped(config, layout, suffix)
+        config, layout = planned(
+            overrides, world, lambda config, layout: stay_stopped(config, layout, suffix)
+        )
         fault: MoeTrainError | None = None
         if rank == 0:
             try:
@@ -267,6 +229,8 @@ def announce(config: Config, layout: Layout, world: int) -> None:
     """Say what is about to run, and why (rank 0)."""
     why = f" ({config.experiment_reason})" if config.experiment_reason else ""
     print(f"experiment {config.experiment}{why}")
+    if config.hardware.device:
+        print(f"device {config.device}: {config.hardware.device}, profile {config.hardware.name}")
     print(
         f"layout {layout.tag} on {world} rank(s): tensor {layout.tensor}, pipeline "
         f"{layout.pipeline}, expert {layout.expert}, data {layout.data}, "

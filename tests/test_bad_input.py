@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moe_train.backend.cuda.devices import accelerator_present
 from moe_train.errors import (
     EXIT_CHECKPOINT,
     EXIT_CONFIG,
@@ -22,7 +24,6 @@ from moe_train.errors import (
     ConfigError,
     ConfigFaults,
 )
-from moe_train.plan.layouts.machine import accelerator_present
 from moe_train.testing.runs import Run, train_run
 from moe_train.testing.world import run_world
 
@@ -240,9 +241,11 @@ def assert_refused(folder: Path, reason: str) -> None:
 def _uneven(rank: int, world: int, overrides: list[str], blind: str) -> int:
     """Rank 1 does not find the data that its peers see, as on a node without the mount."""
     from moe_train.runtime import main
+    from moe_train.session import opening
 
     if rank == 1:
-        overrides = [blind if word.startswith("data.train") else word for word in overrides]
+        seen = opening.open_corpus
+        opening.open_corpus = lambda data, ready: seen(replace(data, train=[blind]), ready)
     return main(overrides)
 
 
@@ -291,7 +294,7 @@ def test_data_that_one_rank_alone_lacks_ends_all_ranks(bytes_data: Path, tmp_pat
         *("device=cpu", "log.wandb=disabled", f"run.dir={tmp_path / 'runs'}", "run.name=r"),
         *(*SMALL, f"data.cache={tmp_path}/cache", f"data.train=[{bytes_data}]"),
     ]
-    blind = f"data.train=[{tmp_path / 'nothing'}]"
+    blind = str(tmp_path / "nothing")
     codes = run_world(_uneven, 2, overrides, blind, timeout=120.0, log=log)
     assert codes == [EXIT_DATA, EXIT_DATA]
     assert log.read_text().count("nothing.idx: does not exist") == 1

@@ -54,9 +54,9 @@ def test_the_environment_is_written_before_a_gpu_is_looked_for(
 ) -> None:
     seen: dict[str, str] = {}
 
-    def facts() -> tuple[int, float]:
+    def facts() -> tuple[int, str]:
         seen.update(os.environ)
-        return 2, 64.0
+        return 2, ""
 
     monkeypatch.setattr(select, "cuda_facts", facts)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -78,7 +78,7 @@ def test_the_host_leaves_the_environment_alone() -> None:
 
 
 def test_more_ranks_than_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "cuda_facts", lambda: (2, 64.0))
+    monkeypatch.setattr(select, "cuda_facts", lambda: (2, ""))
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match="2 usable GPU"):
         select.select_backend("cuda", BackendConfig())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch.distributed as dist
 import yaml
 
-from moe_train.backend.meeting import meet
+from moe_train.backend.meeting import meet, missing
 from moe_train.errors import HungError
 
 _WORLDS = count(1)
@@ -51,17 +51,22 @@ def open_world(
     else:
         # Addresses that an earlier world of these processes left under the same keys would be
         # taken for this one's.
-        store = _store(rank, world, timeout_seconds)
+        store = launcher_store(rank, world, timeout_seconds)
         options["store"] = dist.PrefixStore(f"world{next(_WORLDS)}", store)
     if backend.name != "host":
         options["device_id"] = backend.device
     dist.init_process_group(**options)
 
 
-def _store(rank: int, world: int, timeout_seconds: int) -> dist.Store:
+def launcher_store(rank: int, world: int, timeout_seconds: int) -> dist.Store:
     """The launcher's store, or rank 0's own at MASTER_ADDR; lives as long as the process."""
     if (rank, world) not in _STORES:
-        store, _, _ = next(iter(dist.rendezvous("env://", rank, world)))
+        limit = datetime.timedelta(seconds=timeout_seconds)
+        try:
+            store, _, _ = next(iter(dist.rendezvous("env://", rank, world, timeout=limit)))
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            others = [0] if rank else list(range(1, world))
+            raise missing(others, timeout_seconds) from error
         _STORES[rank, world] = meet(store, rank, world, timeout_seconds)
     return _STORES[rank, world]
 

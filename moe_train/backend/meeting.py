@@ -34,7 +34,7 @@ def meet(store: dist.Store, rank: int, world: int, timeout_seconds: float) -> di
     try:
         store.wait([f"welcome/{mine}"], timedelta(seconds=timeout_seconds))
     except dist.DistStoreError as error:
-        raise _missing([0], timeout_seconds) from error
+        raise missing([0], timeout_seconds) from error
     token = store.get(f"welcome/{mine}").decode()
     store.set(f"{token}/{rank}", "here")
     return dist.PrefixStore(token, store)
@@ -53,12 +53,13 @@ def _gather(store: dist.Store, world: int, timeout_seconds: float) -> str:
             if store.check([f"{token}/{rank}"]):
                 waiting.discard(rank)
         if time.monotonic() > until:
-            raise _missing(sorted(waiting), timeout_seconds)
+            raise missing(sorted(waiting), timeout_seconds)
         time.sleep(POLL)
     return token
 
 
-def _missing(ranks: list[int], seconds: float) -> HungError:
+def missing(ranks: list[int], seconds: float) -> HungError:
+    """The error of ranks that did not come."""
     named = ", ".join(map(str, ranks))
     return HungError(
         "world",

@@ -1,51 +1,81 @@
-"""Choose the backend: ``device=auto|cpu|cuda``."""
+"""Take the backend of a decided device: ``cpu`` or ``cuda``."""
 
 from __future__ import annotations
 
 import os
 
+from moe_train.backend.cuda.devices import Devices, Gpu
 from moe_train.backend.cuda.environment import set_environment
 from moe_train.backend.protocol import Backend
 from moe_train.config.training import BackendConfig
 from moe_train.errors import ConfigError
 
 
-def cuda_facts() -> tuple[int, float]:
-    """Number of visible GPUs and the smallest one's memory in GB; (0, 0.0) without any."""
+def cuda_facts() -> tuple[int, str]:
+    """Number of GPUs that torch can use, and why there are none."""
     import torch
 
-    if not torch.cuda.is_available():
-        return 0, 0.0
-    count = torch.cuda.device_count()
-    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
-    return count, smallest / 1e9
+    if torch.cuda.is_available():
+        return torch.cuda.device_count(), ""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return 0, f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return 0, str(error).strip().split(". ")[0].splitlines()[0]
+    return 0, "CUDA starts, but shows torch no device"
+
+
+def torch_devices() -> Devices:
+    """The table of this process as torch sees it, where nvidia-smi does not say it."""
+    import torch
+
+    count, reason = cuda_facts()
+    if not count:
+        return Devices(problem=reason)
+    gpus = []
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        # ROCm's have no uuid; an index stands for a GPU as long as all ranks see the same list.
+        uuid = str(getattr(properties, "uuid", f"index {index}"))
+        gpus.append(Gpu(uuid, properties.name, properties.total_memory / 1e9))
+    return Devices(tuple(gpus))
 
 
 def select_backend(device: str, config: BackendConfig) -> Backend:
     """Return the backend for ``device``, not yet prepared.
 
+    A run's device is decided for all its ranks before this. ``auto`` is for a program of one
+    rank that has no plan: the GPU if torch can use one, else the CPU.
+
     Raises:
-        ConfigError: ``device=cuda`` on a machine without a usable GPU.
+        ConfigError: the device is cuda, and torch cannot use a GPU for this rank.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device != "cpu":
+        # nvidia-smi and CUDA_VISIBLE_DEVICES number GPUs by their place on the bus.
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         # Even counting GPUs starts CUDA, which reads its environment only then.
         notes = set_environment(config)
-    count, _ = cuda_facts() if device != "cpu" else (0, 0.0)
-    if device == "cuda" and count <= local_rank:
-        raise ConfigError(
-            "device",
-            f"cuda was asked for, but this machine shows {count} usable GPU(s) "
-            f"and local rank {local_rank} needs its own",
-            "device=cpu runs the same program on gloo; device=auto picks what is there",
-        )
-    if device == "cuda" or (device == "auto" and count > local_rank):
-        from moe_train.backend.cuda.backend import CudaBackend
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+        count, reason = cuda_facts()
+        # A launcher may show each rank its own GPU alone.
+        index = 0 if count == 1 else local_rank
+        lonely = count == 1 and local_rank > 0 and device == "auto"
+        if index < count and not lonely:
+            from moe_train.backend.cuda.backend import CudaBackend
 
-        if os.environ.get("RANK", "0") == "0":
-            for note in notes:
-                print(f"note: {note}", flush=True)
-        return CudaBackend(local_rank, config)
+            if os.environ.get("RANK", "0") == "0":
+                for note in notes:
+                    print(f"note: {note}", flush=True)
+            return CudaBackend(index, config)
+        if device == "cuda":
+            raise ConfigError(
+                "device",
+                f"local rank {local_rank} needs a GPU of its own, and torch shows {count} usable "
+                f"GPU(s){f': {reason}' if reason else ''}",
+                "repair driver or torch (python -c 'import torch; torch.cuda.init()' shows "
+                "what fails), or device=cpu runs the same program on gloo",
+            )
     from moe_train.backend.host.backend import HostBackend
 
     return HostBackend(config)

@@ -45,8 +45,7 @@ def choice_fault(key: str, value: Any, choices: Sequence[str]) -> ConfigError | 
 def validate(config: Config) -> list[ConfigError]:
     """Every fault that does not depend on layout, world size or machine."""
     return [
-        *_choices(config),
-        *range_faults(config),
+        *single_faults(config),
         *_model(config),
         *_router(config),
         *_recompute(config),
@@ -56,6 +55,11 @@ def validate(config: Config) -> list[ConfigError]:
         *nccl.faults(config.backend.nccl_groups),
         *environment.faults(config),
     ]
+
+
+def single_faults(config: Config) -> list[ConfigError]:
+    """Every value that is a fault by itself, whatever the others are."""
+    return [*_choices(config), *range_faults(config)]
 
 
 def _choices(config: Config) -> Iterable[ConfigError]:

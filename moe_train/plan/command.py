@@ -83,10 +83,11 @@ def plan_main(argv: Sequence[str]) -> int:
 
     from rich.console import Console
 
+    from moe_train.backend.cuda.devices import read_devices
     from moe_train.config.compose import collect
-    from moe_train.plan.layouts.machine import visible_devices
+    from moe_train.plan.machine.decision import facts_here
     from moe_train.plan.memory.fit import assumptions_of, memory_fault
-    from moe_train.plan.prepare import prepare
+    from moe_train.plan.prepare import dtype_faults, prepare
     from moe_train.plan.quantities.vocabulary import vocabulary
     from moe_train.plan.report.plan_report import plan_report
     from moe_train.plan.report.tables import print_plan
@@ -109,15 +110,10 @@ def plan_main(argv: Sequence[str]) -> int:
         raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
     facts = None
     if config.experiment == AUTO and config.device != "cpu":
-        facts = visible_devices(world)
+        facts = facts_here(read_devices(), world)
     config, layout = prepare(asked.overrides, world, facts)
-    hardware = config.hardware
-    if hardware.kind == "accelerator" and config.dtype not in hardware.peak_tflops:
-        raise ConfigError(
-            "dtype",
-            f"{hardware.name} has no {config.dtype}",
-            f"one of {', '.join(hardware.peak_tflops)}, or another hardware profile",
-        )
+    if unfit := dtype_faults(config):
+        raise unfit[0]
     console = Console()
     assumptions = assumptions_of(config, asked.imbalance, asked.fragmentation)
     report = plan_report(config, layout, assumptions)

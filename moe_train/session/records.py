@@ -11,6 +11,7 @@ from moe_train.config.convert import to_mapping
 from moe_train.monitor.files import write_atomically
 from moe_train.monitor.run_folder import RunFolder
 from moe_train.monitor.status import write_status
+from moe_train.plan.cost.compute import peak_flops
 from moe_train.plan.report.plan_report import plan_report
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ def describe_run(
     report = plan_report(config, layout, kernels=kernels)
     write_atomically(folder.plan, json.dumps(report, indent=1) + "\n")
     write_status(folder.status, "running", step)
+
+
+def device_peak(config: Config) -> float:
+    """FLOP/s that MFU compares one device with; 0 where the profile is not the device's."""
+    hardware = config.hardware
+    own = hardware.peak_known and (hardware.kind == "cpu") == (config.device == "cpu")
+    return peak_flops(config) if own else 0.0
 
 
 def open_recorder(session: Session, datasets: Any, start: int, stack: ExitStack) -> Recorder:
@@ -69,7 +77,7 @@ def open_recorder(session: Session, datasets: Any, start: int, stack: ExitStack)
         entropy = dataset_entropy(datasets.valid, config.train.eval_batches * session.batch)
     progress.start(config.train.steps, start)
     flops = flops_per_token(config.model, config.data.sequence, session.vocab)
-    peak_tflops = config.hardware.peak_tflops.get(config.dtype, 0.0)
+    peak = device_peak(config)
     recorder = Recorder(
         folder,
         log,
@@ -77,7 +85,7 @@ def open_recorder(session: Session, datasets: Any, start: int, stack: ExitStack)
         progress,
         mirror,
         flops_per_token=flops.total,
-        peak_flops=peak_tflops * 1e12 * session.engine.backend.devices(session.world),
+        peak_flops=peak * session.engine.backend.devices(session.world),
         unigram_entropy=entropy,
     )
     recorder.truncate_after(start)

@@ -189,7 +189,11 @@ def step_time(config: Config, layout: Layout, vocab: int, assumptions: Assumptio
         microbatches=count,
         sequences=sequences,
         tokens=tokens,
-        mfu=mfu(tokens / total, flops, peak_flops(config) * processors(config, layout)),
+        mfu=mfu(
+            tokens / total,
+            flops,
+            peak_flops(config) * processors(config, layout) * config.hardware.peak_known,
+        ),
     )
 
 

@@ -111,9 +111,9 @@ def launch_fault(config: Config, layout: Layout, facts: MachineFacts) -> ConfigE
         return None
     found = dataclasses.replace(
         config.hardware,
-        name=f"the smallest of this machine's devices ({facts.kind})",
+        name=f"the smallest of the ranks' devices ({facts.device or facts.kind})",
         kind="accelerator",
-        memory_gb=facts.memory_gb,
+        memory_gb=round(facts.memory_gb, 1),
     )
     here = copy.copy(config)
     here.hardware = found

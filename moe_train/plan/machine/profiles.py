@@ -1,0 +1,109 @@
+"""The hardware profile of a device, found by the name that its driver gives it.
+
+Profiles are the files of ``configs/hardware``; the ``devices`` of each are regular expressions of
+whole names. Where several profiles have a name, as the custom parts of 64 GB share theirs with
+parts of other sizes, memory decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from moe_train.config.compose import config_dir
+from moe_train.config.experiment import MachineFacts
+from moe_train.config.files import read_yaml
+from moe_train.config.hardware import HardwareConfig
+
+UNKNOWN = "unknown_gpu"
+"""Profile of a GPU that no other profile names: assumed figures, and no peak to compare with."""
+CLOSE = 0.2
+"""Share by which a device's memory may differ from the data sheet's: drivers count in GiB and keep
+some; a slice of a GPU has another profile."""
+
+
+@cache
+def _profiles() -> dict[str, dict[str, Any]]:
+    """Every profile that names devices, by its option."""
+    found = {}
+    for path in sorted((config_dir() / "hardware").glob("*.yaml")):
+        content = read_yaml(path, str(path))
+        if isinstance(content, dict) and content.get("devices"):
+            found[path.stem] = content
+    return found
+
+
+def profile_of(device: str, memory_gb: float) -> str | None:
+    """The profile of one kind of GPU; None where there is none.
+
+    Args:
+        device: name as the driver writes it.
+        memory_gb: memory that it really has, in GB (1e9 bytes).
+    """
+    if memory_gb <= 0:
+        return None
+    fitting = [
+        (abs(content["memory_gb"] / memory_gb - 1), name)
+        for name, content in _profiles().items()
+        if any(re.fullmatch(one, device, re.IGNORECASE) for one in content["devices"])
+    ]
+    off, name = min(fitting, default=(1.0, ""))
+    return name if off <= CLOSE else None
+
+
+def profile_for(facts: MachineFacts) -> str:
+    """The profile of a run's GPUs: of the slowest kind, or `UNKNOWN` if one kind is unknown."""
+    found = [profile_of(name, memory_gb) for name, memory_gb in facts.kinds]
+    known = [name for name in found if name]
+    return min(known, key=_speed) if known and len(known) == len(found) else UNKNOWN
+
+
+def _speed(profile: str) -> float:
+    peaks = _profiles()[profile]["peak_tflops"]
+    return float(peaks.get("bf16", peaks.get("fp32", 0.0)))
+
+
+def overridden(overrides: Sequence[str]) -> set[str]:
+    """Keys and groups that the overrides set."""
+    return {text.partition("=")[0].lstrip("+~") for text in overrides}
+
+
+def profile_overrides(overrides: Sequence[str], facts: MachineFacts) -> list[str]:
+    """The override that chooses the devices' profile; none where the user names one."""
+    if facts.kind == "cpu" or "hardware" in overridden(overrides):
+        return []
+    return [f"hardware={profile_for(facts)}"]
+
+
+def as_found(
+    hardware: HardwareConfig, overrides: Sequence[str], facts: MachineFacts
+) -> HardwareConfig:
+    """The chosen profile with what the devices themselves say: name, memory, devices a node.
+
+    What the user sets stands, and a profile that the user names is left as it is.
+    """
+    keys = overridden(overrides)
+    if facts.kind == "cpu" or "hardware" in keys:
+        return hardware
+    changes: dict[str, Any] = {"device": facts.device}
+    sources = dict(hardware.sources)
+    if "hardware.memory_gb" not in keys:
+        changes["memory_gb"] = round(facts.memory_gb, 3)
+        sources["memory_gb"] = "the device's driver"
+    if "hardware.devices_per_node" not in keys and facts.per_node:
+        changes["devices_per_node"] = facts.per_node
+    return replace(hardware, sources=sources, **changes)
+
+
+def profile_note(hardware: HardwareConfig) -> str:
+    """What to say where the device has no profile; empty where it has one."""
+    if hardware.name != UNKNOWN:
+        return ""
+    return (
+        f"no hardware profile names {hardware.device or 'this GPU'!r}: the plan takes its memory "
+        "from the driver and assumes everything else, and there is no MFU; hardware=NAME chooses "
+        "a profile, and a file in configs/hardware with its name under `devices` adds one"
+    )

@@ -1,0 +1,390 @@
+"""Device, experiment, profile and layout are one answer for all ranks, or one refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_train.backend.cuda.devices import Gpu, parse_table, read_devices, visible
+from moe_train.config.compose import compose, config_dir, group_options
+from moe_train.config.experiment import MachineFacts
+from moe_train.errors import EXIT_CONFIG, ConfigError
+from moe_train.plan.legality.check import check
+from moe_train.plan.machine.choice import CANDIDATES, SHARE, choose
+from moe_train.plan.machine.decision import Place, RankTable, decide
+from moe_train.plan.machine.profiles import UNKNOWN, profile_of
+from moe_train.plan.memory.fit import assumptions_of, fits
+from moe_train.plan.prepare import prepare
+from moe_train.plan.quantities.vocabulary import vocabulary
+from moe_train.session.planning import Plan, plan_for
+
+H100 = ("NVIDIA H100 80GB HBM3", 85.5)
+A100 = ("NVIDIA A100-SXM-64GB", 68.2)
+RTX = ("NVIDIA GeForce RTX 4090", 25.8)
+GPUS = (0, 1, 2, 4, 7, 8)
+RANKS = range(1, 17)
+
+
+def node(gpus: int, kind: tuple[str, float] = H100, name: str = "a") -> tuple[Gpu, ...]:
+    return tuple(Gpu(f"GPU-{name}{index}", *kind) for index in range(gpus))
+
+
+def tables(*nodes: tuple[int, tuple[Gpu, ...]]) -> list[RankTable]:
+    """Tables of (ranks, GPUs) for each node."""
+    world = sum(ranks for ranks, _ in nodes)
+    found: list[RankTable] = []
+    for ranks, gpus in nodes:
+        found += [
+            RankTable(Place(len(found) + local, world, local, ranks), gpus)
+            for local in range(ranks)
+        ]
+    return found
+
+
+def outcome(seen: Sequence[RankTable], *overrides: str) -> Plan | str:
+    """The plan from tables that went through the store, or the refusal's text."""
+    texts = [table.to_json() for table in seen]
+    copies = [RankTable.from_mapping(json.loads(text)) for text in texts]
+    assert copies == list(seen), "a table changes on its way through the store"
+    wanted = next((word[7:] for word in overrides if word.startswith("device=")), "auto")
+    try:
+        facts = decide(wanted, copies)
+    except ConfigError as refused:
+        assert refused.exit_code == EXIT_CONFIG
+        return str(refused)
+    return on(replace(facts, notes=()), overrides)
+
+
+@cache
+def on(facts: MachineFacts, overrides: tuple[str, ...]) -> Plan:
+    """The plan of a run is a function of these two alone."""
+    return Plan(*prepare(overrides, facts.count, facts))
+
+
+def sensible(plan: Plan, world: int, device: str) -> None:
+    """A plan that can run as it stands."""
+    config, layout = plan.config, plan.layout
+    assert config.device == device
+    assert layout.world == world
+    assert not check(config, world)
+    if device == "cuda":
+        assert config.hardware.kind == "accelerator"
+        assert fits(config, layout, vocabulary(config)[0], assumptions_of(config))
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("gpus", GPUS)
+def test_one_node(gpus: int, ranks: int) -> None:
+    found = outcome(tables((ranks, node(gpus))))
+    if 0 < gpus < ranks:
+        assert isinstance(found, str)
+        assert f"has {gpus} GPU" in found and f"for {ranks} ranks" in found
+        assert f"--nproc-per-node {gpus}" in found and "device=cpu" in found
+        return
+    assert isinstance(found, Plan), found
+    sensible(found, ranks, "cuda" if gpus else "cpu")
+    config = found.config
+    if not gpus:
+        assert (config.experiment, config.hardware.name) == ("twin", "cpu")
+        return
+    assert config.dtype == "bf16"
+    assert config.experiment == ("moe_30b_8x64gb" if ranks == 8 else "gpu_3b")
+    assert config.hardware.name == "h100_80gb"
+    assert (config.hardware.device, config.hardware.memory_gb) == H100
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_cpu_is_had_by_asking_on_any_machine(ranks: int) -> None:
+    want = decide("auto", tables((ranks, ())))
+    for gpus in GPUS:
+        assert decide("cpu", tables((ranks, node(gpus)))) == want
+
+
+def test_cuda_by_name_is_refused_without_a_gpu_on_any_node() -> None:
+    found = outcome(tables((2, ())), "device=cuda")
+    assert isinstance(found, str) and "shows no usable GPU" in found
+    assert isinstance(outcome(tables((2, node(2)), (2, ())), "device=cuda"), str)
+    sensible(plan_for(["device=cuda"], tables((2, node(2)))), 2, "cuda")
+
+
+@pytest.mark.parametrize("first", GPUS)
+@pytest.mark.parametrize("second", GPUS)
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_two_nodes(first: int, second: int, ranks: int) -> None:
+    found = outcome(tables((ranks, node(first)), (ranks, node(second, name="b"))))
+    if first == second == 0:
+        assert isinstance(found, Plan)
+        sensible(found, 2 * ranks, "cpu")
+    elif min(first, second) >= ranks:
+        assert isinstance(found, Plan), found
+        sensible(found, 2 * ranks, "cuda")
+        assert found.config.hardware.devices_per_node == ranks
+    else:
+        assert isinstance(found, str)
+        for number, gpus in enumerate((first, second)):
+            assert (f"node {number} " in found) == (gpus < ranks)
+        assert "device=cpu" in found
+
+
+def test_nodes_of_different_kinds_go_by_the_weaker() -> None:
+    for order in ((H100, A100), (A100, H100)):
+        seen = tables((4, node(4, order[0])), (4, node(4, order[1], "b")))
+        found = plan_for([], seen)
+        hardware = found.config.hardware
+        assert (hardware.name, hardware.memory_gb) == ("a100_64gb", A100[1])
+        assert any("different kinds" in note for note in found.notes)
+        assert any("68.2 to 85.5 GB" in note for note in found.notes)
+    # One of them unknown: nothing is known of the run.
+    seen = tables((4, node(4)), (4, node(4, ("NVIDIA Z9", 90.0), "b")))
+    assert plan_for([], seen).config.hardware.name == UNKNOWN
+
+
+def test_the_smallest_memory_decides() -> None:
+    large, small = ("", 85.0), ("", 40.0)
+    alike = plan_for([], tables((8, node(8, large))))
+    mixed = plan_for([], tables((8, (*node(7, large), Gpu("GPU-b", *small)))))
+    assert alike.config.experiment == "moe_30b_8x64gb"
+    assert mixed.config.experiment == "gpu_3b"
+    assert mixed.config.hardware.memory_gb == 40.0
+
+
+def test_ranks_that_the_launcher_shows_one_gpu_each() -> None:
+    gpus = node(4)
+    seen = [replace(table, gpus=(gpus[n],)) for n, table in enumerate(tables((4, gpus)))]
+    sensible(plan_for([], seen), 4, "cuda")
+    seen[3] = replace(seen[3], gpus=(gpus[0],))
+    found = outcome(seen)
+    assert isinstance(found, str) and "different GPUs" in found
+    seen[3] = replace(seen[3], gpus=())
+    found = outcome(seen)
+    assert isinstance(found, str) and "0 to rank 3" in found
+
+
+def test_idle_gpus_and_doubts_are_told() -> None:
+    notes = plan_for([], tables((1, node(8)))).notes
+    assert any("7 GPUs" in note for note in notes)
+    seen = [replace(table, problem="nvidia-smi failed: x") for table in tables((2, ()))]
+    assert plan_for([], seen).notes == ("training on the CPU: nvidia-smi failed: x",)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 8), st.integers(0, 8), st.sampled_from([H100, A100, RTX])),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from(["auto", "cpu", "cuda"]),
+)
+def test_no_rank_falls_back_alone(
+    nodes: list[tuple[int, int, tuple[str, float]]], wanted: str
+) -> None:
+    seen = tables(
+        *((ranks, node(gpus, kind, f"{n}-")) for n, (ranks, gpus, kind) in enumerate(nodes))
+    )
+    enough = all(gpus >= ranks for ranks, gpus, _ in nodes)
+    none = not any(gpus for _, gpus, _ in nodes)
+    try:
+        facts = decide(wanted, seen)
+    except ConfigError as refused:
+        assert refused.field == "device" and refused.fix
+        assert wanted != "cpu" and not enough and not (none and wanted == "auto")
+        return
+    assert facts.count == len(seen)
+    assert facts.kind == ("cpu" if wanted == "cpu" or none else "gpu")
+    if facts.kind == "gpu":
+        assert enough
+        assert facts.memory_gb == min(kind[1] for _, _, kind in nodes)
+    assert decide(wanted, list(reversed(seen))) == facts, "the order of arrival decides"
+
+
+TORCH_ENTRIES = st.sampled_from(
+    ["0", "1", "2", "3", "7", "-1", "", " 1", "2x", "x2", "+1", "GPU-a", "GPU-ab", "GPU-b",
+     "GPU-c1", "GPU-", "MIG-1", "00"]
+)  # fmt: skip
+UUIDS = ["GPU-ab12", "GPU-ac34", "GPU-b56", "GPU-c1"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(TORCH_ENTRIES, max_size=5))
+def test_visible_devices_are_torchs(entries: list[str]) -> None:
+    """torch.cuda's own reading of CUDA_VISIBLE_DEVICES, given the same list of devices."""
+    import torch
+
+    text = ",".join(entries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", text)
+        theirs = torch.cuda._parse_visible_devices()
+    if text.startswith("MIG-"):
+        return
+    if theirs and isinstance(theirs[0], str):
+        theirs = torch.cuda._transform_uuid_to_ordinals(theirs, UUIDS)
+    else:
+        for place, index in enumerate(theirs):
+            if index >= len(UUIDS):
+                theirs = theirs[:place]
+                break
+    assert visible(UUIDS, text) == list(theirs)
+
+
+def test_no_variable_shows_all() -> None:
+    assert visible(UUIDS, None) == [0, 1, 2, 3]
+    assert visible(UUIDS, "") == []
+
+
+def smi(folder: Path, body: str) -> dict[str, str]:
+    """An environment with a stand-in for nvidia-smi."""
+    folder.mkdir(exist_ok=True)
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
+LINES = "\n".join(f"{n}, GPU-{n}, {H100[0]}, 81559" for n in range(4))
+
+
+def test_the_driver_s_table(tmp_path: Path) -> None:
+    shown = smi(tmp_path / "four", f"cat <<END\n{LINES}\nEND")
+    found = read_devices(shown, tmp_path)
+    assert [gpu.uuid for gpu in found.gpus] == ["GPU-0", "GPU-1", "GPU-2", "GPU-3"]
+    assert found.gpus[0].memory_gb == pytest.approx(85.5, abs=0.1)
+    chosen = read_devices({**shown, "CUDA_VISIBLE_DEVICES": "GPU-3,GPU-1"}, tmp_path)
+    assert [gpu.uuid for gpu in chosen.gpus] == ["GPU-3", "GPU-1"]
+    assert not read_devices({**shown, "CUDA_VISIBLE_DEVICES": ""}, tmp_path).gpus
+    slice_ = read_devices({**shown, "CUDA_VISIBLE_DEVICES": "MIG-1"}, tmp_path)
+    assert not slice_.complete and "MIG" in slice_.problem
+
+
+def test_what_nvidia_smi_does_not_say(tmp_path: Path) -> None:
+    failing = smi(tmp_path / "failing", "echo 'Driver/library version mismatch'; exit 18")
+    found = read_devices(failing, tmp_path)
+    assert not found.complete and "version mismatch" in found.problem
+    garbled = smi(tmp_path / "garbled", "echo a, b")
+    assert not read_devices(garbled, tmp_path).complete
+    without = read_devices(smi(tmp_path / "na", "echo 0, GPU-0, NVIDIA GB10, [N/A]"), tmp_path)
+    assert not without.complete, "memory is for torch to say"
+    nothing = {"PATH": "/nowhere"}
+    assert read_devices(nothing, tmp_path) == read_devices(nothing, tmp_path / "absent")
+    assert read_devices(nothing, tmp_path).complete
+    (tmp_path / "nvidia0").touch()
+    assert not read_devices(nothing, tmp_path).complete
+
+
+def test_a_table_of_memory_alone() -> None:
+    first, second = parse_table("81559\n\n40960\n")
+    assert first.memory_gb > second.memory_gb
+    assert first.uuid != second.uuid
+
+
+@pytest.mark.parametrize(
+    ("device", "memory_gb", "profile"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85.5, "h100_80gb"),
+        ("NVIDIA H100 PCIe", 85.5, "h100_80gb_pcie"),
+        ("NVIDIA H100 NVL", 100.5, "h100_94gb_nvl"),
+        ("NVIDIA H100", 68.5, "h100_64gb"),
+        ("NVIDIA H200", 150.8, "h200_141gb"),
+        ("NVIDIA A100-SXM4-40GB", 42.9, "a100_40gb"),
+        ("NVIDIA A100-SXM4-80GB", 85.9, "a100_80gb"),
+        ("A100-SXM4-80GB", 85.9, "a100_80gb"),
+        ("NVIDIA A100 80GB PCIe", 85.9, "a100_80gb_pcie"),
+        ("NVIDIA A100-SXM-64GB", 68.2, "a100_64gb"),
+        ("NVIDIA B200", 192.3, "b200_180gb"),
+        ("NVIDIA L40S", 48.3, "l40s_48gb"),
+        ("NVIDIA GeForce RTX 4090", 25.8, "rtx_4090"),
+        ("Tesla V100-SXM2-32GB", 34.4, "v100_32gb"),
+        # Of none: another part, a slice of one, one with memory of no part.
+        ("NVIDIA A10G", 24.1, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5.1, None),
+        ("NVIDIA H100 80GB HBM3", 40.0, None),
+        ("NVIDIA H100", 85.5, None),
+        ("", 85.5, None),
+    ],
+)
+def test_profiles_by_name(device: str, memory_gb: float, profile: str | None) -> None:
+    assert profile_of(device, memory_gb) == profile
+
+
+def test_a_profile_by_name_of_the_user_wins() -> None:
+    seen = tables((8, node(8)))
+    named = plan_for(["hardware=a100_64gb"], seen).config.hardware
+    assert (named.name, named.memory_gb, named.device) == ("a100_64gb", 64.0, "")
+    part = plan_for(["hardware.memory_gb=70"], seen).config.hardware
+    assert (part.name, part.memory_gb, part.device) == ("h100_80gb", 70.0, H100[0])
+
+
+def test_an_unknown_gpu_has_no_peak_and_is_told_once() -> None:
+    seen = tables((1, node(1, ("NVIDIA Z9", 90.0))))
+    plan = plan_for([], seen)
+    assert plan.config.hardware.name == UNKNOWN
+    assert not plan.config.hardware.peak_known
+    assert [note for note in plan.notes if "no MFU" in note and "Z9" in note]
+    assert not any("no MFU" in note for note in plan_for([], tables((1, node(1)))).notes)
+
+
+def test_bf16_is_refused_where_the_device_has_none() -> None:
+    seen = tables((1, node(1, ("Tesla V100-SXM2-32GB", 34.4))))
+    assert plan_for([], seen).config.dtype == "fp32"
+    with pytest.raises(ConfigError, match="v100_32gb has no bf16"):
+        plan_for(["experiment=gpu_1b"], seen)
+
+
+@pytest.mark.parametrize("memory_gb", [4, 8.6, 17.1, 25.7, 48.3, 68.2, 150.8])
+def test_one_gpu_gets_the_largest_model_that_it_holds(memory_gb: float) -> None:
+    plan = plan_for([], tables((1, node(1, ("", memory_gb)))))
+    sensible(plan, 1, "cuda")
+    largest = {8.6: "gpu_300m", 25.7: "gpu_1b", 68.2: "gpu_3b"}
+    want = [name for least, name in largest.items() if memory_gb >= least][-1:] or ["twin"]
+    assert plan.config.experiment == want[0]
+    assert plan.config.experiment_reason.startswith("auto: 1 device of ")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "sequences"),
+    [(2, "EP2", 32), (3, "DP3", 36), (4, "EP4", 32), (5, "DP5", 40), (7, "DP7", 28)],
+)
+def test_a_few_gpus_share_the_batch(ranks: int, layout: str, sequences: int) -> None:
+    plan = outcome(tables((ranks, node(ranks))))
+    assert isinstance(plan, Plan)
+    assert (plan.layout.tag, plan.config.batch.global_) == (layout, sequences)
+
+
+def test_a_batch_of_the_user_stands() -> None:
+    own = plan_for(["batch.global=84", "batch.micro=1"], tables((7, node(7))))
+    assert own.config.batch.global_ == 84
+
+
+@pytest.mark.parametrize(
+    ("facts", "want"),
+    [
+        (MachineFacts("cpu", 8, 512.0), "twin"),
+        (MachineFacts("gpu", 8, 64.0), "moe_30b_8x64gb"),
+        (MachineFacts("gpu", 16, 141.0), "moe_30b_8x64gb"),
+        (MachineFacts("gpu", 32, 64.0), "moe_30b_32x64gb"),
+        (MachineFacts("gpu", 8, 40.0), "gpu_3b"),
+        (MachineFacts("gpu", 8, 12.0), "gpu_300m"),
+        (MachineFacts("gpu", 12, 64.0), "gpu_3b"),
+    ],
+)
+def test_experiments_by_memory(facts: MachineFacts, want: str) -> None:
+    name, reason = choose(facts)
+    assert name == want and reason
+    assert want == "twin" or f"{want} needs" in reason
+
+
+def test_candidates_are_shipped_and_leave_a_margin() -> None:
+    assert set(CANDIDATES) <= set(group_options()["experiment"])
+    assert SHARE < 1
+    for name in ("gpu_3b", "gpu_1b", "gpu_300m"):
+        config = compose([f"experiment={name}"])
+        assert config.dtype == "bf16" and config.optim.precision_aware
+        assert not config.data.train, "the embedded corpus"
+        assert (config_dir() / "model" / f"{config.model.name}.yaml").is_file()
