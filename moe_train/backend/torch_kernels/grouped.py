@@ -2,7 +2,7 @@
 
 Megatron's local provider falls back to one small GEMM per expert. Here Megatron's own
 ``TEGroupedMLP`` (activation, probabilities, selective recompute) runs on stacked weights and
-``torch._grouped_mm``. Checkpoint keys, global shapes and offsets are those of TE's provider.
+grouped products. Checkpoint keys, global shapes and offsets are those of TE's provider.
 
 Shape letters: E local experts, T routed tokens of this rank, I input and O output width.
 """
@@ -19,6 +19,9 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+from moe_train.backend.torch_kernels.norm import weight_device
+from moe_train.backend.torch_kernels.products import grouped_linear
 
 
 class TorchGroupedLinear(torch.nn.Module):
@@ -48,11 +51,11 @@ class TorchGroupedLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         assert is_expert and not bias
-        assert not config.delay_wgrad_compute, "weight gradients cannot be delayed on the host"
+        assert not config.delay_wgrad_compute, "torch's kernels do not delay weight gradients"
         tp_size = pg_collection.expt_tp.size()
         shape = [num_local_experts, output_size, input_size]
         shape[self.partition_dim] //= tp_size
-        weight = torch.empty(*shape, dtype=config.params_dtype)
+        weight = torch.empty(*shape, dtype=config.params_dtype, device=weight_device(config))
         self.weight = torch.nn.Parameter(weight)
         if config.perform_initialization:
             for expert in range(num_local_experts):
@@ -69,8 +72,7 @@ class TorchGroupedLinear(torch.nn.Module):
         self, x_TI: torch.Tensor, tokens_per_expert: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return [T, O] and no bias; rows of ``x_TI`` are sorted by expert."""
-        ends_E = torch.tensor(tokens_per_expert, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return torch._grouped_mm(x_TI, self.weight.transpose(-2, -1), offs=ends_E), None
+        return grouped_linear(x_TI, self.weight, tokens_per_expert), None
 
     def backward_dw(self) -> None:
         """Nothing was delayed."""
@@ -89,7 +91,7 @@ class TorchRowGroupedLinear(TorchGroupedLinear):
 
 
 class TorchGroupedMLP(TEGroupedMLP):
-    """Megatron's grouped SwiGLU experts over stacked host weights."""
+    """Megatron's grouped SwiGLU experts over stacked weights."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
