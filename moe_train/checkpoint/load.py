@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from moe_train.checkpoint import optimizer_state, rng
 from moe_train.checkpoint.manifest import Manifest, read_manifest
-from moe_train.checkpoint.model_state import load_model_state, sharded_model_state
-from moe_train.checkpoint.tensors import read_tensors
+from moe_train.checkpoint.model_state import model_entries, sharded_model_state
+from moe_train.checkpoint.reading import OTHER, read_entries
+from moe_train.checkpoint.together import together
 from moe_train.errors import CheckpointError
 
 
@@ -66,7 +67,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: a tensor is missing, damaged or has another shape; on every rank.
     """
-    load_model_state(chunks, read_tensors(sharded_model_state(chunks), folder, manifest))
+    read_entries(model_entries(chunks), folder, manifest)
     if optimizer is None:
         return False
     _load_optimizer(folder, manifest, chunks, optimizer)
@@ -74,17 +75,21 @@ def load_checkpoint(
 
 
 def _load_optimizer(folder: Path, manifest: Manifest, chunks: list[Any], optimizer: Any) -> None:
-    optimizer_state.initialise_state(optimizer)
-    model_state = sharded_model_state(chunks)
-    for name in optimizer_state.state_names(optimizer):
-        if name not in manifest.optimizer_states:
+    def prepare() -> None:
+        optimizer_state.initialise_state(optimizer)
+        missing = set(optimizer_state.state_names(optimizer)) - set(manifest.optimizer_states)
+        if missing == {"param"}:
             # Written without master copies: the weights themselves are the master.
             optimizer_state.master_from_model(optimizer)
-            continue
-        # One state at a time bounds the extra memory to one fp32 copy of the parameters.
-        empty = optimizer_state.sharded_state(optimizer, model_state, name, empty=True)
-        loaded = read_tensors({"optimizer": empty}, folder, manifest)
-        optimizer_state.load_state(optimizer, name, loaded["optimizer"])
+        elif missing:
+            raise CheckpointError(str(folder), f"has no optimizer state {min(missing)}", OTHER)
+
+    together(prepare, folder, "cannot be loaded", OTHER)
+    for name in optimizer_state.state_names(optimizer):
+        if name in manifest.optimizer_states:
+            model_state = sharded_model_state(chunks)
+            tree = optimizer_state.state_entries(optimizer, model_state, name)
+            read_entries({"optimizer": tree}, folder, manifest)
     optimizer_state.set_optimizer_step(optimizer, manifest.optimizer_step)
 
 
@@ -93,6 +98,6 @@ def _load_rng(folder: Path, manifest: Manifest, layout: str) -> bool:
     rank, world = dist.get_rank(), dist.get_world_size()
     if (manifest.layout, manifest.world, manifest.rng_sizes) != (layout, world, sizes):
         return False
-    loaded = read_tensors({"rng": rng.sharded(packed, rank, world)}, folder, manifest)
-    rng.unpack(loaded["rng"], sizes)
+    read_entries({"rng": rng.entry(packed, rank, world)}, folder, manifest)
+    rng.unpack(packed, sizes)
     return True

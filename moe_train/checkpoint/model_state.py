@@ -1,18 +1,17 @@
-"""The model's sharded state: tensors only, the same keys on every backend."""
+"""The model's state: tensors only, the same keys on every backend."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-StateDict = dict[str, Any]
+from moe_train.checkpoint.entries import Entry, Sharded, Tree
 
 
-def sharded_model_state(chunks: Sequence[Any]) -> StateDict:
-    """Sharded tensors of this rank's chunks, by chunk.
+def sharded_model_state(chunks: Sequence[Any]) -> dict[str, dict[str, Sharded]]:
+    """Sharded tensors of this rank's chunks, by chunk; their data are the parameters themselves.
 
     Megatron adds ``_extra_state`` objects (TE's fp8 scaling history): they are pickles, only
     one backend has them, and scaling recovers within steps, so they are left out.
@@ -27,10 +26,17 @@ def sharded_model_state(chunks: Sequence[Any]) -> StateDict:
     }
 
 
-@torch.no_grad()
-def load_model_state(chunks: Sequence[Any], loaded: StateDict) -> None:
-    """Copy loaded tensors into the modules (those of ``sharded_model_state``'s shape)."""
-    for index, chunk in enumerate(chunks):
-        problems = chunk.load_state_dict(loaded[f"chunk{index}"], strict=False)
-        missing = [key for key in problems.missing_keys if not key.endswith("_extra_state")]
-        assert not missing and not problems.unexpected_keys, problems
+def model_entries(chunks: Sequence[Any]) -> Tree:
+    """The weights and buffers of this rank's chunks that a checkpoint holds."""
+    states = sharded_model_state(chunks)
+    held = {id(value.data) for state in states.values() for value in state.values()}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            assert id(parameter) in held, f"{name} is in no checkpoint"
+    return {
+        chunk: {
+            name: Entry(value.without_data(), value.data.dtype, value.data.detach())
+            for name, value in state.items()
+        }
+        for chunk, state in states.items()
+    }

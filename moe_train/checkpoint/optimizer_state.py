@@ -10,11 +10,10 @@ optimizers alike.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     make_sharded_optimizer_tensor,
@@ -22,7 +21,12 @@ from megatron.core.dist_checkpointing.optimizer import (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-type Sharded = ShardedTensor | ShardedTensorFactory
+from moe_train.checkpoint.entries import Entry, Sharded, Tree
+from moe_train.checkpoint.slices import Slice
+from moe_train.checkpoint.staging import Staging
+
+PLAIN = (torch.float32, torch.bfloat16)
+"""States in these are their values; TransformerEngine keeps others with a scale."""
 
 
 def parts(optimizer: Any) -> list[Any]:
@@ -50,50 +54,39 @@ def set_optimizer_step(optimizer: Any, step: int) -> None:
         group["step"] = step
 
 
-def sharded_state(
-    optimizer: Any, model_state: dict[str, Any], name: str, *, empty: bool
-) -> dict[str, Sharded]:
-    """State ``name`` of all parameters as sharded tensors, keyed by parameter position.
-
-    Args:
-        model_state: this rank's sharded model state, from the same parameters.
-        empty: allocate buffers to load into, instead of reading the state. With a distributed
-            optimizer reading is collective over the data-parallel group.
-    """
-    result: dict[str, Sharded] = {}
-    owned = list(_model_params(optimizer))
-    # One call for all: each formats every tensor of the model that it was not asked for.
-    by_position = get_param_id_to_sharded_param_map(model_state, [param for _, param in owned])
-    for index, (part, param) in enumerate(owned):
-        sharded = by_position[index]
-        if empty:
-            value = torch.empty(param.shape, dtype=torch.float32, device="cpu")
-        else:
-            value = _read(part, param, name)
-        result[str(index)] = make_sharded_optimizer_tensor(
-            sharded, value, prefix=f"optimizer.state.{name}"
-        )
-    return result
-
-
 def initialise_state(optimizer: Any) -> None:
     """Allocate the state that the first step would, so that there is something to load into."""
     for part in parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
 
 
-@torch.no_grad()
-def load_state(optimizer: Any, name: str, loaded: dict[str, torch.Tensor]) -> None:
-    """Put loaded values (from :func:`sharded_state`'s positions) into the optimizer."""
-    for index, (part, param) in enumerate(_model_params(optimizer)):
-        _write(part, param, name, loaded[str(index)])
+def state_entries(optimizer: Any, model_state: dict[str, Any], name: str) -> Tree:
+    """State ``name`` of all parameters, keyed by parameter position; nothing is copied.
+
+    Args:
+        model_state: this rank's sharded model state, from the same parameters.
+    """
+    owned = list(_model_params(optimizer))
+    # One call for all: each formats every tensor of the model that it was not asked for.
+    by_position = get_param_id_to_sharded_param_map(model_state, [param for _, param in owned])
+    return {
+        str(index): _entry(part, param, name, by_position[index])
+        for index, (part, param) in enumerate(owned)
+    }
 
 
 @torch.no_grad()
 def master_from_model(optimizer: Any) -> None:
     """Take the master copies from the model's weights, for checkpoints that have none."""
     for part, param in _model_params(optimizer):
-        _write(part, param, "param", param.detach().float())
+        weights = param.detach()
+        if not isinstance(part, DistributedOptimizer):
+            getattr(param, "main_param", param).detach().copy_(weights)
+        elif (span := _span(part, param)) is not None:
+            held = weights.view(-1)[span[0] : span[1]]
+            state = _raw(part, param, "param")
+            # On the device, where both lie: a cast without a copy between.
+            state.copy_(held.view(state.shape))
 
 
 def _model_params(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter]]:
@@ -114,40 +107,72 @@ def _model_params(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter]]:
                     yield part, param
 
 
-def _read(part: Any, param: torch.nn.Parameter, name: str) -> torch.Tensor:
-    if isinstance(part, DistributedOptimizer):
-        return _gathered(part, param, name)
-    main = getattr(param, "main_param", param)
-    return main.detach() if name == "param" else part.optimizer.state[main][name].float()
-
-
-def _gathered(part: DistributedOptimizer, param: torch.nn.Parameter, name: str) -> torch.Tensor:
-    """Whole local parameter's state from the data-parallel ranks that hold slices of it."""
-    whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
+def _entry(part: Any, param: torch.nn.Parameter, name: str, sharded: Sharded) -> Entry:
+    shape = torch.empty(param.shape, dtype=torch.float32, device="meta")
+    place = make_sharded_optimizer_tensor(
+        sharded, shape, prefix=f"optimizer.state.{name}"
+    ).without_data()
+    if not isinstance(part, DistributedOptimizer):
+        return Entry(place, torch.float32, _raw(part, param, name))
     span = _span(part, param)
-    if span is not None:
-        values = part._get_main_param_and_optimizer_states(param)
-        whole[span.start : span.end] = values[name].float().view(-1)
-    if part.data_parallel_group.size() > 1:
-        dist.all_reduce(whole, group=part.data_parallel_group)
-    return whole.view(param.shape)
+    if part.data_parallel_group.size() == 1:
+        state = _raw(part, param, name)
+        if state.dtype in PLAIN:
+            return Entry(place, torch.float32, state.view(param.shape))
+    return Slice(
+        place,
+        torch.float32,
+        param.detach(),
+        group=part.data_parallel_group,
+        span=span,
+        get=partial(_values, part, param, name),
+        put=partial(_put, part, param, name),
+    )
 
 
-def _write(part: Any, param: torch.nn.Parameter, name: str, value: torch.Tensor) -> None:
-    if isinstance(part, DistributedOptimizer):
-        span = _span(part, param)
-        if span is not None:
-            values = dict(part._get_main_param_and_optimizer_states(param))
-            values[name] = value.reshape(-1)[span.start : span.end].to(param.device)
-            part._set_main_param_and_optimizer_states(param, values)
+def _raw(part: Any, param: torch.nn.Parameter, name: str) -> torch.Tensor:
+    """The state as its optimizer holds it: whole, or this rank's range of it."""
+    if not isinstance(part, DistributedOptimizer):
+        main = getattr(param, "main_param", param)
+        state: torch.Tensor = main if name == "param" else part.optimizer.state[main][name]
+        return state.detach()
+    held, key = _held(part, param, name)
+    state = held if key is None else part.optimizer.state[held][key]
+    return state.detach()
+
+
+def _held(part: Any, param: torch.nn.Parameter, name: str) -> tuple[torch.Tensor, str | None]:
+    """The parameter of the inner optimizer, and the state's name there; None: the parameter."""
+    group, order = part.model_param_group_index_map[param]
+    held = part.optimizer.param_groups[group]["params"][order]
+    if name != "param":
+        return held, name
+    aware = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    return held, "master_param" if aware else None
+
+
+def _values(part: Any, param: torch.nn.Parameter, name: str) -> torch.Tensor:
+    state = _raw(part, param, name)
+    if state.dtype in PLAIN:
+        return state
+    unpacked: torch.Tensor = part.optimizer.get_unscaled_state(*_held(part, param, name))
+    return unpacked
+
+
+def _put(
+    part: Any, param: torch.nn.Parameter, name: str, values: torch.Tensor, through: Staging
+) -> None:
+    state = _raw(part, param, name)
+    if state.dtype in PLAIN:
+        through.to_live(values.view(state.shape), state)
         return
-    main = getattr(param, "main_param", param)
-    target = main.data if name == "param" else part.optimizer.state[main][name]
-    target.copy_(value)
+    device = values.to(state.device).view(state.shape)
+    part.optimizer.set_scaled_state(*_held(part, param, name), device)
 
 
-def _span(part: DistributedOptimizer, param: torch.nn.Parameter) -> Any:
+def _span(part: DistributedOptimizer, param: torch.nn.Parameter) -> tuple[int, int] | None:
     """This rank's range of the flat parameter, or None."""
     if param not in part.model_param_gbuf_map:
         return None
-    return part._get_model_param_range_map(param)["param"]
+    found = part._get_model_param_range_map(param)["param"]
+    return found.start, found.end

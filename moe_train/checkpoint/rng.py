@@ -6,6 +6,8 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from moe_train.checkpoint.entries import Entry
+
 
 def pack() -> tuple[torch.Tensor, list[int]]:
     """This rank's states as bytes, and the size of each: torch's, the device's, the tracker's
@@ -26,6 +28,8 @@ def unpack(packed: torch.Tensor, sizes: list[int]) -> None:
     tracker.set_states({n: s.clone() for n, s in zip(names, states[2:], strict=True)})
 
 
-def sharded(packed: torch.Tensor, rank: int, world: int) -> ShardedTensor:
+def entry(packed: torch.Tensor, rank: int, world: int) -> Entry:
     """One row per rank; meaningful only for the layout that wrote it."""
-    return ShardedTensor.from_rank_offsets("rng", packed.view(1, -1), (0, rank, world))
+    row = packed.view(1, -1)
+    sharded = ShardedTensor.from_rank_offsets("rng", row, (0, rank, world))
+    return Entry(sharded.without_data(), row.dtype, row)

@@ -13,12 +13,17 @@ import torch.distributed as dist
 
 from moe_train.checkpoint import folders, manifest, optimizer_state, rng, space
 from moe_train.checkpoint.digests import file_facts
+from moe_train.checkpoint.entries import Tree
 from moe_train.checkpoint.index import write_index
 from moe_train.checkpoint.manifest import Manifest
-from moe_train.checkpoint.model_state import sharded_model_state
-from moe_train.checkpoint.tensors import Writing, Written, check_complete, split
+from moe_train.checkpoint.model_state import model_entries, sharded_model_state
+from moe_train.checkpoint.slices import exchange_spans, slices_of
+from moe_train.checkpoint.tensors import Values, Writing, Written, check_complete, split
 from moe_train.checkpoint.together import together
 from moe_train.errors import MoeTrainError
+
+type Table = dict[str, dict[str, Any]]
+"""Entries of files in a manifest."""
 
 
 class Save:
@@ -54,30 +59,53 @@ class Save:
         self._root, self._step, self._keep = root, step, keep
         self.final = root / folders.committed_name(step)
         self._staging = root / f"{self.final.name}.tmp"
-        state, rng_sizes = _state(chunks, optimizer)
-        self._facts = facts | {
-            "step": step,
-            "optimizer_step": optimizer_state.optimizer_step(optimizer),
-            "optimizer_states": optimizer_state.state_names(optimizer),
-            "rng_sizes": rng_sizes,
-        }
-        sharded = split(state)
+        tree = self._describe(chunks, optimizer, facts)
+        # All that may fail on one rank alone comes before what the ranks do together.
+        values = self._shared(lambda: Values(tree))
+        sharded = self._shared(lambda: split(tree))
         size = sum(self._together(lambda: space.bytes_to_write(sharded)))
         # Megatron checks its own rule here (rank 0), so the outcome has to be shared as well.
         self._together(lambda: check_complete(sharded))
         self._together(lambda: self._stage(size))
-        self._writing: list[Writing] = []
-        self._together(lambda: self._writing.append(Writing(sharded, self._staging, copy=beside)))
+        files = dist.get_world_size()
+        self._writing: list[Writing] = [
+            self._shared(lambda: Writing(values, sharded, self._staging, files=files))
+        ]
+        self._tables: list[Table] | None = None
+        if beside:
+            self._together(self._writing[0].take)
         self.seconds = time.monotonic() - begun
         """What the save has cost so far, whoever waited for it."""
-        pool = ThreadPoolExecutor(1, "checkpoint")
-        self._table = pool.submit(self._write)
-        pool.shutdown(wait=not beside)
+        if beside:
+            pool = ThreadPoolExecutor(1, "checkpoint")
+            self._table = pool.submit(self._write)
+            pool.shutdown(wait=False)
+        else:
+            # Here, not in a thread: values come from the device that this one has chosen.
+            self._tables = self._together(self._write)
+
+    def _describe(self, chunks: list[Any], optimizer: Any, facts: dict[str, Any]) -> Tree:
+        """The entries to save, and the manifest's fields."""
+
+        def describe() -> Tree:
+            optimizer_state.initialise_state(optimizer)
+            tree, rng_sizes = _state(chunks, optimizer)
+            self._facts = facts | {
+                "step": self._step,
+                "optimizer_step": optimizer_state.optimizer_step(optimizer),
+                "optimizer_states": optimizer_state.state_names(optimizer),
+                "rng_sizes": rng_sizes,
+            }
+            return tree
+
+        tree = self._shared(describe)
+        self._together(lambda: exchange_spans(slices_of(tree)))
+        return tree
 
     @property
     def written(self) -> bool:
         """Whether this rank has nothing left to write, so that it need not wait in commit."""
-        return self._table.done()
+        return self._tables is not None or self._table.done()
 
     def commit(self) -> Path:
         """Wait for the files and give the checkpoint its name; collective.
@@ -86,7 +114,7 @@ class Save:
             The committed folder.
         """
         begun = time.monotonic()
-        tables = self._together(self._table.result)
+        tables = self._tables or self._together(self._table.result)
         found: list[Written | None] = []
         self._together(lambda: found.append(self._writing.pop().finish()))
         self._together(lambda: self._publish(found[0], manifest.merged(tables)))
@@ -99,24 +127,27 @@ class Save:
             folders.staging_folder(self._root, self._step)
             space.check_free(self._root, size)
 
-    def _write(self) -> dict[str, dict[str, Any]]:
-        """Write, flush and hash this rank's own files."""
+    def _write(self) -> Table:
+        """Write, hash and flush this rank's own files."""
         begun = time.monotonic()
-        self._writing[0].run()
-        mine = {}
-        for path in sorted(self._staging.glob(f"__{dist.get_rank()}_*.distcp")):
-            folders.sync_file(path)
-            mine[path.name] = file_facts(path)
+        writing = self._writing[0]
+        writing.run()
         self.seconds += time.monotonic() - begun
-        return mine
+        return writing.facts
 
-    def _publish(self, written: Written | None, table: dict[str, dict[str, Any]]) -> None:
+    def _publish(self, written: Written | None, table: Table) -> None:
         if dist.get_rank() == 0:
             assert written is not None
             write_index(self._staging, *written)
             table[manifest.INDEX] = file_facts(self._staging / manifest.INDEX)
             Manifest(files=table, **self._facts).write(self._staging)
             folders.commit(self._staging)
+
+    def _shared[T](self, work: Callable[[], T]) -> T:
+        """This rank's result of a work whose failure all ranks hear of."""
+        own: list[T] = []
+        self._together(lambda: own.append(work()))
+        return own[0]
 
     def _together[T](self, work: Callable[[], T]) -> list[T]:
         try:
@@ -135,20 +166,20 @@ FREE = "free disk space or fix the folder; the previous checkpoint is untouched"
 def _retire(final: Path, keep: int) -> None:
     """Delete old checkpoints, once the new one is seen to be there as its manifest says.
 
-    Its bytes were hashed as they lay when it was staged: here its names and sizes are compared.
+    Its bytes were hashed on their way to the disk: here its names and sizes are compared.
     """
     if dist.get_rank() == 0:
         manifest.verify(final, deep=False)
         folders.purge(final, keep)
 
 
-def _state(chunks: list[Any], optimizer: Any) -> tuple[dict[str, Any], list[int]]:
-    state = sharded_model_state(chunks)
-    optimizer_state.initialise_state(optimizer)
-    state["optimizer"] = {
-        name: optimizer_state.sharded_state(optimizer, state, name, empty=False)
+def _state(chunks: list[Any], optimizer: Any) -> tuple[Tree, list[int]]:
+    model_state = sharded_model_state(chunks)
+    tree = model_entries(chunks)
+    tree["optimizer"] = {
+        name: optimizer_state.state_entries(optimizer, model_state, name)
         for name in optimizer_state.state_names(optimizer)
     }
     packed, sizes = rng.pack()
-    state["rng"] = rng.sharded(packed, dist.get_rank(), dist.get_world_size())
-    return state, sizes
+    tree["rng"] = rng.entry(packed, dist.get_rank(), dist.get_world_size())
+    return tree, sizes

@@ -44,7 +44,7 @@ def digests(rank: int, world: int, folders: Sequence[str]) -> list[dict[str, str
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     from moe_train.checkpoint.manifest import read_manifest
-    from moe_train.checkpoint.tensors import reader
+    from moe_train.checkpoint.reading import reader
 
     found = []
     for folder in map(Path, folders):
