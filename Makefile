@@ -2,8 +2,9 @@
 SHELL := bash
 PY := .venv/bin/python
 STAMP := .venv/.installed
-# Ranks of `make train`, and overrides or options handed on: make train ARGS="train.steps=20"
-NPROC ?= 8
+# Ranks of `make train` (default: the GPUs, 8 at most; 8 on a machine without), and overrides or
+# options handed on: make train NPROC=2 ARGS="train.steps=20"
+NPROC ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -18,8 +19,9 @@ setup: $(STAMP) ## create ./.venv and install the project with pinned versions
 $(STAMP): pyproject.toml constraints.txt setup.py launch/setup.sh launch/find_python.sh
 	@launch/setup.sh
 
-train: $(STAMP) ## the main job on NPROC ranks: the 30B where 8 GPUs fit it, else its small twin
-	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) train.py $(ARGS)
+train: $(STAMP) ## the main job: the 30B on 8 GPUs that fit it, a smaller model on fewer, its twin on CPUs
+	ranks=$(or $(NPROC),$$($(PY) -m moe_train.backend.cuda.ranks --most 8)) && \
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $$ranks train.py $(ARGS)
 
 test: $(STAMP) ## the default test-suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(ARGS)

@@ -6,7 +6,7 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 launch/torchrun.sh experiment=moe_30b_8x64gb
 #
 # Environment (all optional on one node):
-#   NPROC        ranks on this node               default: its GPUs, or 8 on a machine without
+#   NPROC        ranks on this node               default: the GPUs it shows (CUDA_VISIBLE_DEVICES), else 8
 #   NNODES       number of nodes                  default: 1
 #   NODE_RANK    this node's number from 0        needed when NNODES > 1
 #   MASTER_ADDR  host name or address of node 0   needed when NNODES > 1
@@ -21,18 +21,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 nnodes=${NNODES:-1}
-if [ -z "${NPROC:-}" ]; then
-  NPROC=8
-  if command -v nvidia-smi >/dev/null 2>&1; then
-    gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
-    if [ "$gpus" -gt 0 ]; then NPROC=$gpus; fi
-  fi
-fi
-
 python=${PYTHON:-}
 if [ -z "$python" ]; then
   python=.venv/bin/python
   if [ ! -x "$python" ]; then python=python3; fi
+fi
+
+if [ -z "${NPROC:-}" ]; then
+  NPROC=$(PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "$python" -m moe_train.backend.cuda.ranks)
 fi
 
 if [ "$nnodes" -gt 1 ]; then
