@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
 
 import pytest
 import torch.distributed as dist
 
+from moe_train.backend import exchange
 from moe_train.backend.meeting import meet
 from moe_train.errors import HungError
 
@@ -42,3 +44,26 @@ def test_half_a_start_leaves_nothing_behind() -> None:
         found = [future.result(20) for future in start(pool, store, [0, 1, 2])]
         found[2].set("x", "y")
         assert all(one.get("x") == b"y" for one in found)
+
+
+def test_a_question_waits_for_every_rank_and_names_the_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchange, "launcher_store", lambda *place: dist.HashStore())
+    with pytest.raises(HungError, match="rank 1, 2 did not come"):
+        exchange.settle("plan", "mine", max, 0, WORLD, 0.2)
+    with pytest.raises(HungError, match="rank 0 did not come"):
+        exchange.settle("plan", "mine", max, 2, WORLD, 0.2)
+
+
+def test_all_ranks_have_rank_0s_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(exchange, "launcher_store", lambda *place: store)
+    monkeypatch.setattr(exchange, "_QUESTIONS", repeat(1))
+    with ThreadPoolExecutor(WORLD) as pool:
+        asked = [
+            pool.submit(exchange.settle, "plan", str(rank), "+".join, rank, WORLD, 20.0)
+            for rank in (2, 0, 1)
+        ]
+        assert {one.result(20) for one in asked} == {"0+1+2"}
+    assert exchange.settle("plan", "7", "+".join, 0, 1, 20.0) == "7"
