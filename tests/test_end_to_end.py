@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,6 +106,33 @@ def _main(rank: int, world: int, argv: list[str]) -> int:
     from moe_train.runtime import main
 
     return main(argv)
+
+
+@pytest.mark.world
+def test_a_finished_run_leaves_no_model_behind(tmp_path: Path) -> None:
+    """On a GPU the next job of a sweep would find its memory taken."""
+    words = [*QUIET, "train.steps=2", f"run.dir={tmp_path}", "run.name=s"]
+    assert run_world(_models_left, 1, words, log=tmp_path / "log") == [0]
+
+
+def _models_left(rank: int, world: int, argv: list[str]) -> int:
+    import gc
+    import weakref
+
+    from moe_train.runtime import main
+    from moe_train.train import loop
+
+    plain, models = loop.train_step, []
+
+    def watched(engine: Any, *args: Any, **how: Any) -> Any:
+        models.append(weakref.ref(engine.chunks[0]))
+        return plain(engine, *args, **how)
+
+    setattr(loop, "train_step", watched)  # noqa: B010 - mypy sees a function, not a variable
+    assert main(argv) == 0
+    assert len(models) == 2
+    gc.collect()
+    return sum(model() is not None for model in models)
 
 
 def test_a_refused_job_does_not_stop_the_sweep(tmp_path: Path) -> None:

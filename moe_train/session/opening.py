@@ -110,6 +110,10 @@ def open_session(
     if folder is not None and joined is not None:
         joined(folder.logs)
     engine = _build(config, layout, backend, vocab)
+    # Only now: it imports Megatron, which the backend had to prepare for.
+    from moe_train.train.engine import release
+
+    stack.callback(release, engine)
     return Session(config, layout, rank, world, corpus, vocab, engine, folder)
 
 

@@ -133,6 +133,23 @@ def open_span(
     )
 
 
+def release(engine: Engine) -> None:
+    """Let the model's memory go with its last reference, when a run in this process ends.
+
+    Megatron keeps nodes of autograd's graph in two places: the accumulators of its
+    DistributedDataParallel, whose hooks hold the model, and a dispatcher's probabilities. Such a
+    cycle runs through C++, where Python's collector does not see it, so that every job of a sweep
+    would keep its model on the device.
+    """
+    for chunk in engine.chunks:
+        chunk.grad_accs.clear()
+        for module in chunk.modules():
+            dispatcher = getattr(module, "token_dispatcher", None)
+            for name, value in list(vars(dispatcher).items()) if dispatcher else ():
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    setattr(dispatcher, name, None)
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch and Megatron's tracker of tensor-parallel and expert states."""
     torch.manual_seed(seed)
