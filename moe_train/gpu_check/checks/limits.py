@@ -12,9 +12,9 @@ from moe_train.gpu_check.findings import Findings, Skip
 from moe_train.gpu_check.sizes import DEEP, HELD_BACK_GB, SMALL, WIDE
 
 POLICIES = ("none", "2-15", "all")
-WITHIN = 0.10
-"""Tolerated relative difference of the allocator's peak from the dry run's: what kernels use
-inside (cuBLAS's workspace, attention's statistics) is in the first alone."""
+OVER, UNDER = 0.10, 0.20
+"""Tolerated relative differences of the allocator's peak from the dry run's. Kernels use workspace
+that the dry run does not see; what lies below it is waste of a plan, and no danger to a run."""
 ADDED = 1_000_000_000
 """Bytes that an update, a save or a load may add on the device; one parameter if it is larger."""
 
@@ -48,8 +48,8 @@ def _memory(bench: Bench, findings: Findings) -> None:
         findings.compare(f"peak, recompute {policy}, dry run", "bytes", peak, measured[policy])
         off = measured[policy] / peak - 1
         findings.require(
-            abs(off) <= WITHIN,
-            f"recompute {policy}: the peak is {off:+.1%} from the dry run's (allowed {WITHIN:.0%})",
+            -UNDER <= off <= OVER,
+            f"recompute {policy}: the peak is {off:+.1%} from the dry run's",
         )
 
 

@@ -38,7 +38,7 @@ def _speed(bench: Bench, findings: Findings) -> None:
     time = plan.get("time", {})
     findings.compare("step", "s", time.get("step_seconds"), seconds)
     findings.compare("tokens", "1/s", time.get("tokens_per_second"), rate)
-    peak = session["peak_tflops"] * 1e12
+    peak = session["peak_flops"]
     if peak:
         findings.compare("MFU", "", time.get("mfu"), rate * session["flops_per_token"] / peak)
     findings.require(seconds > 0, "a step took no time")

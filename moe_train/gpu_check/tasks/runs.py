@@ -24,17 +24,27 @@ def train(overrides: list[str]) -> int:
 def plan(overrides: list[str], world: int) -> dict[str, Any]:
     """``plan.json`` of a configuration, as a run on this machine would write it."""
     from moe_train.plan.report.plan_report import plan_report
-    from moe_train.runtime import planned
 
-    config, layout = planned(overrides, world)
-    return plan_report(config, layout)
+    return plan_report(*_planned(overrides, world))
+
+
+def _planned(overrides: list[str], world: int) -> tuple[Any, Any]:
+    """Config and layout of ``world`` ranks on this node, without having them here."""
+    from moe_train.backend.cuda.devices import Devices, read_devices
+    from moe_train.plan.machine.decision import Place, RankTable
+    from moe_train.session.planning import plan_for
+
+    found = Devices() if "device=cpu" in overrides else read_devices()
+    places = [Place(rank, world, rank, world) for rank in range(world)]
+    made = plan_for(overrides, [RankTable(place, found.gpus, found.problem) for place in places])
+    return made.config, made.layout
 
 
 def weights(overrides: list[str]) -> dict[str, str]:
     """SHA-256 of every parameter's initial value, by name."""
     from moe_train.gpu_check.tasks.session import close
-    from moe_train.runtime import planned
     from moe_train.session.opening import open_session
+    from moe_train.session.planning import planned
 
     close()
     config, layout = planned(overrides, 1)
@@ -76,9 +86,8 @@ def fastest(overrides: list[str], world: int) -> dict[str, Any]:
     """
     from moe_train.plan.layouts.batch import sequences_per_step
     from moe_train.plan.legality.search import legal_layouts, ranked
-    from moe_train.runtime import planned
 
-    config, layout = planned(overrides, world)
+    config, layout = _planned(overrides, world)
     sequences = sequences_per_step(config, layout.data)
     config = replace(config, batch=replace(config.batch, global_=sequences))
     candidates = []

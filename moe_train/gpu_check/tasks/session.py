@@ -43,6 +43,7 @@ def open(overrides: list[str]) -> dict[str, Any]:
         its step: tokens, arithmetic of a token, the device's peak.
     """
     from moe_train.plan.quantities.flops import flops_per_token
+    from moe_train.session.records import device_peak
 
     begun = time.perf_counter()
     if _open.words != overrides:
@@ -57,7 +58,7 @@ def open(overrides: list[str]) -> dict[str, Any]:
         "base_bytes": _open.base,
         "tokens_per_step": session.batch * config.data.sequence,
         "flops_per_token": flops.total,
-        "peak_tflops": config.hardware.peak_tflops.get(config.dtype, 0.0),
+        "peak_flops": device_peak(config),
         "hardware": config.hardware.name,
         "parameters": sum(p.numel() for chunk in session.engine.chunks for p in chunk.parameters()),
         "largest_parameter_bytes": max(
@@ -68,8 +69,8 @@ def open(overrides: list[str]) -> dict[str, Any]:
 
 def _start(overrides: list[str]) -> None:
     from moe_train.monitor.run_folder import create_run_folder
-    from moe_train.runtime import planned
     from moe_train.session.opening import open_session
+    from moe_train.session.planning import planned
 
     config, layout = planned(overrides, 1)
     folder = create_run_folder(config.run.dir, config.run.name, default_name="session")
