@@ -13,7 +13,6 @@ from moe_train.config.compose import compose
 from moe_train.config.root import Config
 from moe_train.plan.layouts.in_flight import chunks_in_flight, span_rows_in_flight
 from moe_train.plan.layouts.layout import Layout
-from moe_train.plan.memory.activations import span_terms
 from moe_train.plan.memory.fit import assumptions_of, memory_fault, memory_rows
 from moe_train.plan.memory.layers import INPUT_TWICE, whole_layer
 from moe_train.plan.memory.optimizer_bytes import bytes_per_parameter, state_bytes, variants
@@ -211,9 +210,5 @@ def test_saved_bytes_equal_a_real_steps(words: list[str], world: int) -> None:
         planned = max(
             one.kept + total(term for term in one.buffers if term.name in names) for one in moments
         )
-        if layout.span:
-            # Results are kept as the roots of their graphs, which is no saving for backward.
-            rows = span_rows_in_flight(layout.pipeline, 4) * len(layout.stage_layers(stage))
-            planned -= rows * sum(t.bytes for t in span_terms(z) if t.name == "expert results")
         # Routing is not even, so a rank's experts see more or fewer rows than the average.
         assert planned == pytest.approx(real[rank][0], rel=0.03), (rank, planned, real[rank][0])

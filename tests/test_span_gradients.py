@@ -74,44 +74,66 @@ def one_step(
 @contextmanager
 def rows_through_experts() -> Iterator[list[int]]:
     """Rows of every pass through hosted experts, as they are: FLOPs are proportional to them."""
-    from moe_train.model.span import hosting
+    from moe_train.model.span.hosting import Merged
 
-    run, rows = hosting._run, []
+    run, rows = Merged.forward, []
 
-    def counted(experts: Any, counts: Any, tokens: Any, probs: Any) -> Any:
-        rows.append(tokens.shape[0])
-        return run(experts, counts, tokens, probs)
+    def counted(self: Any, counts: Any, packed: Any, *, keep: bool) -> Any:
+        rows.append(packed.shape[0])
+        return run(self, counts, packed, keep=keep)
 
-    hosting._run = counted
+    Merged.forward = counted  # type: ignore[method-assign]
     try:
         yield rows
     finally:
-        hosting._run = run
+        Merged.forward = run  # type: ignore[method-assign]
 
 
 def plant(engine: Any, fault: str) -> None:
     """Break the exchange in one way."""
     import torch
 
+    from moe_train.backend.torch_kernels import replay
     from moe_train.model.span import exchange, hosting
     from moe_train.train import span_schedule
 
     if fault == "zeroed probability gradients":
-        plain = exchange.host_backward
+        plain = hosting.backward
 
-        def without_probs(*args: Any) -> Any:
-            tokens, probs = plain(*args)
+        def without_probs(*args: Any, **kwargs: Any) -> Any:
+            tokens, probs = plain(*args, **kwargs)
             return tokens, torch.zeros_like(probs)
 
-        exchange.host_backward = without_probs
+        hosting.backward = without_probs
     elif fault == "zeroed inputs of one stage":
-        run = hosting._run
-        target = engine.forward_backward.span._experts[0][1]
+        run = hosting.Merged.forward
 
-        def zeroed(experts: Any, counts: Any, tokens: Any, probs: Any) -> Any:
-            return run(experts, counts, tokens * 0 if experts is target else tokens, probs)
+        def zeroed(self: Any, counts: Any, packed: Any, *, keep: bool) -> Any:
+            rows = [int(each.sum()) for each in counts.values()]
+            parts = list(packed.split(rows))
+            parts = [p * (stage != 1) for p, stage in zip(parts, counts, strict=True)]
+            return run(self, counts, torch.cat(parts), keep=keep)
 
-        hosting._run = zeroed
+        hosting.Merged.forward = zeroed
+    elif fault == "rows of one stage given to the other's experts":
+        rows_of = hosting.Merged._rows
+
+        def exchanged(self: Any, counts: Any) -> Any:
+            return rows_of(self, counts).reshape(2, -1)[::-1].ravel()
+
+        hosting.Merged._rows = exchanged
+    elif fault == "weight gradients of the other stage":
+        product = replay._Product.backward
+
+        def shifted(ctx: Any, grad: Any) -> Any:
+            buffer = ctx.weight.main_grad
+            ctx.weight.main_grad = torch.roll(buffer, len(buffer) // 2, 0)
+            result = product(ctx, grad)
+            buffer.copy_(torch.roll(ctx.weight.main_grad, -(len(buffer) // 2), 0))
+            ctx.weight.main_grad = buffer
+            return result
+
+        replay._Product.backward = staticmethod(shifted)
     elif fault == "neighbour's micro-batch in backward":
         held = exchange.Span.backward
 
@@ -296,6 +318,8 @@ def test_router_and_model_options(reference: Any, options: list[str]) -> None:
     [
         "zeroed probability gradients",
         "zeroed inputs of one stage",
+        "rows of one stage given to the other's experts",
+        "weight gradients of the other stage",
         "neighbour's micro-batch in backward",
         "dropped aux loss",
         "gradients of the wrong stage",

@@ -90,7 +90,6 @@ class Experts:
     """A local layer's experts on one rank, one set for each stage that they serve."""
 
     def __init__(self, case: Case, index: int, local: int) -> None:
-        self.per_rank = case.per_rank
         first = index * case.per_rank
         mine = case.weights(1)[:, first : first + case.per_rank]
         self.factors = [
@@ -133,7 +132,8 @@ class Stage(torch.nn.Module):
             # Rows that need no gradient by themselves still take part in the exchange.
             if torch.is_grad_enabled() and not tokens.requires_grad:
                 tokens.requires_grad_()
-            result = Exchange.apply(self.span, local, tokens, probs, counts, None)
+            sent = self.span.counts(local, counts)
+            result = Exchange.apply(self.span, local, sent, tokens, probs, None)
             hidden = layer_output(hidden, self.dense[local], len(tokens), result)
         return hidden
 
@@ -142,21 +142,21 @@ class Watched:
     """Writes down the ticks and layers in which a rank enters the exchange."""
 
     def __init__(self, span: Any, log: list[tuple[Any, ...]]) -> None:
-        begin, forward, backward = span.begin, span.forward, span.backward
+        begin, counts, backward = span.begin, span.counts, span.backward
 
         def seen_begin(tick: int, active: Any, *, backward: bool, keep: bool) -> None:
             log.append(("half", tick, backward, tuple(sorted(active))))
             begin(tick, active, backward=backward, keep=keep)
 
-        def seen_forward(layer: int, *args: Any) -> Any:
+        def seen_counts(layer: int, *args: Any) -> Any:
             log.append(("forward", layer))
-            return forward(layer, *args)
+            return counts(layer, *args)
 
         def seen_backward(layer: int, *args: Any) -> Any:
             log.append(("backward", layer))
             return backward(layer, *args)
 
-        span.begin, span.forward, span.backward = seen_begin, seen_forward, seen_backward
+        span.begin, span.counts, span.backward = seen_begin, seen_counts, seen_backward
 
 
 @contextlib.contextmanager
@@ -176,6 +176,7 @@ def rank_program(case: Case, wire: Wire, rank: int, microbatches: int) -> dict[s
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from moe_train.model.span.exchange import Span
+    from moe_train.model.span.hosting import Staged
     from moe_train.train.span_schedule import SpanSchedule
     from moe_train.train.tracing import Tracer
 
@@ -199,7 +200,8 @@ def rank_program(case: Case, wire: Wire, rank: int, microbatches: int) -> dict[s
     )  # fmt: skip
     experts = [Experts(case, span_group.rank(), local) for local in range(case.local_layers)]
     for local, hosted in enumerate(experts):
-        span.register(local, hosted)
+        staged = Staged(hosted, case.per_rank, HIDDEN, recompute=case.recompute)
+        span.register(local, staged)
     log: list[tuple[Any, ...]] = []
     Watched(span, log)
     config = TransformerConfig(

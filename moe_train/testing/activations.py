@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -37,18 +38,25 @@ class SavedBytes:
         )
         return context
 
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Count a tensor that is kept for backward outside of the graph, as long as it lives."""
+        self._count(tensor, tensor)
+
     def _pack(self, tensor: torch.Tensor) -> _Kept:
         kept = _Kept(tensor)
+        self._count(tensor, kept)
+        return kept
+
+    def _count(self, tensor: torch.Tensor, holder: Any) -> None:
         storage = tensor.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
         if address in self._excluded or size == 0:
-            return kept
+            return
         if not self._holders.get(address):
             self.live += size
             self.peak = max(self.peak, self.live)
         self._holders[address] = self._holders.get(address, 0) + 1
-        weakref.finalize(kept, self._release, address, size)
-        return kept
+        weakref.finalize(holder, self._release, address, size)
 
     def _release(self, address: int, size: int) -> None:
         self._holders[address] -= 1
@@ -58,6 +66,7 @@ class SavedBytes:
 
 def peak_saved_bytes(rank: int, world: int, overrides: Sequence[str]) -> tuple[int, int, str]:
     """(peak, left after the step, exact loss) of one training step on made-up tokens."""
+    from moe_train.model.span import hosting
     from moe_train.testing.engines import micro_batches, open_engine
     from moe_train.train.step import train_step
 
@@ -68,6 +77,14 @@ def peak_saved_bytes(rank: int, world: int, overrides: Sequence[str]) -> tuple[i
     anyway += [p.main_grad for p in anyway if hasattr(p, "main_grad")]
     anyway += [value for batch in batches for value in batch.values()]
     saved = SavedBytes(anyway)
-    with saved.watch():
+
+    def hosted(*parts: Any) -> Any:
+        for part in parts:
+            if torch.is_tensor(part):
+                saved.hold(part)
+        return plain(*parts)
+
+    plain = hosting.Hosted
+    with saved.watch(), mock.patch.object(hosting, "Hosted", hosted):
         result = train_step(engine, batches, 1)
     return saved.peak, saved.live, result.loss.hex()

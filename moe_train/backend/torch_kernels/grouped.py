@@ -9,7 +9,8 @@ Shape letters: E local experts, T routed tokens of this rank, I input and O outp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from moe_train.backend.torch_kernels.norm import weight_device
 from moe_train.backend.torch_kernels.products import grouped_linear
+from moe_train.backend.torch_kernels.replay import Tape
 
 
 class TorchGroupedLinear(torch.nn.Module):
@@ -32,6 +33,8 @@ class TorchGroupedLinear(torch.nn.Module):
     """
 
     partition_dim: int
+    tape: Tape | None = None
+    """Set for one pass whose products are written down or replayed."""
 
     def __init__(
         self,
@@ -72,6 +75,8 @@ class TorchGroupedLinear(torch.nn.Module):
         self, x_TI: torch.Tensor, tokens_per_expert: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return [T, O] and no bias; rows of ``x_TI`` are sorted by expert."""
+        if self.tape is not None:
+            return self.tape.product(self.weight, x_TI, tokens_per_expert), None
         return grouped_linear(x_TI, self.weight, tokens_per_expert), None
 
     def backward_dw(self) -> None:
@@ -93,61 +98,79 @@ class TorchRowGroupedLinear(TorchGroupedLinear):
 class TorchGroupedMLP(TEGroupedMLP):
     """Megatron's grouped SwiGLU experts over stacked weights."""
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
-    ) -> dict[str, Any]:
-        """Sharded tensors with TE's keys: ``experts.linear_fc{1,2}.weight``, [.., E, O, I]."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        axes = len(sharded_offsets)
-        experts = (axes, self.ep_group.rank(), self.ep_group.size())
-        replica = (0, 0, self.expert_data_rank)
-        state: dict[str, Any] = {}
-        for name, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
-            key = f"{prefix}experts.{name}.weight"
-            split = axes + linear.partition_dim
-            tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
-
-            def shard(
-                key: str, data: torch.Tensor, part: int, parts: int, split: int = split
-            ) -> ShardedTensor:
-                return ShardedTensor.from_rank_offsets(
-                    key,
-                    data,
-                    *sharded_offsets,
-                    experts,
-                    (split, part, parts),
-                    replica_id=replica,
-                    prepend_axis_num=axes,
-                )
-
-            if name == "linear_fc1" and self.config.gated_linear_unit:
-
-                def gate_and_up(
-                    key: str,
-                    data: torch.Tensor,
-                    replica_id: Any,
-                    flattened_range: Any,
-                    shard: Any = shard,
-                    tp_rank: int = tp_rank,
-                    tp_size: int = tp_size,
-                ) -> list[ShardedTensor]:
-                    gate, up = data.chunk(2, dim=1)
-                    return [
-                        shard(key, gate, tp_rank, 2 * tp_size),
-                        shard(key, up, tp_size + tp_rank, 2 * tp_size),
-                    ]
-
-                state[f"{prefix}{name}.weight"] = ShardedTensorFactory(
-                    key,
-                    linear.weight,
-                    gate_and_up,
-                    lambda parts: torch.cat(parts, dim=1),
-                    replica,
-                )
-            else:
-                state[f"{prefix}{name}.weight"] = shard(key, linear.weight, tp_rank, tp_size)
-        return state
+    replays = True
+    """Its products can be recorded and replayed (:mod:`.replay`)."""
 
     def __init__(self, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, pg_collection=pg_collection, **kwargs)
         self.expert_data_rank = pg_collection.expt_dp.rank()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Sharded tensors with TE's keys: ``experts.linear_fc{1,2}.weight``, [.., E, O, I]."""
+        return self.sharded_parts(prefix, [sharded_offsets])
+
+    def sharded_parts(self, prefix: str, places: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+        """The same where the experts of several layers are stacked in equal parts.
+
+        Args:
+            places: sharded offsets of each part.
+        """
+        replica = (0, 0, self.expert_data_rank)
+        state: dict[str, Any] = {}
+        for name, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            # Gate and up are halves of fc1's rows, each split over expert tensor parallelism.
+            halves = 2 if name == "linear_fc1" and self.config.gated_linear_unit else 1
+            shard = partial(self._shard, linear.partition_dim, halves, replica)
+            key, weight = f"{prefix}experts.{name}.weight", linear.weight
+            if halves == len(places) == 1:
+                state[f"{prefix}{name}.weight"] = shard(key, weight, places[0], 0)
+                continue
+
+            def build(
+                key: str,
+                data: torch.Tensor,
+                replica_id: Any,
+                flattened_range: Any,
+                halves: int = halves,
+                shard: Any = shard,
+            ) -> list[ShardedTensor]:
+                return [
+                    shard(key, piece, place, half)
+                    for part, place in zip(data.chunk(len(places)), places, strict=True)
+                    for half, piece in enumerate(part.chunk(halves, dim=1))
+                ]
+
+            def merge(pieces: list[torch.Tensor], halves: int = halves) -> torch.Tensor:
+                parts = [
+                    torch.cat(pieces[first : first + halves], dim=1)
+                    for first in range(0, len(pieces), halves)
+                ]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+            state[f"{prefix}{name}.weight"] = ShardedTensorFactory(
+                key, weight, build, merge, replica
+            )
+        return state
+
+    def _shard(
+        self,
+        partition_dim: int,
+        halves: int,
+        replica: tuple[int, int, int],
+        key: str,
+        data: torch.Tensor,
+        place: tuple[Any, ...],
+        half: int,
+    ) -> ShardedTensor:
+        axes, tp_size = len(place), self.tp_group.size()
+        return ShardedTensor.from_rank_offsets(
+            key,
+            data,
+            *place,
+            (axes, self.ep_group.rank(), self.ep_group.size()),
+            (axes + partition_dim, half * tp_size + self.tp_group.rank(), halves * tp_size),
+            replica_id=replica,
+            prepend_axis_num=axes,
+        )

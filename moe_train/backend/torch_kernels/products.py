@@ -35,17 +35,10 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x_TI: torch.Tensor, weight_EOI: torch.Tensor, rows_E: tuple[int, ...]
     ) -> torch.Tensor:
-        offsets = None
-        if sum(rows_E) and (device := device_of(x_TI)).grouped(x_TI):
-            offsets = device.offsets(list(accumulate(rows_E)), x_TI.device)
+        offsets = group_offsets(x_TI, rows_E)
         ctx.rows_E = rows_E
         ctx.save_for_backward(x_TI, weight_EOI, offsets)
-        if offsets is not None:
-            return torch._grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=offsets)
-        out_TO = x_TI.new_empty(x_TI.shape[0], weight_EOI.shape[1])
-        for expert, rows in _slices(rows_E):
-            torch.mm(x_TI[rows], weight_EOI[expert].t(), out=out_TO[rows])
-        return out_TO
+        return output(x_TI, weight_EOI, offsets, rows_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -53,10 +46,32 @@ class _GroupedLinear(torch.autograd.Function):
         grad_TO = grads[0].contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad_TO, weight_EOI, offsets, ctx.rows_E)
+            grad_x = input_gradient(grad_TO, weight_EOI, offsets, ctx.rows_E)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(grad_TO, x_TI, offsets, ctx.rows_E)
+            grad_weight = weight_gradient(grad_TO, x_TI, offsets, ctx.rows_E)
         return grad_x, grad_weight, None
+
+
+def group_offsets(x_TI: torch.Tensor, rows_E: Sequence[int]) -> torch.Tensor | None:
+    """Ends of the experts' rows on the device of ``x_TI``; None where its products are looped."""
+    if not sum(rows_E) or not (device := device_of(x_TI)).grouped(x_TI):
+        return None
+    return device.offsets(list(accumulate(rows_E)), x_TI.device)
+
+
+def output(
+    x_TI: torch.Tensor,
+    weight_EOI: torch.Tensor,
+    offsets: torch.Tensor | None,
+    rows_E: tuple[int, ...],
+) -> torch.Tensor:
+    """The product itself, [T, O]; ``offsets`` are :func:`group_offsets`."""
+    if offsets is not None:
+        return torch._grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=offsets)
+    out_TO = x_TI.new_empty(x_TI.shape[0], weight_EOI.shape[1])
+    for expert, rows in _slices(rows_E):
+        torch.mm(x_TI[rows], weight_EOI[expert].t(), out=out_TO[rows])
+    return out_TO
 
 
 def _slices(rows_E: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
@@ -68,12 +83,13 @@ def _slices(rows_E: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
         end += rows
 
 
-def _input_gradient(
+def input_gradient(
     grad_TO: torch.Tensor,
     weight_EOI: torch.Tensor,
     offsets: torch.Tensor | None,
     rows_E: tuple[int, ...],
 ) -> torch.Tensor:
+    """Gradient of the product's input, [T, I]."""
     if offsets is not None:
         return torch._grouped_mm(grad_TO, weight_EOI, offs=offsets)
     grad_TI = grad_TO.new_empty(grad_TO.shape[0], weight_EOI.shape[2])
@@ -82,12 +98,13 @@ def _input_gradient(
     return grad_TI
 
 
-def _weight_gradient(
+def weight_gradient(
     grad_TO: torch.Tensor,
     x_TI: torch.Tensor,
     offsets: torch.Tensor | None,
     rows_E: tuple[int, ...],
 ) -> torch.Tensor:
+    """Gradient of the weights, [E, O, I]; zeros for experts without rows."""
     if offsets is not None:
         grad_EOI = torch._grouped_mm(grad_TO.t(), x_TI, offs=offsets)
     else:

@@ -26,12 +26,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from moe_train.backend.groups import lost_peer
+from moe_train.backend.host_copy import to_host
 from moe_train.errors import HungError
-from moe_train.model.span.hosting import Hosted, host_backward, host_forward
+from moe_train.model.span.hosting import PROBS, Host, Hosted
 from moe_train.model.span.packing import pack, unpack, width
-
-PROBS = torch.float32
-"""Dtype of routing probabilities (``moe_router_dtype=fp32``)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,16 @@ class Half:
     keep: bool = False
     """A backward pass will follow this forward half."""
     place: str = ""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows that change places in one layer and forward half, as numbers on the host."""
+
+    sent: list[int]
+    """To each rank."""
+    in_RE: NDArray[np.int64] | None
+    """Received, by source rank and local expert; None in a recomputed layer."""
 
 
 FORWARD, BACKWARD = 0, 1
@@ -74,8 +82,8 @@ class Span:
         assert group.size() == tensor * stages
         self.group, self.tensor, self.stages = group, tensor, stages
         self._hidden, self._dtype, self.device = hidden, dtype, device
-        self._recompute, self.overlap = recompute, overlap
-        self._experts: dict[int, Any] = {}
+        self.recompute, self.overlap = recompute, overlap
+        self._experts: dict[int, Host] = {}
         self._sent: dict[int, deque[list[int]]] = {}
         self._hosted: dict[tuple[int, int], deque[Hosted]] = {}
         self._halves = {FORWARD: Half(), BACKWARD: Half()}
@@ -87,10 +95,10 @@ class Span:
         """Layers of a stage."""
         return len(self._experts)
 
-    def register(self, layer: int, experts_by_stage: Any) -> None:
-        """Announce the expert modules of local layer ``layer``, one per stage."""
+    def register(self, layer: int, experts: Host) -> None:
+        """Announce the experts of local layer ``layer``, of all stages."""
         assert layer not in self._experts
-        self._experts[layer] = experts_by_stage
+        self._experts[layer] = experts
 
     def begin(self, tick: int, active: Iterable[int], *, backward: bool, keep: bool) -> None:
         """Enter a half-tick, the same on every rank of the replica.
@@ -107,86 +115,79 @@ class Span:
         """Leave a flush: everything kept must have been used."""
         assert not any(self._sent.values()) and not any(self._hosted.values())
 
+    def counts(self, layer: int, counts: torch.Tensor | None) -> Counts:
+        """Begin a layer: tell every rank how many rows it gets.
+
+        A recomputed layer asks for what it has sent already, and nothing is exchanged again.
+
+        Args:
+            counts: rows for each expert of the layer; None sends none.
+        """
+        if recomputed():
+            return Counts(self._sent[layer][0], None)
+        return Counts(*self.exchange_counts(layer, counts))
+
+    def exchange_counts(
+        self, layer: int, counts: torch.Tensor | None
+    ) -> tuple[list[int], NDArray[np.int64]]:
+        """The exchange of counts, and their one way off the device.
+
+        Returns:
+            Rows sent to each rank, and rows received by source rank and local expert [R, E].
+        """
+        ranks, experts = self.group.size(), self._experts[layer].per_rank
+        both_2RE = torch.zeros(2, ranks, experts, dtype=torch.int64, device=self.device)
+        if counts is not None:
+            both_2RE[0] = counts.view(ranks, experts)
+        self._all_to_all(FORWARD, layer, both_2RE[1], both_2RE[0])
+        out_RE, in_RE = to_host(both_2RE)
+        return out_RE.sum(axis=1).tolist(), in_RE
+
     def forward(
         self,
         layer: int,
+        counts: Counts | None = None,
         tokens_NH: torch.Tensor | None = None,
         probs_N: torch.Tensor | None = None,
-        counts: torch.Tensor | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Exchange one layer's tokens; without tokens, serve the others.
 
         Args:
+            counts: of :meth:`counts`.
             tokens_NH, probs_N: this rank's routed tokens, sorted by expert.
-            counts: tokens for each expert of the layer.
             meanwhile: work that does not depend on the exchange, such as shared experts.
 
         Returns:
             Expert outputs [N, H] in the order of ``tokens_NH``.
         """
+        counts = counts or self.counts(layer, None)
+        sent, in_RE = counts.sent, counts.in_RE
+        assert in_RE is not None
         if tokens_NH is None or probs_N is None:
             packed = self._empty(0, packed=True)
         else:
             packed = pack(tokens_NH.detach(), probs_N.detach().to(PROBS))
-        sent, in_RE = self.exchange_counts(layer, counts)
         received: list[int] = in_RE.sum(axis=1).tolist()
         packed_in = self._empty(sum(received), packed=True)
         self._all_to_all(FORWARD, layer, packed_in, packed, received, sent, meanwhile)
-        outputs = self._host(layer, in_RE, received, packed_in)
+        outputs = self._host(layer, in_RE, packed_in)
         result_NH = self._empty(sum(sent))
         self._all_to_all(FORWARD, layer, result_NH, outputs, sent, received)
         if self._halves[FORWARD].keep and tokens_NH is not None:
             self._sent.setdefault(layer, deque()).append(sent)
         return result_NH
 
-    def exchange_counts(
-        self, layer: int, counts: torch.Tensor | None
-    ) -> tuple[list[int], NDArray[np.int64]]:
-        """Tell every rank how many rows it gets; the numbers of both sides, on the host.
-
-        Args:
-            counts: rows for each expert of the layer; None sends none.
-
-        Returns:
-            Rows sent to each rank, and rows received by source rank and local expert [R, E].
-        """
-        ranks = self.group.size()
-        if counts is None:
-            experts = self._experts[layer].per_rank
-            out_RE = torch.zeros(ranks, experts, dtype=torch.int64, device=self.device)
-        else:
-            out_RE = counts.view(ranks, -1).to(torch.int64)
-        in_RE = torch.empty_like(out_RE)
-        self._all_to_all(FORWARD, layer, in_RE, out_RE)
-        return out_RE.sum(dim=1).tolist(), in_RE.cpu().numpy()
-
-    def _host(
-        self, layer: int, in_RE: NDArray[np.int64], received: list[int], packed: torch.Tensor
-    ) -> torch.Tensor:
-        outputs, start = [], 0
+    def _host(self, layer: int, in_RE: NDArray[np.int64], packed: torch.Tensor) -> torch.Tensor:
         half = self._halves[FORWARD]
-        for stage in range(self.stages):
-            sources = slice(stage * self.tensor, (stage + 1) * self.tensor)
-            rows = sum(received[sources])
-            if stage not in half.active:
-                assert rows == 0, f"tokens from idle stage {stage} at {half.place}"
-                continue
-            tokens_NH, probs_N = unpack(packed[start : start + rows], self._hidden, PROBS)
-            start += rows
-            # Also with no tokens at all: gradient reduction counts on every use of a weight.
-            output_NH, hosted = host_forward(
-                self._experts[layer][stage],
-                in_RE[sources],
-                tokens_NH,
-                probs_N,
-                keep=half.keep,
-                recompute=self._recompute,
-            )
-            if hosted is not None:
-                self._hosted.setdefault((layer, stage), deque()).append(hosted)
-            outputs.append(output_NH)
-        return torch.cat(outputs) if outputs else self._empty(0)
+        by_stage = in_RE.reshape(self.stages, self.tensor, -1)
+        for stage in set(range(self.stages)) - half.active:
+            assert not by_stage[stage].any(), f"tokens from idle stage {stage} at {half.place}"
+        active = {stage: by_stage[stage] for stage in sorted(half.active)}
+        outputs, hosted = self._experts[layer].forward(active, packed, keep=half.keep)
+        for stage, one in hosted.items():
+            self._hosted.setdefault((layer, stage), deque()).append(one)
+        return outputs
 
     def backward(
         self, layer: int, grad_NH: torch.Tensor | None = None
@@ -203,8 +204,7 @@ class Span:
         sent = self._sent[layer].popleft() if grad_NH is not None else [0] * ranks
         hosted = {
             stage: self._hosted[layer, stage].popleft()
-            for stage in range(self.stages)
-            if stage in self._halves[BACKWARD].active
+            for stage in sorted(self._halves[BACKWARD].active)
         }
         received = [
             rows
@@ -214,13 +214,7 @@ class Span:
         grads_in = self._empty(sum(received))
         outgoing = self._empty(0) if grad_NH is None else grad_NH.contiguous()
         self._all_to_all(BACKWARD, layer, grads_in, outgoing, received, sent)
-        back, start = [], 0
-        for stage, kept in hosted.items():
-            rows = sum(kept.rows)
-            part = grads_in[start : start + rows]
-            start += rows
-            back.append(pack(*host_backward(self._experts[layer][stage], kept, part)))
-        packed_out = torch.cat(back) if back else self._empty(0, packed=True)
+        packed_out = self._experts[layer].backward(hosted, grads_in)
         packed = self._empty(sum(sent), packed=True)
         self._all_to_all(BACKWARD, layer, packed, packed_out, sent, received)
         return unpack(packed, self._hidden, PROBS)
@@ -270,6 +264,11 @@ class Span:
             ) from failure
 
 
+def recomputed() -> bool:
+    """Whether this forward pass runs inside a backward pass: of a layer that is recomputed."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Exchange(torch.autograd.Function):
     """The source side of the exchange, in the autograd graph of a micro-batch."""
 
@@ -278,24 +277,24 @@ class Exchange(torch.autograd.Function):
         ctx: Any,
         span: Span,
         layer: int,
+        counts: Counts,
         tokens_NH: torch.Tensor,
         probs_N: torch.Tensor,
-        counts: torch.Tensor,
         meanwhile: Callable[[], None] | None,
     ) -> torch.Tensor:
         """Expert outputs [N, H] in the order of ``tokens_NH``."""
         ctx.span, ctx.layer = span, layer
         ctx.probs_dtype = probs_N.dtype
-        if torch._C._current_graph_task_id() != -1:
-            # Inside a backward pass: a recomputed layer. All that follows the experts is linear in
-            # their output, so no gradient depends on its value and no exchange is repeated.
+        if recomputed():
+            # All that follows the experts is linear in their output, so no gradient depends on its
+            # value and no exchange is repeated.
             if meanwhile is not None:
                 meanwhile()
             return torch.zeros_like(tokens_NH)
-        return span.forward(layer, tokens_NH, probs_N, counts, meanwhile)
+        return span.forward(layer, counts, tokens_NH, probs_N, meanwhile)
 
     @staticmethod
     def backward(ctx: Any, grad_NH: torch.Tensor) -> Any:  # type: ignore[override]
         """Gradients of tokens and probabilities, from the ranks that host the experts."""
         tokens_NH, probs_N = ctx.span.backward(ctx.layer, grad_NH)
-        return None, None, tokens_NH, probs_N.to(ctx.probs_dtype), None, None
+        return None, None, None, tokens_NH, probs_N.to(ctx.probs_dtype), None

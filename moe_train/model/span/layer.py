@@ -7,55 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_capacity, permute, unpermute
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_train.model.span.exchange import Exchange, Span
-
-
-class SpanExperts(MegatronModule):
-    """This rank's experts at one local layer: one grouped module per pipeline stage.
-
-    Module s holds the experts of global layer s * layers_per_stage + local layer.
-    """
-
-    def __init__(
-        self,
-        num_local_experts: int,
-        config: TransformerConfig,
-        *,
-        builder: Any,
-        stages: int,
-        pg_collection: Any,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(config=config)
-        self.per_rank = num_local_experts
-        self.by_stage = torch.nn.ModuleList(
-            builder(num_local_experts, config, pg_collection=pg_collection) for _ in range(stages)
-        )
-
-    def __getitem__(self, stage: int) -> Any:
-        """The experts that serve ``stage``."""
-        return self.by_stage[stage]
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
-    ) -> dict[str, Any]:
-        """Keys by global layer and expert, the same as with ``placement=stage``."""
-        ((axis, layer, layers),) = sharded_offsets
-        per_stage = layers // len(self.by_stage)
-        state: dict[str, Any] = {}
-        stages: list[Any] = list(self.by_stage)
-        for stage, experts in enumerate(stages):
-            offset = (axis, stage * per_stage + layer % per_stage, layers)
-            part = experts.sharded_state_dict(prefix, (offset,), metadata)
-            for name, value in part.items():
-                assert name.startswith(prefix)
-                state[f"{prefix}by_stage.{stage}.{name[len(prefix) :]}"] = value
-        return state
+from moe_train.model.span.experts import SpanExperts
 
 
 class SpanMoELayer(MoELayer):
@@ -74,7 +31,12 @@ class SpanMoELayer(MoELayer):
         groups = copy.copy(pg_collection)
         groups.ep = span.group
         submodules = copy.copy(submodules)
-        submodules.experts = partial(SpanExperts, builder=submodules.experts, stages=span.stages)
+        submodules.experts = partial(
+            SpanExperts,
+            builder=submodules.experts,
+            stages=span.stages,
+            recompute=span.recompute,
+        )
         super().__init__(config, submodules, layer_number, groups, **kwargs)
         self.span = span
         self.local_layer = -1
@@ -83,7 +45,7 @@ class SpanMoELayer(MoELayer):
         """Learn the 1-based global layer number; Megatron tells it after construction."""
         super().set_layer_number(layer_number)
         self.local_layer = (layer_number - 1) % (self.config.num_layers // self.span.stages)
-        self.span.register(self.local_layer, self.experts)
+        self.span.register(self.local_layer, self.experts.host)
 
     def forward(
         self,
@@ -97,12 +59,13 @@ class SpanMoELayer(MoELayer):
         shape = hidden_states.shape
         tokens = hidden_states.view(-1, shape[-1])
         padded = bool(self.config.moe_pad_expert_input_to_capacity)
-        counts = self._counts(routing_map, padded)
+        # Counts first: with them the number of rows is known on the host, dropped ones included.
+        counts = self.span.counts(self.local_layer, self._counts(routing_map, padded))
         routed, routed_probs, order, _, _ = permute(
             tokens,
             routing_map,
             probs=probs,
-            num_out_tokens=int(counts.sum()),
+            num_out_tokens=sum(counts.sent),
             fused=self.config.moe_permute_fusion,
             drop_and_pad=padded,
         )
@@ -115,7 +78,7 @@ class SpanMoELayer(MoELayer):
 
         meanwhile = shared_experts if self.use_shared_expert else None
         result = Exchange.apply(
-            self.span, self.local_layer, routed, routed_probs, counts, meanwhile
+            self.span, self.local_layer, counts, routed, routed_probs, meanwhile
         )
         output = unpermute(
             result,

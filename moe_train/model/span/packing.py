@@ -25,12 +25,18 @@ def pack(tokens_NH: torch.Tensor, probs_N: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(
-    packed_NW: torch.Tensor, hidden: int, dtype: torch.dtype
+    packed_NW: torch.Tensor, hidden: int, dtype: torch.dtype, *, copy: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [N, H] and probabilities [N] of ``dtype`` from :func:`pack`'s buffer, as copies."""
-    # clone, not contiguous(): a single row counts as contiguous whatever its stride, and the
-    # grouped product wants aligned strides.
-    tokens_NH = packed_NW[:, :hidden].clone(memory_format=torch.contiguous_format)
+    """Tokens [N, H] and probabilities [N] of ``dtype`` from :func:`pack`'s buffer.
+
+    Args:
+        copy: tokens are copied; a view of the buffer otherwise.
+    """
+    tokens_NH = packed_NW[:, :hidden]
+    if copy:
+        # clone, not contiguous(): a single row counts as contiguous whatever its stride, and the
+        # grouped product wants aligned strides.
+        tokens_NH = tokens_NH.clone(memory_format=torch.contiguous_format)
     end = hidden + dtype.itemsize // packed_NW.dtype.itemsize
     tail_NW = packed_NW[:, hidden:end].clone(memory_format=torch.contiguous_format)
     return tokens_NH, tail_NW.view(dtype).squeeze(1)

@@ -74,7 +74,9 @@ def expert_terms(z: Shapes, rows: float | None = None, *, act: bool = False) -> 
 
 
 def span_terms(z: Shapes) -> list[Term]:
-    """What the spanning exchange keeps on the hosting rank beside the experts' own, per row set."""
+    """What the spanning exchange keeps on the hosting rank beside the experts' own, per row set,
+    with TransformerEngine's kernels.
+    """
     packed = z.R * z.packed_row
     return [
         Term("received rows", packed if z.t > 1 else 4 * z.R, "R w", "model/span/hosting"),

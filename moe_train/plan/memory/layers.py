@@ -36,6 +36,7 @@ class Phase(NamedTuple):
     terms: tuple[Term, ...]
 
 
+HOSTING = "model/span/hosting, torch's kernels"
 INPUT_TWICE = "layer input, counted already"
 """Name of the term that takes back what a recomputed layer keeps in any case."""
 
@@ -63,9 +64,13 @@ def hosted_terms(z: Shapes, modules: Collection[str] = ()) -> list[Term]:
 
     Full recomputation of layers does not reach it: the exchange is not repeated.
     """
-    if "moe" in modules:
-        return [term for term in span_terms(z) if term.name == "received rows"]
-    return [*span_terms(z), *expert_terms(z, act="moe_act" in modules)]
+    again, act = "moe" in modules, "moe_act" in modules
+    if z.fused:
+        received = span_terms(z)
+        return received[:1] if again else [*received, *expert_terms(z, act=act)]
+    # The activation is not kept in any case (backend/torch_kernels/replay.py).
+    inputs, first, scores = expert_terms(z, act=True)
+    return [inputs, scores] if again else [inputs, first, scores]
 
 
 def recomputed_terms(
@@ -92,18 +97,28 @@ def forward_buffers(z: Shapes) -> list[Term]:
     ]
 
 
-def layer_backward(z: Shapes, kept: Collection[str], passes: int) -> list[Phase]:
+def span_forward_buffers(z: Shapes) -> list[Term]:
+    """The forward half of the spanning exchange, when what it keeps has been set apart by stage."""
+    if z.fused:
+        return forward_buffers(z)
+    return [
+        Term("packed rows sent", z.N * z.K * z.packed_row, "N K w", "model/span/packing"),
+        Term("packed rows received", z.R * z.packed_row, "R w", "model/span/packing"),
+        Term("expert input of all stages", z.R * z.H * z.b, "R H b", HOSTING),
+        Term("fc1 output of all stages", 2 * z.R * z.F * z.b, "2 R F b", HOSTING),
+        Term("expert results", z.R * z.H * z.b, "R H b", HOSTING),
+    ]
+
+
+def layer_backward(z: Shapes, kept: Collection[str]) -> list[Phase]:
     """The phases of one layer's backward pass in which most is alive, beside what it saved.
 
     Args:
-        kept: names of what the layer saved (recomputed terms included), which its passes free.
-        passes: groups of rows that the experts take one after the other: the stages, with
-            ``placement=span``, whose rows are on a hosting rank together.
+        kept: names of what the layer saved (recomputed terms included), which its operations free.
 
-    A pass's saved tensors are gone once their operation went backward: at the first matrix
-    neither the combined rows nor the second matrix's input exist any more.
+    Saved tensors are gone once their operation went backward: at the first matrix neither the
+    combined rows nor the second matrix's input exist any more.
     """
-    rows = z.R / passes
     if z.fused:
         gradients = (
             Term("gradient of combined rows", z.N * z.K * z.H * z.b, "N K H b", MEGATRON),
@@ -112,9 +127,42 @@ def layer_backward(z: Shapes, kept: Collection[str], passes: int) -> list[Phase]
             Term("gradient of expert input", z.R * z.H * z.b, "R H b", MEGATRON),
         )
         return [Phase("", gradients)]
+    around = [Term("gradient of expert output", z.R * z.H * z.b, "R H b", MEGATRON)]
+    return _matrices_back(z, kept, around)
+
+
+def span_backward(z: Shapes, kept: Collection[str]) -> list[Phase]:
+    """The same under ``placement=span``, where the rows of all stages go backward together.
+
+    The experts' forward pass is replayed: the activation comes back, and what the first matrix
+    made is put together from the stages' parts, or made again with the experts recomputed.
+    """
+    if z.fused:
+        return layer_backward(z, kept)
+    rows = z.R * z.H * z.b
+    around = [
+        # The exchange holds what went out and what came until the experts are done.
+        Term("gradient of combined rows", z.N * z.K * z.H * z.b, "N K H b", "model/span"),
+        Term("gradient of expert output", rows, "R H b", "model/span"),
+        *([Term("the same by expert", rows, "R H b", HOSTING)] if z.t > 1 else []),
+    ]
+    again = [Term("fc2 input, made again", z.R * z.F * z.b, "R F b", HOSTING)]
+    if "fc1 output" not in kept:
+        around.append(Term("expert input of all stages", rows, "R H b", HOSTING))
+        again.append(Term("fc1 output, made again", 2 * z.R * z.F * z.b, "2 R F b", HOSTING))
+    product, activation, first = _matrices_back(z, kept, around)
+    gone = {"fc2 input, made again"}
+    return [
+        Phase(product.name, (*product.terms, *again)),
+        Phase(activation.name, (*activation.terms, *(t for t in again if t.name not in gone))),
+        first,
+        _gradients_back(z, kept),
+    ]
+
+
+def _matrices_back(z: Shapes, kept: Collection[str], around: list[Term]) -> list[Phase]:
     freed = {
         "combined rows": z.N * z.K * z.H * z.b,
-        # With several passes the last one has most beside it: the others' are gone by then.
         "fc2 input": z.R * z.F * z.b,
         "fc1 output": 2 * z.R * z.F * z.b,
     }
@@ -124,31 +172,16 @@ def layer_backward(z: Shapes, kept: Collection[str], passes: int) -> list[Phase]
             Term(f"{name}, freed", -freed[name], "", MEGATRON) for name in names if name in kept
         ]
 
-    around = [Term("gradient of expert output", z.R * z.H * z.b, "R H b", MEGATRON)]
-    if passes > 1:
-        # The exchange holds what went out and what came until every stage's rows are done.
-        around.append(
-            Term("gradient of combined rows", z.N * z.K * z.H * z.b, "N K H b", "model/span")
-        )
-        earlier = (z.R - rows) * (z.H * z.b + z.packed_row)
-        around.append(
-            Term("other stages' gradients", earlier, "(1 - 1/P) R (H b + w)", "model/span")
-        )
     weight = z.local_experts * z.F * z.H * z.b
     # torch computes a weight's gradient whole before it is added to the gradient buffer;
-    # fused accumulation adds products into the buffer itself.
+    # fused accumulation adds products into the buffer itself. Spanning stages' are made apart.
     return [
-        *(
-            [_gradients_back(z, gone("combined rows", "fc2 input", "fc1 output"))]
-            if passes > 1
-            else []
-        ),
         Phase(
             ", second matrix",
             (
                 *gone("combined rows"),
                 *around,
-                Term("gradient of fc2 input", rows * z.F * z.b, "R F b", MEGATRON),
+                Term("gradient of fc2 input", z.R * z.F * z.b, "R F b", MEGATRON),
                 Term("fc2 weight gradient", weight, "E/e F H b", HOST),
             ),
         ),
@@ -156,40 +189,42 @@ def layer_backward(z: Shapes, kept: Collection[str], passes: int) -> list[Phase]
             ", SwiGLU",
             (
                 *gone("combined rows", "fc2 input"),
-                *(around if passes > 1 else []),
-                Term("gradient of fc2 input", rows * z.F * z.b, "R F b", MEGATRON),
-                Term("SwiGLU gradient in fp32", 12 * rows * z.F, "12 R F", HOST),
+                *around,
+                Term("gradient of fc2 input", z.R * z.F * z.b, "R F b", MEGATRON),
+                Term("SwiGLU gradient in fp32", 12 * z.R * z.F, "12 R F", HOST),
             ),
         ),
         Phase(
             ", first matrix",
             (
                 *gone("combined rows", "fc2 input", "fc1 output"),
-                *(around if passes > 1 else []),
-                Term("gradient of fc1 output", 2 * rows * z.F * z.b, "2 R F b", MEGATRON),
-                Term("gradient of expert input", rows * z.H * z.b, "R H b", MEGATRON),
+                *around,
+                Term("gradient of fc1 output", 2 * z.R * z.F * z.b, "2 R F b", MEGATRON),
+                Term("gradient of expert input", z.R * z.H * z.b, "R H b", MEGATRON),
                 Term("fc1 weight gradient", 2 * weight, "2 E/e F H b", HOST),
             ),
         ),
     ]
 
 
-def _gradients_back(z: Shapes, gone: list[Term]) -> Phase:
+def _gradients_back(z: Shapes, kept: Collection[str]) -> Phase:
     """The end of the spanning exchange: every buffer of the way back at once."""
     sent, received = z.N * z.K, z.R
+    freed = [Term("combined rows, freed", -sent * z.H * z.b, "", MEGATRON)] if (
+        "combined rows" in kept) else []  # fmt: skip
+    if "fc1 output" in kept:
+        freed.append(Term("fc1 output, freed", -2 * z.R * z.F * z.b, "", HOSTING))
     return Phase(
         ", gradients back",
         (
-            *gone,
+            *freed,
             Term("gradient of expert output", received * z.H * z.b, "R H b", "model/span"),
             Term("gradient of combined rows", sent * z.H * z.b, "N K H b", "model/span"),
-            Term("gradient of expert input", received * z.H * z.b, "R H b", "model/span/hosting"),
-            Term("packed, by stage and joined", 2 * received * z.packed_row,
-                 "2 R w", "model/span/packing"),
+            Term("packed gradients", received * z.packed_row, "R w", "model/span/packing"),
             Term("packed, returned", sent * z.packed_row, "N K w", "model/span/packing"),
             Term("unpacked", sent * z.H * z.b, "N K H b", "model/span/packing"),
         ),
-    )  # fmt: skip
+    )
 
 
 def retained_terms(z: Shapes, recomputed: int) -> list[Term]:

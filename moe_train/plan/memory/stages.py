@@ -25,6 +25,8 @@ from moe_train.plan.memory.layers import (
     loss_phases,
     recomputed_terms,
     retained_terms,
+    span_backward,
+    span_forward_buffers,
     standing_buffers,
 )
 from moe_train.plan.memory.optimizer_bytes import StateBytes, state_bytes
@@ -140,7 +142,8 @@ def _moments(
           if layout.pipeline > 1 else []),
         *standing_buffers(z),
     ]  # fmt: skip
-    found = [Moment("end of the forward pass", floor, (*forward_buffers(z), *always))]
+    buffers = span_forward_buffers(z) if layout.span else forward_buffers(z)
+    found = [Moment("end of the forward pass", floor, (*buffers, *always))]
     if last:
         head = total(head_terms(z))
         found += [
@@ -159,9 +162,9 @@ def _moments(
         if layout.span:
             saved += [term.name for term in hosted_terms(z, modules)]
         before = retained_terms(z, done)
-        for phase in layer_backward(z, saved, layout.pipeline if layout.span else 1):
-            buffers = (*again, *phase.terms, *before, *always)
-            found.append(Moment(f"backward of layer {number}{phase.name}", floor - freed, buffers))
+        for phase in span_backward(z, saved) if layout.span else layer_backward(z, saved):
+            terms = (*again, *phase.terms, *before, *always)
+            found.append(Moment(f"backward of layer {number}{phase.name}", floor - freed, terms))
         freed += size
         done += recomputed and not layout.span
     return found
