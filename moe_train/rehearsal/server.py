@@ -1,0 +1,110 @@
+"""A process that imports everything once and forks the ranks of each case.
+
+``python -m moe_train.rehearsal.server`` reads cases as JSON and writes reports as JSON. It has to
+be started in :func:`moe_train.rehearsal.library.environment`, and never asks for a device itself:
+a process that has cannot fork ranks that do.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from moe_train.rehearsal.library import GIGABYTE
+from moe_train.rehearsal.rank import Case, RankReport, run_rank, to_json
+
+SECONDS = 240.0
+"""For one case."""
+FAREWELL = 20.0
+"""For the other ranks of a case, once one has failed."""
+
+
+def prepare() -> None:
+    """Import torch, Megatron and the program, as the CUDA backend with torch's kernels does."""
+    warnings.simplefilter("ignore")
+    import torch
+
+    from moe_train.backend import patches
+
+    torch.set_num_threads(1)
+    patches.apply_missing_te(lean=True)
+
+    import moe_train.checkpoint.load
+    import moe_train.checkpoint.save
+    import moe_train.data.datasets
+    import moe_train.rehearsal.nccl
+    import moe_train.session.training
+    import moe_train.train.loop  # noqa: F401
+
+    assert not torch.cuda.is_initialized()
+
+
+def run_case(case: Case) -> list[RankReport]:
+    """Fork the ranks of one case and collect their reports."""
+    os.environ["MOE_TRAIN_REHEARSAL_DEVICES"] = str(case.world)
+    os.environ["MOE_TRAIN_REHEARSAL_BYTES"] = str(int(case.memory_gb * GIGABYTE))
+    listed = case.listed_gb or case.memory_gb
+    os.environ["MOE_TRAIN_REHEARSAL_LISTED"] = str(int(listed * GIGABYTE))
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    processes, pending = [], {}
+    for rank in range(case.world):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(theirs, case, rank, port))
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pending[ours] = rank
+    reports = [RankReport(failure="did not end in time") for _ in range(case.world)]
+    until = time.monotonic() + SECONDS
+    try:
+        while pending and (ready := wait(list(pending), until - time.monotonic())):
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = pending.pop(connection)
+                try:
+                    reports[rank] = connection.recv()
+                except EOFError:
+                    reports[rank] = RankReport(failure="ended without a report")
+                if reports[rank].code != 0:
+                    until = min(until, time.monotonic() + FAREWELL)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return reports
+
+
+def _rank(connection: Connection, case: Case, rank: int, port: int) -> None:
+    # The reports alone go to the server's output.
+    os.dup2(2, 1)
+    connection.send(run_rank(case, rank, port))
+    connection.close()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve(asked: Path, answered: Path) -> None:
+    """Run the cases of the first file, one after the other, and write their reports."""
+    cases = [Case(**fields) for fields in json.loads(asked.read_text())]
+    prepare()
+    reports: list[Sequence[RankReport]] = [run_case(case) for case in cases]
+    answered.write_text(to_json(reports))
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), Path(sys.argv[2]))
