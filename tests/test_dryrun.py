@@ -151,6 +151,70 @@ def short_ranks(rank: int, one: int, words: list[str], world: int, count: int) -
     return fake_ranks(rank, one, words, world, microbatches=count)
 
 
+PLACEMENTS = ([], ["parallel.placement=stage", "parallel.expert=2"])
+ADDED = 1e9
+"""Bytes that an update of the 30B may add."""
+
+
+def updates(rank: int, one: int) -> list[list[int]]:
+    """Bytes that gradient norm, clipping and update of the 30B add, by placement: as they are,
+    with the optimizer's copies whole, with the norm's copies whole."""
+    from unittest import mock
+
+    from moe_train.backend.torch_kernels import adam, gradient_norm
+    from moe_train.dryrun.prepare import host_backend
+    from moe_train.dryrun.step import initialise_state, own_state, watched_update
+    from moe_train.dryrun.tracker import MemoryTracker
+    from moe_train.dryrun.world import fake_engine, fake_world
+
+    def added(tracker: Any, engine: Any) -> int:
+        before = tracker.live
+        return int(watched_update(engine, tracker).bytes - before)
+
+    found = []
+    for placement in PLACEMENTS:
+        config, layout = prepare(["experiment=moe_30b_8x64gb", *placement], 8)
+        backend = host_backend(config)
+        with fake_world(rank, 8), MemoryTracker() as tracker:
+            engine = fake_engine(config, layout, backend, 50257, 1)
+            initialise_state(engine.optimizer)
+            own_state(tracker, engine)
+            sizes = [added(tracker, engine)]
+            with mock.patch.object(adam.TorchAdam, "scratch_bytes", 1 << 60):
+                sizes.append(added(tracker, engine))
+            with mock.patch.object(gradient_norm, "PIECE", 1 << 60):
+                sizes.append(added(tracker, engine))
+            found.append(sizes)
+    return found
+
+
+@pytest.mark.world
+def test_the_update_of_the_30b_adds_less_than_a_gigabyte() -> None:
+    from moe_train.backend.torch_kernels.adam import TorchAdam
+    from moe_train.plan.memory.update import SCRATCH_BYTES
+
+    assert TorchAdam.scratch_bytes == SCRATCH_BYTES
+    [span, stage] = run_world(updates, 1)[0]
+    for as_it_is, whole_copies, _ in (span, stage):
+        assert as_it_is < ADDED
+        assert as_it_is == pytest.approx(SCRATCH_BYTES, rel=0.05)
+        assert whole_copies > 10 * ADDED
+    assert stage[2] > ADDED, "32 experts of a layer are one matrix"
+
+
+@pytest.mark.world
+def test_gradients_that_are_copied_whole_are_the_peak() -> None:
+    """16-bit gradients without the precision-aware optimizer: Megatron makes fp32 copies."""
+    words = [*LONG, "optim.distributed=true", "optim.grad_dtype=bf16", "dtype=bf16",
+             "recompute=all", "model.hidden=512", "data.sequence=64"]  # fmt: skip
+    [[rank]] = run_world(fake_ranks, 1, words, 1)
+    assert rank[4] == "optimizer update"
+    config, layout = prepare(words, 1)
+    plan = stage_memory(config, layout, VOCAB, 0, Assumptions(fused=False, fragmentation=0.0))
+    assert plan.peak.name == "optimizer update"
+    assert plan.allocated == pytest.approx(rank[3], rel=0.05)
+
+
 def run_command(rank: int, one: int, argv: list[str]) -> int:
     from moe_train.cli import main
 

@@ -3,7 +3,7 @@
 All ranks of a stage hold the same amount (with even routing; imbalance is explicit), so a stage
 stands for its ranks. The walk follows a stage's busiest micro-batch: its forward pass ends while
 `held` micro-batches are kept; then the loss, and layer by layer the backward pass, which frees
-what it has used.
+what it has used. The optimizer's update comes last.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from moe_train.plan.memory.layers import (
     standing_buffers,
 )
 from moe_train.plan.memory.optimizer_bytes import StateBytes, state_bytes
+from moe_train.plan.memory.update import update_terms
 from moe_train.plan.quantities.parameters import rank_parameters
 from moe_train.plan.quantities.shapes import Assumptions, Shapes, shapes
 from moe_train.plan.quantities.terms import Term, total
@@ -94,7 +95,8 @@ def stage_memory(
     """Peak memory of the ranks of pipeline stage `stage` (0-based) of a legal plan."""
     z = shapes(config, layout, vocab, assumptions)
     rank = stage * (layout.world // layout.pipeline)
-    state = state_bytes(config, layout, rank_parameters(config.model, layout, rank, vocab))
+    parameters = rank_parameters(config.model, layout, rank, vocab)
+    state = state_bytes(config, layout, parameters)
     count = microbatches_per_step(config, layout.data)
     delay = int(config.parallel.overlap_expert_comm and layout.span)
     held = chunks_in_flight(layout, stage, count, delay)
@@ -111,7 +113,11 @@ def stage_memory(
         rows = span_rows_in_flight(layout.pipeline, count, delay)
         hosted = rows * len(layers) * total(hosted_terms(z, modules))
     floor = held * one + hosted
-    moments = tuple(_moments(z, config, layout, layers, kept, floor, whole, last=last))
+    update = update_terms(config, layout, parameters, fused=assumptions.fused)
+    moments = (
+        *_moments(z, config, layout, layers, kept, floor, whole, last=last),
+        Moment("optimizer update", 0.0, update),
+    )
     peak = max(moments, key=lambda moment: moment.bytes)
     return StageMemory(
         stage=stage,
