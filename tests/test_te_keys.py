@@ -1,9 +1,13 @@
-"""Host and CUDA checkpoints are one: the same keys, shapes and offsets at full size."""
+"""Checkpoints of a CPU, of torch's and of TransformerEngine's kernels are one.
+
+The same keys, shapes and offsets, at full size.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +23,6 @@ from moe_train.testing.world import run_world
 ROOT = Path(__file__).resolve().parent.parent
 # Cold, the build takes an hour of one core; afterwards it is a look at a file.
 BUILD_SECONDS = 3 * 3600
-
-pytestmark = [pytest.mark.full, pytest.mark.te]
 
 
 @pytest.fixture(scope="session")
@@ -66,11 +68,11 @@ def host_ranks(rank: int, one: int, words: list[str], world: int) -> list[set[Ma
     return ranks
 
 
-@pytest.mark.timeout(BUILD_SECONDS + 1200)
-@pytest.mark.parametrize("reading", READINGS)
-def test_both_providers_write_the_same_checkpoint(interpreter: str, reading: str) -> None:
-    words, world = overrides(reading)
-    told = ask(interpreter, "cuda_model", words, world)
+def assert_same_checkpoint(
+    interpreter: str, kernels: str, words: list[str], world: int
+) -> list[set[Matrix]]:
+    """Every rank of the CUDA backend writes what the host's writes; returns the former."""
+    told = ask(interpreter, "cuda_model", [*words, f"backend.kernels={kernels}"], world)
     [host] = run_world(host_ranks, 1, words, world)
     assert len(told) == len(host) == world
     cuda = []
@@ -86,9 +88,33 @@ def test_both_providers_write_the_same_checkpoint(interpreter: str, reading: str
         )
         assert told[rank]["parameters"] == sum(m.cells for m in there)
         cuda.append(there)
-    assert whole_model(cuda) == TOTAL
+    return cuda
 
 
+@pytest.mark.full
+@pytest.mark.te
+@pytest.mark.timeout(BUILD_SECONDS + 1200)
+@pytest.mark.parametrize("reading", READINGS)
+def test_transformer_engine_writes_the_same_checkpoint(interpreter: str, reading: str) -> None:
+    words, world = overrides(reading)
+    assert whole_model(assert_same_checkpoint(interpreter, "te", words, world)) == TOTAL
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("reading", READINGS)
+def test_torch_kernels_write_the_same_checkpoint(reading: str) -> None:
+    words, world = overrides(reading)
+    assert whole_model(assert_same_checkpoint(sys.executable, "torch", words, world)) == TOTAL
+
+
+def test_torch_kernels_of_a_small_model_write_the_same_checkpoint() -> None:
+    words = ["experiment=single", "model.experts=4", "parallel.tensor=2", "parallel.expert=2"]
+    words += ["model.vocab=256", "model.layers=2", "model.shared_expert_hidden=32"]
+    whole_model(assert_same_checkpoint(sys.executable, "torch", words, 2))
+
+
+@pytest.mark.full
+@pytest.mark.te
 @pytest.mark.timeout(BUILD_SECONDS + 1200)
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_real_engine_answers_as_the_default_suite_assumes(

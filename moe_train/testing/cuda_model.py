@@ -1,8 +1,8 @@
-"""The CUDA provider's model without a GPU: what it would save, matrix by matrix.
+"""The CUDA backend's model without a GPU: what it would save, matrix by matrix.
 
-``python -m moe_train.testing.cuda_model WORLD OVERRIDES...`` builds every rank's chunks out of
-TransformerEngine's modules on fake tensors and prints, as JSON, each rank's parameter count and
-matrices. It needs TransformerEngine, so it runs in the interpreter of ``launch/build_te.sh``.
+``python -m moe_train.testing.cuda_model WORLD OVERRIDES...`` builds every rank's chunks on fake
+tensors out of the modules of ``backend.kernels`` and prints, as JSON, each rank's parameter count
+and matrices. With TransformerEngine's it runs in the interpreter of ``launch/build_te.sh``.
 """
 
 from __future__ import annotations
@@ -10,37 +10,47 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_train.backend.cuda.backend import CudaBackend
+    from moe_train.config.training import BackendConfig
 
 
-def pretend_gpu() -> None:
-    """Let TransformerEngine construct its modules: it refuses where CUDA is not available.
+def pretend_gpu(config: BackendConfig) -> CudaBackend:
+    """The CUDA backend, prepared: TransformerEngine refuses to build where CUDA is not available.
 
-    Its tensors go wherever ``torch.cuda.current_device`` says; the host backend's patches say
-    the CPU, and on fake tensors that is only a name.
+    Tensors go wherever ``torch.cuda.current_device`` says; the patches for missing CUDA say the
+    CPU, and on fake tensors that is only a name.
     """
     import torch
 
-    from moe_train.backend.patches import apply_missing_cuda
+    from moe_train.backend import patches
+    from moe_train.backend.cuda.backend import CudaBackend
 
     torch.cuda.is_available = lambda: True
-    apply_missing_cuda()
+    if config.kernels == "torch":
+        patches.hide_transformer_engine()
+    patches.apply_missing_cuda()
+    backend = CudaBackend(0, config)
+    backend.prepare()
+    return backend
 
 
 def cuda_ranks(overrides: Sequence[str], world: int) -> list[dict[str, Any]]:
-    """``parameters`` and sorted ``matrices`` of every rank, built by the CUDA provider."""
-    from moe_train.backend.cuda.backend import CudaBackend
-    from moe_train.backend.kernels import transformer_engine_problem
-    from moe_train.dryrun.world import fake_chunks, fake_world, parameter_count
+    """``parameters`` and sorted ``matrices`` of every rank, built by the CUDA backend."""
     from moe_train.plan.prepare import prepare
+
+    config, layout = prepare(overrides, world)
+    backend = pretend_gpu(config.backend)
+
+    from moe_train.dryrun.world import fake_chunks, fake_world, parameter_count
     from moe_train.testing.shards import matrices
 
-    assert (problem := transformer_engine_problem()) is None, problem
-    config, layout = prepare(overrides, world)
     ranks = []
     for rank in range(world):
         with fake_world(rank, world):
-            chunks = fake_chunks(config, layout, CudaBackend(0, config.backend))
+            chunks = fake_chunks(config, layout, backend)
             ranks.append(
                 {"parameters": parameter_count(chunks), "matrices": sorted(matrices(chunks))}
             )
@@ -48,5 +58,4 @@ def cuda_ranks(overrides: Sequence[str], world: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    pretend_gpu()
     print(json.dumps(cuda_ranks(sys.argv[2:], int(sys.argv[1]))))
