@@ -36,7 +36,7 @@ NOT_NEGATIVE = _keys(
         "model": "shared_expert_hidden",
         "model.router": "aux_coeff z_coeff expert_bias_rate",
         "optim": "lr embedding_lr min_lr warmup_steps weight_decay clip",
-        "train": "eval_every",
+        "train": "eval_every gc_every",
         "checkpoint": "every",
         "hardware": "reserved_gb latency_us message_us layer_overhead_us expert_overhead_us "
         "microbatch_overhead_us attention_exp_gops collective_work cores",

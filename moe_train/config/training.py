@@ -96,6 +96,9 @@ class TrainConfig:
     """Steps that may be skipped or rolled back in one start of the run; one more stops it."""
     trace: bool = False
     """Write the second step after a start to the run folder's trace.json, for Perfetto."""
+    gc_every: int = 50
+    """Run Python's garbage collector after every so many steps, on all ranks at once; 0 leaves it
+    to Python, which pauses each rank at a time of its own."""
 
 
 @dataclass

@@ -18,6 +18,7 @@ from moe_train.monitor.recorder import Silent
 from moe_train.monitor.run_folder import RunFolder
 from moe_train.monitor.status import write_status
 from moe_train.session.cause import claim, claimed
+from moe_train.session.garbage import Collecting
 from moe_train.session.opening import Session
 from moe_train.session.records import describe_run, finish, open_recorder
 from moe_train.session.restore import restore
@@ -63,6 +64,8 @@ def train(
     recorder = open_recorder(session, datasets, start, stack) if session.rank == 0 else None
     plan_trace(session, start)
 
+    listener = Follower(TraceListener(recorder or Silent(), session), standing)
+
     def validation() -> list[list[MicroBatch]]:
         same = _source(session, datasets.valid, 0)
         return [same.next_step() for _ in range(config.train.eval_batches)]
@@ -84,7 +87,7 @@ def train(
                 config.train.steps, config.train.eval_every, config.checkpoint.every
             ),
             tokens_per_step=session.batch * config.data.sequence,
-            listener=Follower(TraceListener(recorder or Silent(), session), standing),
+            listener=stack.enter_context(Collecting(listener, config.train.gc_every)),
             saver=Saver(session, source),
             interrupt=interrupt,
             watchdog=watchdog,
