@@ -6,9 +6,11 @@ STAMP := .venv/.installed
 # options handed on: make train NPROC=2 ARGS="train.steps=20"
 NPROC ?=
 ARGS ?=
+# Version of torch that `make test-torch` runs with.
+TORCH ?= 2.11
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-full lint format plan bench gpu-check clean
+.PHONY: help setup train test test-full test-torch lint format plan bench gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -28,6 +30,9 @@ test: $(STAMP) ## the default test-suite
 
 test-full: $(STAMP) ## the default suite and the long grids
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m '' $(ARGS)
+
+test-torch: ## the tests of the kernels with another torch: make test-torch TORCH=2.11
+	@launch/test_torch.sh $(TORCH) $(ARGS)
 
 lint: $(STAMP) ## ruff, formatting, types, shell scripts
 	$(PY) -m ruff check .

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Runs the tests that stand on torch's kernels with another torch: launch/test_torch.sh 2.11
+# Its environment is .venv-torch-<version>, made the first time (2-3 GB). Everything but torch and
+# what torch itself pins has the versions of constraints.txt. More arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+version=${1:?usage: launch/test_torch.sh VERSION [pytest options]}
+shift
+home=.venv-torch-$version
+if [ ! -e "$home/.installed" ]; then
+  python=$(launch/find_python.sh)
+  echo "[test-torch] creating $home with $("$python" --version) and torch $version"
+  "$python" -m venv --clear "$home"
+  grep -vE '^(torch|triton|setuptools|nvidia-|cuda-|transformer-engine)' constraints.txt \
+    >"$home/constraints.txt"
+  "$home/bin/python" -m pip --disable-pip-version-check --no-input install --quiet \
+    --constraint "$home/constraints.txt" "torch==$version.*" --editable ".[dev]"
+  touch "$home/.installed"
+fi
+
+tests=(
+  tests/test_kernels_*.py
+  tests/test_oracle_mixtral.py
+  tests/test_parity_small.py
+  tests/test_span_gradients.py
+  tests/test_recompute.py
+  tests/test_resume_bitwise.py
+  tests/test_host_patches.py
+  tests/test_host_behaviour.py
+)
+OMP_NUM_THREADS=1 exec "$home/bin/python" -m pytest -q "${tests[@]}" "$@"
