@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from moe_train.cli import main
 from moe_train.config.compose import compose, config_dir, group_options
 from moe_train.config.experiment import MachineFacts
 from moe_train.errors import ConfigError
@@ -163,3 +165,20 @@ def test_every_profile_of_a_device_is_documented() -> None:
         if hardware.devices:
             kind = name.split("_")[0].upper() if not name.startswith("rtx") else name[4:]
             assert kind in text, name
+
+
+def test_a_plan_is_for_what_make_train_would_start_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nfor n in 0 1 2; do echo $n, GPU-$n, {H100[0]}, 81559; done\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
+    target = tmp_path / "plan.json"
+    assert main(["plan", "--json", str(target)]) == 0
+    report = json.loads(target.read_text())
+    assert (report["layout"]["world"], report["experiment"]) == (2, "gpu_3b")
+    assert report["hardware"]["device"] == H100[0]
+    assert main(["plan", "--world", "8", "--json", str(target)]) == 0
+    assert json.loads(target.read_text())["experiment"] == "moe_30b_8x64gb"

@@ -13,9 +13,12 @@ import torch
 
 from moe_train.backend import kernels, select
 from moe_train.backend.cuda import backend as cuda
+from moe_train.backend.cuda import probe
+from moe_train.backend.cuda.devices import Devices
 from moe_train.config.kernels import TORCH
 from moe_train.config.training import BackendConfig
 from moe_train.errors import EXIT_CONFIG, ConfigError
+from moe_train.session import planning
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,6 +85,17 @@ def test_more_ranks_than_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match="2 usable GPU"):
         select.select_backend("cuda", BackendConfig())
+
+
+def test_torch_is_asked_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that CUDA has not started here before its environment is written."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(probe, "cuda_facts", lambda: pytest.fail("asked here"))
+    found = planning._complete(Devices(complete=False, problem="nvidia-smi failed: x"))
+    assert not found.gpus and found.complete
+    assert found.problem.startswith("nvidia-smi failed: x; ")
+    monkeypatch.setattr(probe.sys, "executable", "/nowhere/python")
+    assert "torch cannot list" in probe.torch_devices().problem
 
 
 def without_device(monkeypatch: pytest.MonkeyPatch, engine: ModuleType | None) -> None:

@@ -22,11 +22,11 @@ def settle(
     world: int,
     seconds: float,
 ) -> str:
-    """Rank 0's `answer` to what all ranks say, on every rank; call on every rank.
+    """Rank 0's `answer` to the values of all ranks, on every rank; call on every rank.
 
     Args:
         name: what is settled, for the store's keys and messages.
-        mine: what this rank says.
+        mine: this rank's value.
         answer: called on rank 0 with every rank's value, in rank order.
         seconds: to wait for the slowest rank.
 
@@ -40,15 +40,15 @@ def settle(
     store.set(f"from/{rank}", mine)
     if rank == 0:
         _wait(store, [f"from/{other}" for other in range(world)], seconds)
-        said = answer([store.get(f"from/{other}").decode() for other in range(world)])
-        store.set("answer", said)
+        result = answer([store.get(f"from/{other}").decode() for other in range(world)])
+        store.set("answer", result)
         # Rank 0 may hold the store, and may end as soon as this returns.
         _wait(store, [f"seen/{other}" for other in range(1, world)], seconds)
-        return said
+        return result
     _wait(store, ["answer"], seconds)
-    said = store.get("answer").decode()
+    result = store.get("answer").decode()
     store.set(f"seen/{rank}", "")
-    return said
+    return result
 
 
 def _wait(store: dist.Store, keys: list[str], seconds: float) -> None:

@@ -4,42 +4,11 @@ from __future__ import annotations
 
 import os
 
-from moe_train.backend.cuda.devices import Devices, Gpu
 from moe_train.backend.cuda.environment import set_environment
+from moe_train.backend.cuda.probe import cuda_facts
 from moe_train.backend.protocol import Backend
 from moe_train.config.training import BackendConfig
 from moe_train.errors import ConfigError
-
-
-def cuda_facts() -> tuple[int, str]:
-    """Number of GPUs that torch can use, and why there are none."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.device_count(), ""
-    if torch.version.cuda is None and torch.version.hip is None:
-        return 0, f"torch {torch.__version__} is built without CUDA"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return 0, str(error).strip().split(". ")[0].splitlines()[0]
-    return 0, "CUDA starts, but shows torch no device"
-
-
-def torch_devices() -> Devices:
-    """The table of this process as torch sees it, where nvidia-smi does not say it."""
-    import torch
-
-    count, reason = cuda_facts()
-    if not count:
-        return Devices(problem=reason)
-    gpus = []
-    for index in range(count):
-        properties = torch.cuda.get_device_properties(index)
-        # ROCm's have no uuid; an index stands for a GPU as long as all ranks see the same list.
-        uuid = str(getattr(properties, "uuid", f"index {index}"))
-        gpus.append(Gpu(uuid, properties.name, properties.total_memory / 1e9))
-    return Devices(tuple(gpus))
 
 
 def select_backend(device: str, config: BackendConfig) -> Backend:

@@ -52,7 +52,11 @@ def plan_main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", help="config overrides, key=value")
-    parser.add_argument("--world", type=int, help="ranks (default: what the layout needs, or 8)")
+    parser.add_argument(
+        "--world",
+        type=int,
+        help="ranks (default: what the layout needs, this machine's GPUs, or 8)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole plan there")
     parser.add_argument(
         "--imbalance",
@@ -103,18 +107,24 @@ def plan_main(argv: Sequence[str]) -> int:
     if asked.report:
         raise ConfigError("--report", "is the report on claims", "add --claims FILE")
     world = asked.world
+    console = Console()
     config, faults = collect(asked.overrides)
+    here = None
+    if config.experiment == AUTO and config.device != "cpu":
+        here = read_devices()
+        if here.problem:
+            console.print(f"[bold]warning[/bold] planned for a CPU: {here.problem}", markup=True)
     if world is None:
         world = natural_world(config) if not faults else DEFAULT_WORLD
+        if here and here.gpus and world == DEFAULT_WORLD:
+            # What `make train` would start here.
+            world = min(world, len(here.gpus))
     if world < 1:
         raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
-    facts = None
-    if config.experiment == AUTO and config.device != "cpu":
-        facts = facts_here(read_devices(), world)
+    facts = facts_here(here, world) if here is not None else None
     config, layout = prepare(asked.overrides, world, facts)
     if unfit := dtype_faults(config):
         raise unfit[0]
-    console = Console()
     assumptions = assumptions_of(config, asked.imbalance, asked.fragmentation)
     report = plan_report(config, layout, assumptions)
     fault = memory_fault(config, layout, vocabulary(config)[0], assumptions)

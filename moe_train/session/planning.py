@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_train.backend.cuda.devices import Devices, accelerator_present, read_devices
+from moe_train.backend.cuda.probe import torch_devices
 from moe_train.config.compose import collect
 from moe_train.config.convert import to_mapping
 from moe_train.errors import ConfigError, ConfigFaults
@@ -63,7 +64,9 @@ def planned(
     lacking = list(filter(None, [mode_fault(config.log.wandb)]))
     cpu = config.device == "cpu"
     devices = Devices() if cpu else read_devices()
-    if world == 1 and not form:
+    if world == 1 and not devices.complete and not form:
+        if certain := certain_faults(overrides, world):
+            raise ConfigFaults([*certain, *lacking])
         devices = _complete(devices)
     here = _alike(place, devices)
     plan = None
@@ -95,15 +98,13 @@ def planned(
 
 
 def _complete(devices: Devices) -> Devices:
-    """`devices`, asked of torch where nvidia-smi does not describe them."""
+    """`devices`, completed by torch where nvidia-smi does not describe them."""
     if devices.complete:
         return devices
-    from moe_train.backend.select import torch_devices
-
-    found = torch_devices()
-    if found.gpus:
-        return found
-    return Devices(problem="; ".join(filter(None, (devices.problem, found.problem))))
+    seen = torch_devices()
+    if seen.gpus:
+        return seen
+    return Devices(problem="; ".join(filter(None, (devices.problem, seen.problem))))
 
 
 def _alike(place: Place, devices: Devices) -> list[RankTable]:
@@ -174,8 +175,8 @@ def _agree(
     from moe_train.backend.exchange import settle
 
     mine = RankTable(place, devices.gpus, devices.problem)
-    said = settle("devices", mine.to_json(), _join, place.rank, place.world, seconds)
-    tables = [RankTable.from_mapping(table) for table in json.loads(said)]
+    gathered = settle("devices", mine.to_json(), _join, place.rank, place.world, seconds)
+    tables = [RankTable.from_mapping(table) for table in json.loads(gathered)]
     faults = list(lacking)
     if plan is None or tables != here:
         try:
@@ -198,13 +199,13 @@ def _agree(
     return plan
 
 
-def _join(said: Sequence[str]) -> str:
-    return f"[{','.join(said)}]"
+def _join(values: Sequence[str]) -> str:
+    return f"[{','.join(values)}]"
 
 
-def compare(said: Sequence[str]) -> str:
+def compare(values: Sequence[str]) -> str:
     """Rank 0's verdict on every rank's outcome: null, or the parts of the error of all ranks."""
-    outcomes = [json.loads(one) for one in said]
+    outcomes = [json.loads(one) for one in values]
     faulty = [rank for rank, one in enumerate(outcomes) if one["faults"]]
     if faulty:
         parts = outcomes[faulty[0]]["faults"]
@@ -230,14 +231,14 @@ def _differences(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
     """Dotted keys of two nested mappings that differ, with both values."""
-    found: list[tuple[str, Any, Any]] = []
+    differing: list[tuple[str, Any, Any]] = []
     for key in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += _differences(a, b, f"{prefix}{key}.")
+            differing += _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append((prefix + key, a, b))
-    return found
+            differing.append((prefix + key, a, b))
+    return differing
 
 
 def _parts(fault: ConfigError) -> list[list[str]]:

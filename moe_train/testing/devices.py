@@ -30,13 +30,13 @@ def node(gpus: int, kind: tuple[str, float] = H100, name: str = "a") -> tuple[Gp
 def tables(*nodes: tuple[int, tuple[Gpu, ...]]) -> list[RankTable]:
     """Tables of (ranks, GPUs) for each node."""
     world = sum(ranks for ranks, _ in nodes)
-    found: list[RankTable] = []
+    ranked: list[RankTable] = []
     for ranks, gpus in nodes:
-        found += [
-            RankTable(Place(len(found) + local, world, local, ranks), gpus)
+        ranked += [
+            RankTable(Place(len(ranked) + local, world, local, ranks), gpus)
             for local in range(ranks)
         ]
-    return found
+    return ranked
 
 
 def outcome(seen: Sequence[RankTable], *overrides: str) -> Plan | str:

@@ -69,37 +69,37 @@ def read_devices(
         ).stdout
         physical = parse_table(listed)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        said = getattr(error, "stdout", None) or getattr(error, "stderr", None)
-        reason = " ".join(str(said or error).split())[:200]
+        output = getattr(error, "stdout", None) or getattr(error, "stderr", None)
+        reason = " ".join(str(output or error).split())[:200]
         return Devices(complete=False, problem=f"nvidia-smi failed: {reason}")
     wanted = variables.get("CUDA_VISIBLE_DEVICES")
     if wanted is not None and wanted.startswith("MIG-"):
-        # Slices are in no list that this query gives, and CUDA shows a process one of them.
+        # This query lists no slices, and CUDA shows a process one of them.
         return Devices(complete=False, problem="CUDA_VISIBLE_DEVICES names a MIG slice")
     chosen = [physical[index] for index in visible([gpu.uuid for gpu in physical], wanted)]
     if not all(gpu.memory_gb for gpu in chosen):
-        return Devices(complete=False, problem="nvidia-smi does not give the GPUs' memory")
+        return Devices(complete=False, problem="nvidia-smi lists no memory size of the GPUs")
     return Devices(tuple(chosen))
 
 
 def parse_table(listed: str) -> list[Gpu]:
     """GPUs of ``nvidia-smi --query-gpu``'s lines, in the driver's (PCI bus) order.
 
-    A line of one field is a memory size alone (MiB); a size that the driver does not give
+    A line of one field is a memory size alone (MiB); a size that the driver does not have
     (``[N/A]``, as on parts that share the host's memory) is 0.
 
     Raises:
         ValueError: a line has another form.
     """
-    found = []
+    gpus = []
     for number, line in enumerate(filter(str.strip, listed.splitlines())):
         fields = [field.strip() for field in line.split(",")]
         if len(fields) not in (1, len(QUERY)):
             raise ValueError(f"unexpected line {line!r}")
         _, uuid, name, memory = fields if len(fields) > 1 else ("", "", "", fields[0])
         size = 0.0 if memory.startswith("[") else float(memory)
-        found.append(Gpu(uuid or f"index {number}", name, size * MEBIBYTE / 1e9))
-    return found
+        gpus.append(Gpu(uuid or f"index {number}", name, size * MEBIBYTE / 1e9))
+    return gpus
 
 
 def visible(uuids: Sequence[str], wanted: str | None) -> list[int]:
@@ -112,7 +112,7 @@ def visible(uuids: Sequence[str], wanted: str | None) -> list[int]:
     if wanted is None:
         return list(range(len(uuids)))
     by_uuid = wanted.startswith("GPU-")
-    found: list[int] = []
+    indices: list[int] = []
     entries: set[str | int] = set()
     for text in wanted.split(","):
         entry = _uuid(text) if by_uuid else _number(text)
@@ -121,9 +121,9 @@ def visible(uuids: Sequence[str], wanted: str | None) -> list[int]:
         if entry in entries:
             return []
         entries.add(entry)
-        found.append(_index(entry, uuids))
-    known = found.index(-1) if -1 in found else len(found)
-    return found[:known] if len(set(found[:known])) == known else []
+        indices.append(_index(entry, uuids))
+    known = indices.index(-1) if -1 in indices else len(indices)
+    return indices[:known] if len(set(indices[:known])) == known else []
 
 
 def _uuid(text: str) -> str | None:
@@ -159,13 +159,13 @@ def accelerator_present(
 
 def main() -> int:
     """Print the table."""
-    found = read_devices()
-    for gpu in found.gpus:
+    table = read_devices()
+    for gpu in table.gpus:
         print(f"{gpu.name or 'unnamed'}  {gpu.memory_gb:.1f} GB  {gpu.uuid}")
-    if not found.gpus:
+    if not table.gpus:
         print("no GPU")
-    if found.problem:
-        print(f"warning: {found.problem}")
+    if table.problem:
+        print(f"warning: {table.problem}")
     return 0
 
 

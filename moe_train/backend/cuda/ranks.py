@@ -25,14 +25,14 @@ def ranks(
 ) -> int:
     """Ranks of this node, `most` at most."""
     variables = os.environ if environment is None else environment
-    found = read_devices(variables, devices)
-    count = len(found.gpus) if found.complete else _nodes(variables, devices)
+    table = read_devices(variables, devices)
+    count = len(table.gpus) if table.complete else _nodes(variables, devices)
     count = count or CPU_RANKS
     return min(count, most) if most else count
 
 
 def _nodes(variables: Mapping[str, str], devices: Path) -> int:
-    """GPUs that the driver has made device nodes of, where nothing else tells."""
+    """GPUs that the driver has made device nodes of, where nothing else describes them."""
     wanted = variables.get("CUDA_VISIBLE_DEVICES")
     if wanted is not None and wanted.startswith("MIG-"):
         return 1

@@ -27,8 +27,8 @@ CANDIDATES = (
 )
 """Experiments for GPUs, the most demanding first."""
 SHARE = 0.9
-"""Share of a device's memory that a plan may need to be chosen unasked: what the formulas leave
-out (communicators, kernels' workspaces, an allocator in pieces) has to go somewhere."""
+"""Share of a device's memory that an automatic choice may need: communicators, kernels' workspaces
+and fragments of the allocator, which the formulas leave out, take the rest."""
 
 
 def on_device(config: Config, facts: MachineFacts) -> Config:
@@ -103,7 +103,7 @@ def collect_on(
 ) -> tuple[Config, list[ConfigError], bool]:
     """As `moe_train.config.compose.collect`, on a machine: device, profile, experiment decided.
 
-    The config's `experiment` and `experiment_reason` say what was chosen and why. Values that
+    The config's `experiment` and `experiment_reason` name the choice and its reason. Values that
     the user overrides win over the chosen experiment's and profile's.
 
     Args:

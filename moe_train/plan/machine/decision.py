@@ -40,7 +40,7 @@ class Place:
 
 
 def place_of(environment: Mapping[str, str] | None = None) -> Place:
-    """The place of this process: torchrun's variables; one node where they do not say more."""
+    """The place of this process: torchrun's variables; one node without them."""
     variables = os.environ if environment is None else environment
     rank, world = int(variables.get("RANK", "0")), int(variables.get("WORLD_SIZE", "1"))
     local_world = int(variables.get("LOCAL_WORLD_SIZE", "0")) or world
@@ -103,7 +103,7 @@ class _Node:
 
     @property
     def used(self) -> list[Gpu]:
-        """The GPUs that its ranks would take."""
+        """The GPUs that its ranks would use."""
         return self.gpus if self.private else list(self.tables[0].gpus[: len(self.tables)])
 
     def fault(self) -> str:
@@ -170,7 +170,7 @@ def _fix(nodes: Sequence[_Node], with_gpus: Sequence[_Node]) -> str:
     fewest = min(len(node.gpus) for node in with_gpus)
     start = f"start as many ranks as GPUs (--nproc-per-node {fewest}, NPROC={fewest})"
     if len(with_gpus) < len(nodes):
-        start = "leave out the nodes without GPUs, or repair them"
+        start = "start without the nodes that have no GPU, or repair them"
         if any(0 < len(node.gpus) < len(node.tables) for node in nodes):
             start += f", and start at most {fewest} ranks a node"
     return f"{start}, or {CPU_FIX}"
@@ -198,10 +198,10 @@ def _gpus(nodes: Sequence[_Node], most: int) -> MachineFacts:
 
 def _kinds(gpus: Sequence[Gpu]) -> tuple[tuple[str, float], ...]:
     """Names, and the smallest memory of each."""
-    found: dict[str, float] = {}
+    smallest: dict[str, float] = {}
     for gpu in gpus:
-        found[gpu.name] = min(gpu.memory_gb, found.get(gpu.name, gpu.memory_gb))
-    return tuple(sorted(found.items()))
+        smallest[gpu.name] = min(gpu.memory_gb, smallest.get(gpu.name, gpu.memory_gb))
+    return tuple(sorted(smallest.items()))
 
 
 def facts_here(devices: Devices, world: int) -> MachineFacts:

@@ -1,4 +1,4 @@
-"""The hardware profile of a device, found by the name that its driver gives it.
+"""The hardware profile of a device, by the name that its driver has for it.
 
 Profiles are the files of ``configs/hardware``; the ``devices`` of each are regular expressions of
 whole names. Where several profiles have a name, as the custom parts of 64 GB share theirs with
@@ -28,12 +28,12 @@ some; a slice of a GPU has another profile."""
 @cache
 def _profiles() -> dict[str, dict[str, Any]]:
     """Every profile that names devices, by its option."""
-    found = {}
+    profiles = {}
     for path in sorted((config_dir() / "hardware").glob("*.yaml")):
         content = read_yaml(path, str(path))
         if isinstance(content, dict) and content.get("devices"):
-            found[path.stem] = content
-    return found
+            profiles[path.stem] = content
+    return profiles
 
 
 def profile_of(device: str, memory_gb: float) -> str | None:
@@ -56,9 +56,9 @@ def profile_of(device: str, memory_gb: float) -> str | None:
 
 def profile_for(facts: MachineFacts) -> str:
     """The profile of a run's GPUs: of the slowest kind, or `UNKNOWN` if one kind is unknown."""
-    found = [profile_of(name, memory_gb) for name, memory_gb in facts.kinds]
-    known = [name for name in found if name]
-    return min(known, key=_speed) if known and len(known) == len(found) else UNKNOWN
+    matched = [profile_of(name, memory_gb) for name, memory_gb in facts.kinds]
+    known = [name for name in matched if name]
+    return min(known, key=_speed) if known and len(known) == len(matched) else UNKNOWN
 
 
 def _speed(profile: str) -> float:
@@ -81,7 +81,7 @@ def profile_overrides(overrides: Sequence[str], facts: MachineFacts) -> list[str
 def as_found(
     hardware: HardwareConfig, overrides: Sequence[str], facts: MachineFacts
 ) -> HardwareConfig:
-    """The chosen profile with what the devices themselves say: name, memory, devices a node.
+    """The chosen profile with the devices' own figures: name, memory, devices a node.
 
     What the user sets stands, and a profile that the user names is left as it is.
     """
@@ -99,7 +99,7 @@ def as_found(
 
 
 def profile_note(hardware: HardwareConfig) -> str:
-    """What to say where the device has no profile; empty where it has one."""
+    """The warning where the device has no profile; empty where it has one."""
     if hardware.name != UNKNOWN:
         return ""
     return (
