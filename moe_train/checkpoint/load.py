@@ -67,7 +67,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: a tensor is missing, damaged or has another shape; on every rank.
     """
-    read_entries(model_entries(chunks), folder, manifest)
+    read_entries(model_entries(chunks, sharded_model_state(chunks)), folder, manifest)
     if optimizer is None:
         return False
     _load_optimizer(folder, manifest, chunks, optimizer)

@@ -26,9 +26,12 @@ def sharded_model_state(chunks: Sequence[Any]) -> dict[str, dict[str, Sharded]]:
     }
 
 
-def model_entries(chunks: Sequence[Any]) -> Tree:
-    """The weights and buffers of this rank's chunks that a checkpoint holds."""
-    states = sharded_model_state(chunks)
+def model_entries(chunks: Sequence[Any], states: dict[str, dict[str, Sharded]]) -> Tree:
+    """The weights and buffers of this rank's chunks that a checkpoint holds.
+
+    Args:
+        states: :func:`sharded_model_state`'s of the same chunks.
+    """
     held = {id(value.data) for state in states.values() for value in state.values()}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():

@@ -36,6 +36,9 @@ from moe_train.checkpoint.tensors import check_complete, split
 from moe_train.checkpoint.together import together
 from moe_train.errors import CheckpointError
 
+type Where = tuple[str, tuple[int, ...]]
+"""Key of a global tensor and the place of a part in it."""
+
 OTHER = "resume from another checkpoint: checkpoint.resume=PATH"
 
 
@@ -60,12 +63,60 @@ def _fill(tree: Tree, folder: Path, manifest: Manifest) -> None:
     with reader(folder, manifest) as opened:
         metadata = opened.read_metadata()
         opened.set_up_storage_reader(metadata, False)
+        reads = planned(tree, metadata)
         for entry in listed(tree):
             target = entry.target()
             for item in entry.items(target):
                 place = _Place(item, through)
-                opened.read_data(LoadPlan(place.reads(metadata)), place).wait()
+                opened.read_data(LoadPlan(reads[_where(item)]), place).wait()
             entry.store(target, through)
+
+
+def planned(tree: Tree, metadata: Metadata) -> dict[Where, list[ReadItem]]:
+    """What to read from where, for every item of ``tree``.
+
+    Raises:
+        CheckpointError: a tensor is not there, has another shape or does not fill its item.
+    """
+    wanted: dict[str, dict[Where, ShardedTensor]] = {}
+    for entry in listed(tree):
+        for item in entry.items(entry.stand_in()):
+            wanted.setdefault(item.key, {})[_where(item)] = item
+    found: dict[Where, list[ReadItem]] = {}
+    for key, items in wanted.items():
+        stored, shape = (
+            metadata.state_dict_metadata.get(key),
+            next(iter(items.values())).global_shape,
+        )
+        if not isinstance(stored, TensorStorageMetadata):
+            raise CheckpointError(key, "is not in the checkpoint")
+        if tuple(stored.size) != tuple(shape):
+            raise CheckpointError(
+                key, f"has shape {tuple(stored.size)} in the checkpoint and {tuple(shape)} here"
+            )
+        chunks = [
+            ChunkStorageMetadata(torch.Size(item.global_offset), torch.Size(_sizes(item)))
+            for item in items.values()
+        ]
+        # One call a tensor: each looks at all the parts that are stored of it.
+        for read in create_read_items_for_chunk_list(key, stored, chunks):
+            assert read.dest_index.offset is not None
+            found.setdefault((key, tuple(read.dest_index.offset)), []).append(read)
+        for where, item in items.items():
+            filled = sum(math.prod(read.lengths) for read in found.setdefault(where, []))
+            if filled != math.prod(_sizes(item)):
+                raise CheckpointError(key, f"is not whole at {where[1]}")
+    return found
+
+
+def _where(item: ShardedTensor) -> Where:
+    return item.key, tuple(item.global_offset)
+
+
+def _sizes(item: ShardedTensor) -> tuple[int, ...]:
+    """Of the local part; Megatron prepends axes that local tensors do not have."""
+    sizes: tuple[int, ...] = (1,) * item.prepend_axis_num + tuple(item.local_shape)
+    return sizes
 
 
 class _Place(DefaultLoadPlanner):
@@ -75,32 +126,8 @@ class _Place(DefaultLoadPlanner):
         super().__init__()
         self._item, self._staging = item, through
         assert item.data is not None
-        # Megatron prepends axes that local tensors do not have.
-        self._sizes = (1,) * item.prepend_axis_num + tuple(item.local_shape)
-        self._target = item.data.view(self._sizes)
+        self._target = item.data.view(_sizes(item))
         self._part: torch.Tensor | None = None
-
-    def reads(self, metadata: Metadata) -> list[ReadItem]:
-        """What to read from where.
-
-        Raises:
-            CheckpointError: the tensor is not there, has another shape or does not fill this one.
-        """
-        key = self._item.key
-        stored = metadata.state_dict_metadata.get(key)
-        if not isinstance(stored, TensorStorageMetadata):
-            raise CheckpointError(key, "is not in the checkpoint")
-        if tuple(stored.size) != tuple(self._item.global_shape):
-            raise CheckpointError(
-                key,
-                f"has shape {tuple(stored.size)} in the checkpoint and "
-                f"{tuple(self._item.global_shape)} in this model",
-            )
-        chunk = ChunkStorageMetadata(torch.Size(self._item.global_offset), torch.Size(self._sizes))
-        found = create_read_items_for_chunk_list(key, stored, [chunk])
-        if sum(math.prod(read.lengths) for read in found) != math.prod(self._sizes):
-            raise CheckpointError(key, f"is not whole at {tuple(chunk.offsets)}")
-        return list(found)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         """Memory on the host for a read: the target itself where that is one."""

@@ -175,7 +175,7 @@ def _retire(final: Path, keep: int) -> None:
 
 def _state(chunks: list[Any], optimizer: Any) -> tuple[Tree, list[int]]:
     model_state = sharded_model_state(chunks)
-    tree = model_entries(chunks)
+    tree = model_entries(chunks, model_state)
     tree["optimizer"] = {
         name: optimizer_state.state_entries(optimizer, model_state, name)
         for name in optimizer_state.state_names(optimizer)

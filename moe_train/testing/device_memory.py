@@ -153,6 +153,7 @@ def load_added(tracker: DeviceTracker, engine: Engine) -> int:
     The program's own load runs, but that items come from memory and not from a file.
     """
     from moe_train.checkpoint import load, reading, staging
+    from moe_train.checkpoint.entries import listed
 
     manifest: Any = SimpleNamespace(
         optimizer_states=["exp_avg", "exp_avg_sq", "param"],
@@ -163,15 +164,17 @@ def load_added(tracker: DeviceTracker, engine: Engine) -> int:
     )
     # Every tensor is stored, in the parts that this rank asks for.
     stored: dict[str, TensorStorageMetadata] = {}
-    plain = reading._Place.reads
+    plain = reading.planned
 
-    def reads(self: Any, metadata: Metadata) -> Any:
-        item = self._item
-        chunk = ChunkStorageMetadata(torch.Size(item.global_offset), torch.Size(self._sizes))
-        stored[item.key] = TensorStorageMetadata(
-            TensorProperties(dtype=item.dtype), torch.Size(item.global_shape), [chunk]
-        )
-        return plain(self, metadata)
+    def planned(tree: Any, metadata: Metadata) -> Any:
+        for entry in listed(tree):
+            for item in entry.items(entry.stand_in()):
+                sizes = torch.Size(reading._sizes(item))
+                chunk = ChunkStorageMetadata(torch.Size(item.global_offset), sizes)
+                kind = TensorProperties(dtype=item.dtype)
+                whole = TensorStorageMetadata(kind, torch.Size(item.global_shape), [])
+                stored.setdefault(item.key, whole).chunks.append(chunk)
+        return plain(tree, metadata)
 
     def read_data(plan: Any, planner: Any) -> Any:
         for item in plan.items:
@@ -194,7 +197,7 @@ def load_added(tracker: DeviceTracker, engine: Engine) -> int:
     with (
         alone(),
         mock.patch.object(reading, "reader", reader),
-        mock.patch.object(reading._Place, "reads", reads),
+        mock.patch.object(reading, "planned", planned),
     ):
         load.load_checkpoint(
             Path("nowhere"),
