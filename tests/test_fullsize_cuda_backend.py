@@ -111,7 +111,7 @@ def test_a_missing_transformer_engine_is_told_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     without_device(monkeypatch, None)
-    with pytest.raises(ConfigError, match="TransformerEngine does not import") as refused:
+    with pytest.raises(ConfigError, match="TransformerEngine cannot be used") as refused:
         cuda.CudaBackend(0, BackendConfig(kernels="te")).prepare()
     assert refused.value.field == "backend.kernels"
     assert "backend.kernels=torch" in str(refused.value)
@@ -144,6 +144,20 @@ def test_torch_kernels_never_import_transformer_engine(monkeypatch: pytest.Monke
     monkeypatch.setattr(kernels, "transformer_engine_problem", lambda: pytest.fail("imported"))
     assert kernels.choose_kernels(BackendConfig(kernels="torch"), on_cpu=False).kernels is TORCH
     assert kernels.choose_kernels(BackendConfig(kernels="auto"), on_cpu=True).kernels is TORCH
+
+
+@pytest.mark.parametrize(
+    ("version", "taken"), [("2.5.0", "torch"), ("2.6.0+1", "te"), ("2.20", "te")]
+)
+def test_an_old_transformer_engine_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, version: str, taken: str
+) -> None:
+    engine = ModuleType("transformer_engine")
+    engine.__version__ = version  # type: ignore[attr-defined]
+    without_device(monkeypatch, engine)
+    choice = kernels.choose_kernels(BackendConfig(), on_cpu=False)
+    assert choice.kernels.name == taken
+    assert taken == "te" or f"it is {version}" in choice.why
 
 
 def test_a_broken_transformer_engine_is_not_taken(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import re
+import sys
 
 from moe_train.config.kernels import TE, TORCH, TRANSFORMER_ENGINE, KernelChoice
 from moe_train.config.training import BackendConfig
 from moe_train.errors import ConfigError
 
+OLDEST = "2.6"
+"""First TransformerEngine with the fused router that Megatron 0.19 calls (its moe_utils)."""
 WITHOUT = "backend.kernels=torch trains without it"
 
 
@@ -32,13 +36,13 @@ def choose_kernels(config: BackendConfig, *, on_cpu: bool) -> KernelChoice:
         if problem is not None:
             raise ConfigError(
                 "backend.kernels",
-                f"te: TransformerEngine does not import: {problem}",
+                f"te: TransformerEngine cannot be used: {problem}",
                 f"install the gpu extra (EXTRAS=dev,gpu make setup); {WITHOUT}",
             )
         return KernelChoice(TE, "backend.kernels=te")
     if problem is None:
         return KernelChoice(TE, "auto: TransformerEngine imports")
-    return KernelChoice(TORCH, f"auto: TransformerEngine does not import: {problem}")
+    return KernelChoice(TORCH, f"auto: TransformerEngine cannot be used: {problem}")
 
 
 def transformer_engine_problem() -> str | None:
@@ -49,4 +53,7 @@ def transformer_engine_problem() -> str | None:
         # Its libraries are loaded by path and its torch extension is checked against torch: a
         # wrong build shows as any of these.
         return str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+    version = str(getattr(sys.modules[TRANSFORMER_ENGINE], "__version__", OLDEST))
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < tuple(map(int, OLDEST.split("."))):
+        return f"it is {version}, and the kernels used here need {OLDEST}"
     return None

@@ -33,7 +33,7 @@ def multi_tensor_l2_norm(
     *_: object,
 ) -> tuple[torch.Tensor, None]:
     """:func:`l2_norm` with the interface of the multi-tensor kernels; shape [1], fp32."""
-    assert not per_tensor, "norms of single tensors are not computed on the host"
+    assert not per_tensor, "norms of single tensors are not computed"
     return l2_norm(t for tensors in tensor_lists for t in tensors).float().view(1), None
 
 

@@ -1,4 +1,4 @@
-"""Megatron's ``BackendSpecProvider`` for the host."""
+"""Megatron's ``BackendSpecProvider`` for torch's kernels, on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_train.backend.torch_kernels.norm import TorchNorm
 
 
 class TorchSpecProvider(LocalSpecProvider):
-    """Megatron's local linear layers with host norms, attention and grouped experts."""
+    """Megatron's local linear layers with torch's norms, attention and grouped experts."""
 
     def layer_norm(
         self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
@@ -31,7 +31,7 @@ class TorchSpecProvider(LocalSpecProvider):
         return TorchAttention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
-        """Experts on ``torch._grouped_mm``."""
+        """Experts on grouped products."""
         return partial(
             TorchGroupedMLP,
             submodules=GroupedMLPSubmodules(
