@@ -106,6 +106,7 @@ def test_the_config_replaces_connections_of_the_environment(
     (note,) = set_environment(SETTLED)
     assert os.environ[CONNECTIONS] == "1" and f"{CONNECTIONS}=8" in note
     assert [os.environ[name] for name in ALLOCATORS] == [EXPANDABLE] * 2
+    assert set_environment(SETTLED) == [], "a run that opens finds its own"
     assert set_environment(BackendConfig(expandable_segments=False)) == [
         f"{name}={EXPANDABLE} of the environment is kept; "
         "backend.expandable_segments is not applied"

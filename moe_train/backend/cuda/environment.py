@@ -18,7 +18,14 @@ def set_environment(config: BackendConfig) -> list[str]:
     Returns:
         What differs from the environment that was there, in words.
     """
-    theirs = {name: os.environ[name] for name in ALLOCATORS if name in os.environ}
+    wanted = {name: value for name, value, _ in settings(config)}
+    # A run calls this when its device is decided and again when it opens: what it finds then is
+    # its own.
+    theirs = {
+        name: os.environ[name]
+        for name in ALLOCATORS
+        if os.environ.get(name) not in (None, wanted.get(name))
+    }
     notes = []
     for name, value, key in settings(config):
         if name in ALLOCATORS and theirs:
