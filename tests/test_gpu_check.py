@@ -27,6 +27,7 @@ from moe_train.gpu_check.tasks import profile
 from moe_train.gpu_check.tokens import documents, write_tokens
 from moe_train.gpu_check.worker import TASKS, find
 from moe_train.gpu_check.workers import Worker
+from moe_train.rehearsal.library import build, environment, obstacle
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -347,9 +348,52 @@ def test_every_task_has_its_function() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)
 def test_everything_that_runs_on_a_cpu_passes(tmp_path: Path) -> None:
     """Kills, checkpoints that change sides, layouts of two ranks under torchrun."""
     cpu = ",".join(check.name for check in CHECKS if check.cpu and check.gpus <= 2)
-    words = ["--device", "cpu", "--out", str(tmp_path), "--checks", cpu, "--seconds", "900"]
+    words = ["--device", "cpu", "--out", str(tmp_path), "--checks", cpu]
+    words += ["--seconds", "1800", "--patience", "4"]
     done = subprocess.run([sys.executable, "-m", "moe_train.gpu_check", *words], cwd=ROOT)
     assert done.returncode == 0, (tmp_path / "gpu-report.md").read_text()
+
+
+SITE = """
+import os, sys
+if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and "torch.distributed.run" not in sys.orig_argv:
+    import warnings
+    warnings.simplefilter("ignore")
+    from contextlib import ExitStack
+    from moe_train.backend import patches
+    patches.apply_missing_te(lean=True)
+    from moe_train.rehearsal.kernels import in_every_thread
+    from moe_train.rehearsal.nccl import nccl_on_host
+    from moe_train.rehearsal.rules import Recorder
+    stack = ExitStack()
+    stack.enter_context(in_every_thread(Recorder()))
+    stack.enter_context(nccl_on_host())
+"""
+"""Every Python process that may see a device computes on the rehearsal's."""
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_the_gpu_side_runs_on_rehearsed_devices(tmp_path: Path) -> None:
+    """The same lines as on a GPU: kernels of torch, device memory, NCCL's calls, real values."""
+    if (why := obstacle()) is not None:
+        pytest.skip(why)
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    (tmp_path / "library").mkdir()
+    build(tmp_path / "library")
+    variables = environment(tmp_path / "library", devices=2, memory_gb=16.0)
+    variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+    words = ["--out", str(tmp_path / "out"), "--seconds", "1800", "--patience", "8"]
+    words += ["--checks", "initial,curve-bf16,checkpoint,alltoall"]
+    done = subprocess.run([sys.executable, "-m", "moe_train.gpu_check", *words], cwd=ROOT,
+                          env=variables)  # fmt: skip
+    assert done.returncode == 0, (tmp_path / "out" / "gpu-report.md").read_text()
+    report = json.loads((tmp_path / "out" / "gpu-report.json").read_text())
+    assert (report["device"], report["gpus"]) == ("gpu", 2)
+    assert verdicts(tmp_path / "out") == dict.fromkeys(
+        ["environment", "initial", "curve-bf16", "checkpoint", "alltoall"], "pass"
+    )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from moe_train.errors import ConfigError, MoeTrainError
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     add("--device", choices=("auto", "cpu"), default="auto", help="cpu: the suite's machinery")
     add("--seconds", type=float, default=ONE_GPU_SECONDS, metavar="S",
         help=f"for all checks of one GPU together (default {ONE_GPU_SECONDS})")  # fmt: skip
+    add("--patience", type=float, default=1.0, metavar="X",
+        help="X times every check's time budget, where the machine is shared or slow")  # fmt: skip
     add("--keep", action="store_true", help="keep the runs' folders")
     add("--list", action="store_true", help="list the checks and end")
     args = parser.parse_args(argv)
@@ -57,7 +60,10 @@ def main(argv: Sequence[str]) -> int:
         if args.list or not (gpus or on_cpu):
             print_list(chosen, gpus)
             return 0
-        checks = runnable(chosen, named=bool(names), gpus=gpus, on_cpu=on_cpu)
+        checks = [
+            replace(check, seconds=round(check.seconds * args.patience))
+            for check in runnable(chosen, named=bool(names), gpus=gpus, on_cpu=on_cpu)
+        ]
         return _run(checks, args, gpus, argv)
     except MoeTrainError as fault:
         print(f"gpu_check: {fault}", file=sys.stderr)
