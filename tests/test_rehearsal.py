@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moe_train.plan.layouts.ticks import ticks
 from moe_train.rehearsal.library import obstacle
 from moe_train.rehearsal.rank import Case, RankReport
 from moe_train.rehearsal.rehearse import rehearse
@@ -37,6 +38,7 @@ CHECKS = {
     "operands": 1,
     "reads": 1,
     "communicator": 2,
+    "groups_without_communicators": 1,
     "listing": 2,
 }
 """What is held to the real thing, function by function of rehearsal_checks.py: ranks."""
@@ -116,12 +118,19 @@ def test_the_cuda_program_computes_what_the_cpu_program_does(reports: Any, folde
     assert losses(cpu.folder) == losses(folder / "one")
 
 
-def test_layers_read_nothing_back_but_counts(reports: Any) -> None:
-    [one] = reports["one"]
-    assert one.copies_at("layer", "item") == 0
-    for name in ("span", "stage"):
-        for rank in reports[name]:
-            assert rank.copies_at("layer") > 0
+def test_span_reads_the_device_once_a_half_and_layer(reports: Any) -> None:
+    stages = PP2_EP2_SPAN.sizes["pipeline"]
+    halves = sum(1 for tick in ticks(stages, MICROBATCHES) if tick.forward)
+    for rank in reports["span"]:
+        assert rank.copies_at("layer") == STEPS * halves * LAYERS // stages
+        assert rank.copies_at("schedule") == 0
+
+
+def test_megatrons_layers_read_nothing_back_but_counts(reports: Any) -> None:
+    for rank in (*reports["one"], *reports["stage"]):
+        assert rank.copies_at("layer") > 0
+        assert rank.copies_at("layer", "item") == 0
+        assert rank.copies_at("schedule") == 0
 
 
 @pytest.mark.parametrize(

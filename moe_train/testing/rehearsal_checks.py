@@ -306,6 +306,39 @@ def communicator(rank: int) -> None:
     dist.destroy_process_group()
 
 
+def groups_without_communicators(rank: int) -> None:
+    """torch's real NCCL backend, under a run's environment, opens no communicator with a group.
+
+    There is no device to open one on, so a backend that does fails at once: torch 2.15's newer one
+    does, which a run's environment therefore switches off.
+    """
+    from unittest import mock
+
+    from torch._C import _distributed_c10d
+    from torch.distributed import distributed_c10d
+
+    from moe_train.backend.cuda.environment import NCCL2, set_environment
+
+    def open_group() -> None:
+        getattr(dist.Backend, "_plugins", {}).pop("NCCL", None)
+        try:
+            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+            dist.new_group([0])
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    torch.cuda.set_device(_device())
+    real = _distributed_c10d.ProcessGroupNCCL
+    with mock.patch.object(distributed_c10d, "ProcessGroupNCCL", real):
+        if hasattr(_distributed_c10d, "ProcessGroupNCCL2"):
+            os.environ[NCCL2] = "1"
+            assert _refused(open_group)
+            del os.environ[NCCL2]
+        set_environment(BackendConfig())
+        open_group()
+
+
 def listing(rank: int) -> None:
     """``nvidia-smi`` lists the devices that CUDA has."""
     asked = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total"]
