@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from moe_train.gpu_check.findings import Skip
 
+COUNTS = (64, 0, 128, 0)
 
-def zero_rows(hidden: int, inner: int) -> dict[str, Any]:
+
+def zero_rows(hidden: int, inner: int, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
     """Run a grouped linear with fused weight gradients on counts that hold zeros.
 
     Returns:
@@ -21,7 +24,7 @@ def zero_rows(hidden: int, inner: int) -> dict[str, Any]:
         te = importlib.import_module("transformer_engine.pytorch")
     except ImportError as missing:
         raise Skip(f"TransformerEngine does not import: {missing}") from missing
-    counts = [64, 0, 128, 0]
+    counts = list(counts)
     device = torch.device(torch.cuda.current_device())
     torch.manual_seed(1)
     layer = te.GroupedLinear(
