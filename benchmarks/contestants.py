@@ -111,7 +111,7 @@ def _opened(case: Case) -> tuple[Any, Any, Any, int]:
     backend = select_backend(config.device, config.backend)
     backend.prepare()
     open_world(backend, 0, 1, 60)
-    groups = open_groups(layout, timeout_seconds=60, gloo=False)
+    groups = open_groups(layout, timeout_seconds=60)
     return config, backend, groups, microbatches_per_step(config, layout.data)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -41,10 +42,10 @@ def test_the_settings_reach_nccls_options(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(parallel_state, "initialize_model_parallel", initialize)
     monkeypatch.setattr(
         "megatron.core.process_groups_config.ProcessGroupCollection.use_mpu_process_groups",
-        lambda: None,
+        lambda: SimpleNamespace(pp=SimpleNamespace(size=lambda: 1)),
     )
     assert isinstance(layout, Layout)
-    groups.open_groups(layout, timeout_seconds=60, gloo=False, nccl=config.backend.nccl_groups)
+    groups.open_groups(layout, timeout_seconds=60, nccl=config.backend.nccl_groups)
     assert (made["ep"].config.max_ctas, made["ep"].config.net_name) == (16, "IB")
     assert made["tp"].config.min_ctas == 4
     plain = dist.ProcessGroupNCCL.Options()

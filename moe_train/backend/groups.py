@@ -12,9 +12,11 @@ from dataclasses import asdict
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 import torch.distributed as dist
 import yaml
 
+from moe_train.backend import local_group, patches
 from moe_train.backend.meeting import meet, missing
 from moe_train.errors import HungError
 
@@ -34,12 +36,17 @@ def open_world(
 ) -> None:
     """Join the world: ``torchrun``'s environment, or a world of one without it.
 
+    Communicators of NCCL are created by a group's first collective: with a ``device_id`` here torch
+    would create one for every group that is made, used or not. On a GPU the device has to be
+    current (:meth:`moe_train.backend.protocol.Backend.prepare`).
+
     Args:
         init_method: rendezvous URL; None uses the environment, or an in-process store when
             ``world`` is 1 and no environment is set.
     """
+    local_group.register()
     options: dict[str, Any] = {
-        "backend": backend.communication,
+        "backend": local_group.NAME if world == 1 else backend.communication,
         "timeout": datetime.timedelta(seconds=timeout_seconds),
         "rank": rank,
         "world_size": world,
@@ -53,8 +60,6 @@ def open_world(
         # taken for this one's.
         store = launcher_store(rank, world, timeout_seconds)
         options["store"] = dist.PrefixStore(f"world{next(_WORLDS)}", store)
-    if backend.name != "host":
-        options["device_id"] = backend.device
     dist.init_process_group(**options)
 
 
@@ -89,20 +94,35 @@ class Sizes(Protocol):
 
 
 def open_groups(
-    sizes: Sizes, *, timeout_seconds: int, gloo: bool, nccl: Mapping[str, NcclGroup] | None = None
+    sizes: Sizes, *, timeout_seconds: int, nccl: Mapping[str, NcclGroup] | None = None
 ) -> ProcessGroupCollection:
     """Create every process group of a layout; the world must be open.
 
     Args:
-        gloo: also create Megatron's gloo twins of the data-parallel groups (CUDA only: on the
-            host every group is gloo already).
         nccl: communicator settings by Megatron's names of the groups.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    with _settings_file(nccl or {}) as path:
-        _initialize(sizes, timeout_seconds, gloo, path)
-    return ProcessGroupCollection.use_mpu_process_groups()
+    with _settings_file(nccl or {}) as path, patches.local_singletons():
+        _initialize(sizes, timeout_seconds, path)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    warm_up(groups.pp)
+    return groups
+
+
+def warm_up(group: dist.ProcessGroup) -> None:
+    """Create the communicator of a pipeline group, before its first messages; collective over it.
+
+    Schedules send by ``batch_isend_irecv`` (Megatron's with ``placement=stage`` as well as ours),
+    and the first batch is a partial one: in the first tick the last stage has nothing to send or to
+    receive. torch requires all ranks of a group to take part in the first call that creates its
+    communicator, and documents a hang otherwise (``batch_isend_irecv``, note).
+    """
+    if group.size() == 1 or dist.get_backend(group) == "fake":
+        return
+    on_gpu = dist.get_backend(group) == dist.Backend.NCCL
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 @contextmanager
@@ -121,7 +141,7 @@ def _settings_file(nccl: Mapping[str, NcclGroup]) -> Iterator[str | None]:
         yield stream.name
 
 
-def _initialize(sizes: Sizes, timeout_seconds: int, gloo: bool, nccl_path: str | None) -> None:
+def _initialize(sizes: Sizes, timeout_seconds: int, nccl_path: str | None) -> None:
     from megatron.core import parallel_state
 
     chunks = sizes.virtual_pipeline
@@ -133,7 +153,8 @@ def _initialize(sizes: Sizes, timeout_seconds: int, gloo: bool, nccl_path: str |
         expert_model_parallel_size=sizes.expert_in_stage,
         expert_tensor_parallel_size=sizes.expert_tensor,
         distributed_timeout_minutes=max(1, timeout_seconds // 60),
-        create_gloo_process_groups=gloo,
+        # Only Megatron's own checkpoint formats gather over these; ours do not.
+        create_gloo_process_groups=False,
         nccl_communicator_config_path=nccl_path,
     )
 

@@ -1,9 +1,10 @@
-"""Every patch of Megatron-Core and torch, in two tables, each with its reason.
+"""Every patch of Megatron-Core and torch, each with its reason, most in two tables.
 
 *Missing CUDA*: a CPU with gloo stands in for a GPU with NCCL (``CUDA_CALLS``, ``FACTORIES``,
 ``TENSOR_METHODS``, ``MISSING_CUDA``); applied by the host backend only.
 *Missing TransformerEngine*: torch's kernels stand in for TransformerEngine's (``MISSING_TE``);
-applied wherever those are used, on CPU and GPU. With TransformerEngine nothing is patched.
+applied wherever those are used, on CPU and GPU. With TransformerEngine nothing of it is.
+*Everywhere*, while the process groups are made: :func:`local_singletons`.
 
 ``tests/test_host_patches.py`` holds the tables against every CUDA use in Megatron's installed
 source, ``tests/test_host_behaviour.py`` each patch against the behaviour that made it necessary.
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from moe_train.backend import local_group
 from moe_train.backend.host import gloo, streams
 from moe_train.config.kernels import TRANSFORMER_ENGINE
 
@@ -317,6 +319,32 @@ _MARKS = ("_moe_train_no_cuda", "_moe_train_no_te")
 def _import_megatron() -> None:
     importlib.import_module("megatron.core")
     importlib.import_module("megatron.core.models.gpt.gpt_model")
+
+
+@contextlib.contextmanager
+def local_singletons() -> Iterator[None]:
+    """Groups of one rank that Megatron makes inside are local ones.
+
+    It makes them like any other and calls collectives on some, for which NCCL creates a
+    communicator with buffers of its own; a gloo group has its threads from the beginning.
+    """
+    from megatron.core import parallel_state
+
+    plain = parallel_state.create_group
+
+    def create_group(
+        ranks: Any, timeout: Any = None, backend: Any = None, pg_options: Any = None, **how: Any
+    ) -> Any:
+        if len(ranks) == 1:
+            backend, pg_options = local_group.NAME, None
+        return plain(ranks, timeout, backend, pg_options, **how)
+
+    local_group.register()
+    parallel_state.create_group = create_group
+    try:
+        yield
+    finally:
+        parallel_state.create_group = plain
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def _step_seconds(layers: int, experts: int, count: int) -> float:
 
     open_world(backend, 0, 1, 60)
     try:
-        groups = open_groups(layout, timeout_seconds=60, gloo=False)
+        groups = open_groups(layout, timeout_seconds=60)
         engine = build_engine(
             config,
             backend,

@@ -84,7 +84,7 @@ class _Finished(contextlib.AbstractContextManager["_Finished"]):
 
 def fake_groups(layout: Layout) -> ProcessGroupCollection:
     """Every process group of ``layout``; call inside :func:`fake_world`."""
-    return open_groups(layout, timeout_seconds=60, gloo=False)
+    return open_groups(layout, timeout_seconds=60)
 
 
 def fake_engine(

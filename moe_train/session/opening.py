@@ -151,7 +151,6 @@ def _build(config: Config, layout: Layout, backend: Backend, vocab: int) -> Engi
     groups = open_groups(
         layout,
         timeout_seconds=2 * config.backend.timeout_seconds,
-        gloo=backend.name != "host",
         nccl=config.backend.nccl_groups if backend.communication == "nccl" else {},
     )
     return build_engine(

@@ -44,7 +44,7 @@ def open_engine(rank: int, world: int, overrides: Sequence[str], vocab: int = 12
     backend = select_backend(config.device, config.backend)
     backend.prepare()
     open_world(backend, rank, world, 120)
-    groups = open_groups(layout, timeout_seconds=120, gloo=False)
+    groups = open_groups(layout, timeout_seconds=120)
     return build_engine(
         config,
         backend,

@@ -92,7 +92,7 @@ def build_engine(
     optimizer = get_megatron_optimizer(
         optimizer_config(config, backend),
         chunks,
-        use_gloo_process_groups=backend.name != "host",
+        use_gloo_process_groups=False,
         pg_collection=None,
     )
     tracer = Tracer(groups.pp.rank(), backend.synchronize)

@@ -10,6 +10,7 @@ from moe_train.config.environment import variables
 from moe_train.config.kernels import KernelChoice, planned_kernels
 from moe_train.config.root import Config
 from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_step
+from moe_train.plan.layouts.communicators import communicators
 from moe_train.plan.layouts.deployment import deployment
 from moe_train.plan.layouts.layout import GROUP_KINDS, Layout
 from moe_train.plan.memory.fit import assumptions_of
@@ -91,6 +92,7 @@ def plan_report(
     held = [
         rank_parameters(model, layout, stage * per_stage, vocab) for stage in range(layout.pipeline)
     ]
+    groups = {kind: layout.groups(kind) for kind in GROUP_KINDS}
     ranks = [_rank(config, layout, rank, held[rank // per_stage]) for rank in range(layout.world)]
     return {
         "version": VERSION,
@@ -132,7 +134,8 @@ def plan_report(
             for stage in range(layout.pipeline)
         ],
         "ranks": ranks,
-        "groups": {kind: layout.groups(kind) for kind in GROUP_KINDS},
+        "groups": groups,
+        "communicators": communicators(config, layout, groups),
         "environment": [asdict(one) for one in variables(config)],
         "deployment": deployment(layout),
         **cost_report(config, layout, vocab, assumptions or assumptions_of(config)),

@@ -145,6 +145,13 @@ def _print_groups(report: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
     if table.row_count:
         console.print(table)
+    if report["communicators"] and report["hardware"]["kind"] != "cpu":
+        used = ", ".join(f"{kind} of {size}" for kind, size in report["communicators"].items())
+        console.print(
+            f"A rank opens {len(report['communicators'])} communicators, each with its first "
+            f"collective: {used}. {report['hardware']['name']} reserves "
+            f"{report['hardware']['reserved_gb']:g} GB for them and the driver"
+        )
 
 
 def _print_environment(report: dict[str, Any], console: Console) -> None:
