@@ -2,6 +2,9 @@
 # GPU image. Build: docker build -t moe-train .
 # Run one node: docker run --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/opt/moe_train/runs" moe-train
 #
+# For drivers older than 580: --build-arg CUDA=12
+#                           --build-arg CUDA_IMAGE=nvidia/cuda:12.8.1-cudnn-devel-ubuntu24.04
+#
 # torch, NCCL and TransformerEngine are pinned by constraints.txt (torch's wheel brings its own NCCL);
 # the CUDA toolkit of the base image only compiles TransformerEngine and Apex, whose major version
 # has to be torch's. It carries the cuDNN and NCCL headers that TransformerEngine is built with.
@@ -17,6 +20,8 @@ ARG CUDA_ARCHITECTURES="8.0;9.0;10.0"
 ARG APEX_REPOSITORY=https://github.com/NVIDIA/apex.git
 ARG APEX_COMMIT=6424da3b4faa6c8f062da4a48c424fff3f02d42d
 ARG BUILD_JOBS=8
+# 12 or 13: which of the pinned sets, see launch/choose_cuda.sh.
+ARG CUDA=13
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV DEBIAN_FRONTEND=noninteractive
@@ -38,14 +43,16 @@ ENV VIRTUAL_ENV=/opt/moe_train/.venv \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # The slow layers first: they change only with the pinned versions, not with the sources.
-COPY --chown=trainer:trainer constraints.txt ./
+COPY --chown=trainer:trainer constraints.txt constraints-cu12.txt ./
 RUN python3 -m venv .venv \
-    && pip install --constraint constraints.txt torch numpy packaging setuptools wheel ninja pybind11
+    && if [ "${CUDA}" = 12 ]; then cp constraints-cu12.txt .venv/pinned.txt; \
+       else cp constraints.txt .venv/pinned.txt; fi \
+    && pip install --constraint .venv/pinned.txt torch numpy packaging setuptools wheel ninja pybind11
 
 # Both are compiled against the torch just installed, hence without build isolation.
 RUN MAX_JOBS=${BUILD_JOBS} NVTE_FRAMEWORK=pytorch TORCH_CUDA_ARCH_LIST="${CUDA_ARCHITECTURES}" \
-    pip install --no-build-isolation --constraint constraints.txt \
-        "transformer-engine[core_cu13,pytorch]"
+    pip install --no-build-isolation --constraint .venv/pinned.txt \
+        "transformer-engine[core_cu${CUDA},pytorch]"
 RUN git init --quiet /tmp/apex \
     && git -C /tmp/apex fetch --quiet --depth 1 "${APEX_REPOSITORY}" "${APEX_COMMIT}" \
     && git -C /tmp/apex checkout --quiet FETCH_HEAD \
@@ -55,7 +62,8 @@ RUN git init --quiet /tmp/apex \
     && rm -rf /tmp/apex
 
 COPY --chown=trainer:trainer . .
-RUN pip install --constraint constraints.txt --editable ".[gpu,hf]" \
+RUN if [ "${CUDA}" = 12 ]; then gpu=gpu-cu12; else gpu=gpu; fi \
+    && pip install --constraint .venv/pinned.txt --editable ".[${gpu},hf]" \
     && mkdir --parents runs
 
 # The planner reads configuration, layout and legality without touching a GPU: an image that cannot

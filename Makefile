@@ -18,8 +18,18 @@ help: ## this list
 setup: $(STAMP) ## create ./.venv and install the project with pinned versions
 	@:
 
-$(STAMP): pyproject.toml constraints.txt setup.py launch/setup.sh launch/find_python.sh
+$(STAMP): pyproject.toml constraints.txt constraints-cu12.txt setup.py \
+		launch/setup.sh launch/find_python.sh launch/choose_cuda.sh
 	@launch/setup.sh
+
+# CUDA=12 or 13 other than what is installed: again.
+ifneq ($(filter 12 13,$(CUDA)),)
+ifneq ($(CUDA),$(shell cat .venv/.cuda 2>/dev/null))
+$(STAMP): again
+endif
+endif
+.PHONY: again
+again:
 
 train: $(STAMP) ## the main job: the 30B on 8 GPUs that fit it, a smaller model on fewer, its twin on CPUs
 	ranks=$(or $(NPROC),$$($(PY) -m moe_train.backend.cuda.ranks --most 8)) && \

@@ -28,6 +28,8 @@ export CUDA_HOME
 command -v c++ >/dev/null || impossible "no C++ compiler"
 toolkit=$("$CUDA_HOME/bin/nvcc" --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p')
 ours=$("$main" -c 'import torch; print((torch.version.cuda or "none").split(".")[0])')
+constraints=constraints.txt
+if [ "$ours" = 12 ]; then constraints="constraints-cu12.txt"; fi
 [ "$toolkit" = "$ours" ] || impossible "the CUDA toolkit is $toolkit.x, torch was built for $ours.x"
 
 mkdir -p "$home"
@@ -60,8 +62,8 @@ if [ ! -e "$sources/setup.py" ]; then
   tar -xzf "$sources"/*.tar.gz --strip-components 1 -C "$sources"
 fi
 {
-  "${pip[@]}" install --constraint constraints.txt setuptools wheel ninja pybind11 &&
-    "${pip[@]}" install --no-build-isolation --constraint constraints.txt \
+  "${pip[@]}" install --constraint "$constraints" setuptools wheel ninja pybind11 &&
+    "${pip[@]}" install --no-build-isolation --constraint "$constraints" \
       "./$sources" "transformer-engine[core_cu$ours]" nvidia-curand
 } >"$log" 2>&1 || failed
 # torch's own libraries lie in another environment's folder, which the loader does not know.

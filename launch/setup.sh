@@ -2,6 +2,7 @@
 # Creates .venv in the checkout and installs the project with its pinned versions.
 # EXTRAS (default: dev) chooses the extras. EXTRAS=dev,gpu adds TransformerEngine, whose torch part
 # is compiled here: that takes nvcc, CUDA and cuDNN headers, and some ten minutes.
+# CUDA (12 or 13; default: what the driver runs) chooses the pinned set, see choose_cuda.sh.
 # Safe to repeat: the stamp is written last, and `make` calls this only when it is out of date.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,6 +15,11 @@ if ! .venv/bin/python -c 'import pip' >/dev/null 2>&1; then
   say "creating .venv with $("$python" --version)"
   "$python" -m venv --clear .venv
 fi
+
+cuda=$(launch/choose_cuda.sh 2> >(sed 's/^/[setup] /' >&2))
+constraints=constraints.txt
+if [ "$cuda" = 12 ]; then constraints="constraints-cu12.txt"; fi
+say "versions of $constraints"
 
 say "installing torch, Megatron-Core and the rest (the first time: 2-3 GB, a few minutes)"
 log=.venv/setup.log
@@ -35,7 +41,7 @@ progress() {
   done
 }
 install() {
-  if ! "${pip[@]}" install --progress-bar off --constraint constraints.txt "$@" 2>&1 |
+  if ! "${pip[@]}" install --progress-bar off --constraint "$constraints" "$@" 2>&1 |
     tee -a "$log" | progress; then
     say "pip failed; the end of $log:"
     tail -n 25 "$log"
@@ -48,7 +54,10 @@ install --editable ".[$(tr -s , <<<"${extras/,gpu,/,}" | sed 's/^,//; s/,$//')]"
 if [[ $extras == *,gpu,* ]]; then
   say "compiling TransformerEngine against the torch just installed"
   install setuptools wheel ninja pybind11
-  install --no-build-isolation "transformer-engine[core_cu13,pytorch]" nvidia-curand
+  # TransformerEngine loads curand undeclared; only CUDA 12's torch brings it.
+  if [ "$cuda" = 12 ]; then curand=nvidia-curand-cu12; else curand=nvidia-curand; fi
+  install --no-build-isolation "transformer-engine[core_cu$cuda,pytorch]" "$curand"
 fi
+printf '%s\n' "$cuda" >.venv/.cuda
 touch .venv/.installed
 say "done in $((SECONDS - started)) s"
