@@ -7,6 +7,7 @@ import os
 from moe_train.backend.cuda.environment import set_environment
 from moe_train.backend.cuda.probe import cuda_facts
 from moe_train.backend.protocol import Backend
+from moe_train.config.environment import ORDER
 from moe_train.config.training import BackendConfig
 from moe_train.errors import ConfigError
 
@@ -22,7 +23,7 @@ def select_backend(device: str, config: BackendConfig) -> Backend:
     """
     if device != "cpu":
         # nvidia-smi and CUDA_VISIBLE_DEVICES number GPUs by their place on the bus.
-        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        os.environ.setdefault(*ORDER)
         # Even counting GPUs starts CUDA, which reads its environment only then.
         notes = set_environment(config)
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))

@@ -16,6 +16,8 @@ from moe_train.config.training import BackendConfig
 from moe_train.errors import ConfigError
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+ORDER = ("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+"""Set where the environment does not: the order of nvidia-smi, from which the device is chosen."""
 ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """torch 2.9's CUDA allocator reads the second alone, and its general settings warn that the name is
 old unless the first is there too; from 2.10 on either is read. Both, alike, are right for all."""
@@ -32,7 +34,7 @@ class Variable:
     value: str | None
     """None: left as the environment has it."""
     key: str
-    """The config key that decides."""
+    """The config key that decides; empty where none does."""
     why: str
 
 
@@ -124,6 +126,7 @@ def variables(config: Config) -> list[Variable]:
             Variable(name, set_.get(name), "backend.expandable_segments", why_segments)
             for name in ALLOCATORS
         ),
+        Variable(*ORDER, "", "nvidia-smi's numbers; a value of the environment is kept"),
         *(
             Variable(nccl_name(key), str(value), f"backend.nccl.{key}", "set in the config")
             for key, value in backend.nccl.items()
