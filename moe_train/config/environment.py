@@ -16,6 +16,9 @@ from moe_train.config.training import BackendConfig
 from moe_train.errors import ConfigError
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+LAZY = ("TORCH_DIST_USE_NCCL2", "0")
+"""Set where the environment does not: torch 2.15's newer NCCL backend creates a communicator with
+every group, the one before it with a group's first collective."""
 ORDER = ("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 """Set where the environment does not: the order of nvidia-smi, from which the device is chosen."""
 ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -127,6 +130,7 @@ def variables(config: Config) -> list[Variable]:
             for name in ALLOCATORS
         ),
         Variable(*ORDER, "", "nvidia-smi's numbers; a value of the environment is kept"),
+        Variable(*LAZY, "", "no communicator for a group that nobody uses; a value is kept"),
         *(
             Variable(nccl_name(key), str(value), f"backend.nccl.{key}", "set in the config")
             for key, value in backend.nccl.items()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from moe_train.config.environment import ALLOCATORS, settings
+from moe_train.config.environment import ALLOCATORS, LAZY, settings
 from moe_train.config.training import BackendConfig
 
-NCCL2 = "TORCH_DIST_USE_NCCL2"
+NCCL2 = LAZY[0]
 """Read by torch 2.15 when a group of NCCL is created for the first time."""
 
 
@@ -21,9 +21,7 @@ def set_environment(config: BackendConfig) -> list[str]:
     Returns:
         What differs from the environment that was there, in words.
     """
-    # torch 2.15's nccl creates a communicator with every group, the one before it with a group's
-    # first collective.
-    os.environ.setdefault(NCCL2, "0")
+    os.environ.setdefault(*LAZY)
     wanted = {name: value for name, value, _ in settings(config)}
     # A run calls this when its device is decided and again when it opens: what it finds then is
     # its own.
