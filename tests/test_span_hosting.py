@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,7 +24,10 @@ SMALL = [
 ]
 TP2 = ["parallel.tensor=2", "parallel.expert=4"]
 OVERLAP = "parallel.overlap_expert_comm=true"
-ON_INPUT = ["megatron.transformer.moe_apply_probs_on_input=true", "model.experts_per_token=1"]
+ON_INPUT = [
+    *("megatron.transformer.moe_apply_probs_on_input=true", "model.experts_per_token=1"),
+    "model.router.pre_softmax=true",
+]
 HALVES, LAYERS = 5, 2
 """Forward halves of 4 micro-batches through 2 stages, and layers of a stage."""
 
@@ -95,28 +99,31 @@ class Copies:
 
         copies, waits = self.copies, self.waits
         to_host, forward, backward = exchange.to_host, span.forward, span.backward
-        counts, current = span.counts, ["outside"]
+        counts, current = span.counts, threading.local()  # Halves that overlap have threads.
 
         class Waits(TorchDispatchMode):
             def __torch_dispatch__(
                 self, func: Any, types: Any, args: Any = (), kwargs: Any = None
             ) -> Any:
-                if func is torch.ops.aten._local_scalar_dense.default and current[0] != "outside":
-                    waits.append(current[0])
+                if func is torch.ops.aten._local_scalar_dense.default and hasattr(current, "place"):
+                    waits.append(current.place)
                 return func(*args, **(kwargs or {}))
 
         def copied(tensor: torch.Tensor) -> Any:
-            copies.append(current[0])
+            copies.append(current.place)
             return to_host(tensor)
 
         def inside(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
-                before, current[0] = current[0], name
+                before, current.place = getattr(current, "place", None), name
                 try:
                     with Waits():
                         return plain(*args)
                 finally:
-                    current[0] = before
+                    if before is None:
+                        del current.place
+                    else:
+                        current.place = before
 
             return call
 
