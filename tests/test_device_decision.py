@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.backend.cuda.devices import Gpu, parse_table, read_devices, visible
+from moe_train.backend import select
+from moe_train.backend.cuda.devices import Devices, Gpu, parse_table, read_devices, visible
+from moe_train.backend.cuda.probe import disagreement
+from moe_train.config import kernels as kernel_sets
 from moe_train.errors import ConfigError
-from moe_train.plan.machine.decision import decide
+from moe_train.plan.machine.decision import Place, decide
 from moe_train.plan.machine.profiles import UNKNOWN
-from moe_train.session.planning import Plan, plan_for
+from moe_train.plan.report.plan_report import plan_report
+from moe_train.session.planning import Plan, _unusable, plan_for
 from moe_train.testing.devices import A100, H100, RTX, node, outcome, sensible, tables
 
 GPUS = (0, 1, 2, 4, 7, 8)
@@ -202,6 +207,77 @@ def test_the_driver_s_table(tmp_path: Path) -> None:
     assert not read_devices({**shown, "CUDA_VISIBLE_DEVICES": ""}, tmp_path).gpus
     slice_ = read_devices({**shown, "CUDA_VISIBLE_DEVICES": "MIG-1"}, tmp_path)
     assert not slice_.complete and "MIG" in slice_.problem
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shown", "said"),
+    [
+        ("9", 0, "CUDA_VISIBLE_DEVICES=9 shows 0 of this machine's 4 GPUs"),
+        ("GPU-xyz", 0, "shows 0 of"),
+        ("0,0", 0, "shows 0 of"),
+        ("3,1,9,2", 2, "shows 2 of"),
+        ("", 0, ""),
+        ("-1", 0, ""),
+        ("2,-1,3", 1, ""),
+        ("1,0", 2, ""),
+    ],
+)
+def test_entries_that_name_no_gpu_are_reported(
+    tmp_path: Path, wanted: str, shown: int, said: str
+) -> None:
+    machine = smi(tmp_path / "four", f"cat <<END\n{LINES}\nEND")
+    found = read_devices({**machine, "CUDA_VISIBLE_DEVICES": wanted}, tmp_path)
+    assert found.complete and len(found.gpus) == shown
+    assert said in found.problem and bool(said) == bool(found.problem)
+    if shown and said:
+        seen = [replace(table, problem=found.problem) for table in tables((1, found.gpus))]
+        assert any(said in note for note in plan_for([], seen).notes)
+
+
+@pytest.mark.parametrize(
+    ("count", "memory", "said"),
+    [(4, 85.0e9, ""), (5, 84.0e9, ""), (1, 85.0e9, "torch shows 1"), (4, 21.0e9, "one of 21.0 GB")],
+)
+def test_torch_has_to_see_what_the_plan_was_made_from(
+    monkeypatch: pytest.MonkeyPatch, count: int, memory: float, said: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory)
+    )
+    listed = Devices(tuple(parse_table(LINES)))
+    found = disagreement(torch.device("cuda", 3), listed)
+    assert said in found and bool(said) == bool(found)
+
+
+def test_a_gpu_that_cannot_be_taken_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's own errors are no ConfigError, and the peers wait for this rank's answer."""
+    plan = plan_for([], tables((1, tuple(parse_table(LINES)))))
+
+    def prepare() -> None:
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr(
+        select, "select_backend", lambda *_: SimpleNamespace(prepare=prepare, device=None)
+    )
+    refusal = _unusable(plan.config, Place(0, 1, 0, 1), Devices())
+    assert refusal is not None and "cannot take its GPU: CUDA error: out of memory" in str(refusal)
+    assert "more" not in str(refusal) and isinstance(refusal.__cause__, RuntimeError)
+
+
+def test_a_plan_prices_the_kernels_that_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = tables((1, tuple(parse_table(LINES))[:1]))
+    need = {}
+    for kernels, installed in (("te", False), ("torch", True), ("auto", True), ("auto", False)):
+        monkeypatch.setattr(kernel_sets, "transformer_engine_installed", lambda i=installed: i)
+        words = ["experiment=gpu_3b", f"backend.kernels={kernels}"]
+        config, layout, _ = plan_for(words, seen)
+        report = plan_report(config, layout)
+        need[kernels, installed] = max(s["total_bytes"] for s in report["memory"]["stages"])
+        taken = {"auto": "te" if installed else "torch"}.get(kernels, kernels)
+        assert report["kernels"]["name"] == taken
+    assert need["te", False] == need["auto", True] < need["torch", True] == need["auto", False]
 
 
 def test_what_nvidia_smi_does_not_say(tmp_path: Path) -> None:

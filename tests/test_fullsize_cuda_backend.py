@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from moe_train.backend import kernels, select
+from moe_train.backend import kernels, patches, select
 from moe_train.backend.cuda import backend as cuda
 from moe_train.backend.cuda import probe
 from moe_train.backend.cuda.devices import Devices
@@ -33,6 +33,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "NCCL_DEBUG",
     ):
         monkeypatch.setenv(name, "before")
+    kernels.transformer_engine_problem.cache_clear()
 
 
 def test_asking_for_cuda_without_a_gpu_is_refused_at_once(tmp_path: Path) -> None:
@@ -176,6 +177,18 @@ def test_a_broken_transformer_engine_is_not_taken(
     assert "undefined symbol" in choice.why
     for name in [name for name in sys.modules if name.split(".")[0] == package.name]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_the_reason_stays_when_transformer_engine_is_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run prepares its backend twice: when its device is decided, and when it opens."""
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    first = kernels.choose_kernels(BackendConfig(), on_cpu=False)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", ModuleType("part"))
+    patches.hide_transformer_engine()
+    assert sys.modules["transformer_engine.pytorch"] is None, "its parts would still be found"
+    assert kernels.choose_kernels(BackendConfig(), on_cpu=False) == first
 
 
 def test_a_cpu_has_torch_kernels_alone() -> None:

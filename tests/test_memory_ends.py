@@ -64,6 +64,10 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
         ),
         (RuntimeError("CUDA error: out of memory\nmore"), DeviceMemoryError, ["CUDA error: out"]),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), DeviceMemoryError, []),
+        # What expandable segments' own calls say, and a kernel of Triton.
+        (RuntimeError("CUDA driver error: out of memory"), DeviceMemoryError, []),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), DeviceMemoryError, []),
+        (RuntimeError("CUDNN_STATUS_ALLOCATION_FAILED"), DeviceMemoryError, []),
         (
             torch.distributed.DistBackendError("NCCL: Cuda failure 2 'out of memory'"),
             DeviceMemoryError,

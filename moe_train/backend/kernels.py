@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from functools import cache
 
 from moe_train.config.kernels import TE, TORCH, TRANSFORMER_ENGINE, KernelChoice
 from moe_train.config.training import BackendConfig
@@ -45,8 +46,12 @@ def choose_kernels(config: BackendConfig, *, on_cpu: bool) -> KernelChoice:
     return KernelChoice(TORCH, f"auto: TransformerEngine cannot be used: {problem}")
 
 
+@cache
 def transformer_engine_problem() -> str | None:
-    """Why TransformerEngine cannot be used by this process; None if it can."""
+    """Why TransformerEngine cannot be used by this process; None if it can.
+
+    The first answer holds: with torch's kernels it is hidden afterwards, and would be missing.
+    """
     try:
         importlib.import_module(f"{TRANSFORMER_ENGINE}.pytorch")
     except (ImportError, OSError, RuntimeError) as problem:

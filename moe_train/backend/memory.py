@@ -22,7 +22,8 @@ _ALLOCATED = re.compile(rf"Of the allocated memory {_SIZE} is allocated by PyTor
 _UNUSED = re.compile(rf"{_SIZE} is reserved by PyTorch but unallocated")
 # CUDA itself, its libraries and NCCL have errors of their own for it.
 _DEVICE = re.compile(
-    r"CUDA (error: )?out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
+    r"CUDA (driver )?(error: )?out of memory|Triton Error \[CUDA\]: out of memory"
+    r"|_ALLOC(ATION)?_FAILED|cudaErrorMemoryAllocation"
     r"|Cuda failure \d* ?'out of memory'|Failed to CUDA calloc",
     re.IGNORECASE,
 )

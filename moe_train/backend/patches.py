@@ -291,7 +291,10 @@ def hide_transformer_engine() -> None:
     Megatron decides by its import which kernels it uses in places that no option reaches: gradient
     clipping, dummy gradients, RNG states.
     """
-    sys.modules[TRANSFORMER_ENGINE] = None  # type: ignore[assignment]
+    # One that is too old has been imported by now, and its parts would still be found.
+    parts = [name for name in sys.modules if name.startswith(f"{TRANSFORMER_ENGINE}.")]
+    for name in (TRANSFORMER_ENGINE, *parts):
+        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def import_megatron_uncompiled() -> None:

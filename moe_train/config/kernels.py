@@ -10,6 +10,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+from moe_train.config.hardware import HardwareConfig
+
 CHOICES = ("auto", "te", "torch")
 TRANSFORMER_ENGINE = "transformer_engine"
 """Top-level package of TransformerEngine."""
@@ -128,6 +130,16 @@ def planned_kernels(requested: str, *, on_cpu: bool, here: bool = False) -> Kern
     if transformer_engine_installed():
         return KernelChoice(TE, "auto: TransformerEngine is installed")
     return KernelChoice(TORCH, "auto: TransformerEngine is not installed")
+
+
+def run_kernels(requested: str, hardware: HardwareConfig) -> KernelChoice:
+    """The set that a plan prices and shows for a run on ``hardware``'s devices.
+
+    A profile that was found on this machine (it names the device) stands for this interpreter, so
+    ``auto`` looks whether TransformerEngine is installed here.
+    """
+    on_cpu = hardware.kind != "accelerator"
+    return planned_kernels(requested, on_cpu=on_cpu, here=bool(hardware.device))
 
 
 def transformer_engine_installed() -> bool:

@@ -113,7 +113,8 @@ def plan_main(argv: Sequence[str]) -> int:
     if config.experiment == AUTO and config.device != "cpu":
         here = read_devices()
         if here.problem:
-            console.print(f"[bold]warning[/bold] planned for a CPU: {here.problem}", markup=True)
+            planned_for = "" if here.gpus else "planned for a CPU: "
+            console.print(f"[bold]warning[/bold] {planned_for}{here.problem}", markup=True)
     if world is None:
         world = natural_world(config) if not faults else DEFAULT_WORLD
         if here and here.gpus and world == DEFAULT_WORLD:

@@ -87,7 +87,7 @@ def planned(
     else:
         assert plan is not None
         agreed = plan
-        if (unusable := _unusable(plan.config)) is not None:
+        if (unusable := _unusable(plan.config, place, devices)) is not None:
             raise unusable
     if plan is None:
         known(agreed.config, agreed.layout)
@@ -149,16 +149,37 @@ def plan_for(
     return Plan(config, layout, tuple(notes))
 
 
-def _unusable(config: Config) -> ConfigError | None:
+def _unusable(config: Config, place: Place, devices: Devices) -> ConfigError | None:
     """Why this rank cannot use the decided device, or None; prepares the process for it."""
+    from moe_train.backend.cuda.probe import disagreement
     from moe_train.backend.select import select_backend
 
     if config.device == "cpu":
         return None
+    where = f"local rank {place.local_rank}"
     try:
-        select_backend(config.device, config.backend).prepare()
+        backend = select_backend(config.device, config.backend)
+        backend.prepare()
+        difference = disagreement(backend.device, devices)
     except ConfigError as fault:
         return fault
+    except (RuntimeError, OSError) as problem:
+        # CUDA's own errors: a card that is full, held exclusively, or broken.
+        reason = str(problem).strip().splitlines() or [type(problem).__name__]
+        refusal = ConfigError(
+            "device",
+            f"{where} cannot take its GPU: {reason[0]}",
+            "see with nvidia-smi who uses the GPU and whether it is healthy; device=cpu runs the "
+            "same program on gloo",
+        )
+        refusal.__cause__ = problem
+        return refusal
+    if difference:
+        return ConfigError(
+            "device",
+            f"{where}: {difference}",
+            "name the GPUs or the MIG slice in CUDA_VISIBLE_DEVICES, or repair what differs",
+        )
     return None
 
 
@@ -183,7 +204,7 @@ def _agree(
             plan = plan_for(overrides, tables)
         except ConfigError as refused:
             faults = [refused, *lacking]
-    if plan is not None and not faults and (unusable := _unusable(plan.config)):
+    if plan is not None and not faults and (unusable := _unusable(plan.config, place, devices)):
         faults = [unusable]
     outcome = {
         "faults": [part for fault in faults for part in _parts(fault)],

@@ -1,1 +1,1 @@
-"""Megatron-Core on NVIDIA GPUs with NCCL and TransformerEngine; nothing is patched."""
+"""Megatron-Core on NVIDIA GPUs with NCCL, on TransformerEngine's kernels or torch's own."""

@@ -79,7 +79,19 @@ def read_devices(
     chosen = [physical[index] for index in visible([gpu.uuid for gpu in physical], wanted)]
     if not all(gpu.memory_gb for gpu in chosen):
         return Devices(complete=False, problem="nvidia-smi lists no memory size of the GPUs")
-    return Devices(tuple(chosen))
+    return Devices(tuple(chosen), problem=_ignored(wanted, len(chosen), len(physical)))
+
+
+def _ignored(wanted: str | None, shown: int, there: int) -> str:
+    """What to say of a CUDA_VISIBLE_DEVICES with entries that CUDA takes for no GPU."""
+    named: list[str] = []
+    for text in (wanted or "").split(","):
+        if text.strip() in ("", "-1"):
+            break  # Meant to end the list.
+        named.append(text)
+    if not there or shown >= len(named):
+        return ""
+    return f"CUDA_VISIBLE_DEVICES={wanted} shows {shown} of this machine's {there} GPUs"
 
 
 def parse_table(listed: str) -> list[Gpu]:

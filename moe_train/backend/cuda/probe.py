@@ -11,9 +11,16 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from moe_train.backend.cuda.devices import Devices, Gpu
 
+if TYPE_CHECKING:
+    import torch
+
+OTHER_SIZE = 0.2
+"""Share by which a GPU's memory may differ between the driver's list and torch: the driver keeps
+some to itself, and a MIG slice has half of its GPU at most, or shows up as all of it."""
 TIMEOUT = 300
 """Seconds for importing torch and starting CUDA on a busy machine."""
 
@@ -31,6 +38,25 @@ def cuda_facts() -> tuple[int, str]:
     except (RuntimeError, AssertionError) as error:
         return 0, str(error).strip().split(". ")[0].splitlines()[0]
     return 0, "CUDA starts, but shows torch no device"
+
+
+def disagreement(device: torch.device, devices: Devices) -> str:
+    """What torch sees otherwise than the table that the plan was made from; empty if nothing.
+
+    Args:
+        device: that this process has taken.
+        devices: the table, in the order of torch's indices.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < len(devices.gpus):
+        return f"the driver lists {len(devices.gpus)} GPUs, and torch shows {count}"
+    listed = devices.gpus[device.index or 0].memory_gb
+    found = torch.cuda.get_device_properties(device).total_memory / 1e9
+    if listed and abs(found / listed - 1) > OTHER_SIZE:
+        return f"the driver lists a GPU of {listed:.1f} GB, and torch shows one of {found:.1f} GB"
+    return ""
 
 
 def torch_devices() -> Devices:

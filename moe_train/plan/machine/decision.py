@@ -156,7 +156,7 @@ def decide(wanted: str, tables: Sequence[RankTable]) -> MachineFacts:
     faults = [fault for node in nodes if (fault := node.fault())]
     if faults:
         raise ConfigError(FIELD, "; ".join(faults) + _because(problems), _fix(nodes, with_gpus))
-    return _gpus(nodes, most)
+    return _gpus(nodes, most, problems)
 
 
 def _because(problems: Sequence[str]) -> str:
@@ -176,11 +176,11 @@ def _fix(nodes: Sequence[_Node], with_gpus: Sequence[_Node]) -> str:
     return f"{start}, or {CPU_FIX}"
 
 
-def _gpus(nodes: Sequence[_Node], most: int) -> MachineFacts:
+def _gpus(nodes: Sequence[_Node], most: int, problems: Sequence[str]) -> MachineFacts:
     used = [gpu for node in nodes for gpu in node.used]
     smallest, largest = (extreme(gpu.memory_gb for gpu in used) for extreme in (min, max))
     kinds = _kinds(used)
-    notes = []
+    notes = [*problems]
     if len(kinds) > 1:
         named = ", ".join(name or "unnamed" for name, _ in kinds)
         notes.append(f"GPUs of different kinds: {named}; the slowest sets the pace")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from moe_train.config.convert import to_mapping
 from moe_train.config.experiment import MachineFacts
+from moe_train.config.kernels import TE, run_kernels
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
 from moe_train.plan.layouts.layout import Layout
@@ -23,8 +24,9 @@ FIELD = "memory"
 def assumptions_of(
     config: Config, imbalance: float = 1.0, fragmentation: float = 0.05
 ) -> Assumptions:
-    """Assumptions for the kernels that `config`'s hardware profile stands for."""
-    return Assumptions(imbalance, fragmentation, fused=config.hardware.kind == "accelerator")
+    """Assumptions for the kernels that `config` would run with on its hardware profile."""
+    chosen = run_kernels(config.backend.kernels, config.hardware).kernels
+    return Assumptions(imbalance, fragmentation, fused=chosen is TE)
 
 
 def capacity(config: Config) -> float:

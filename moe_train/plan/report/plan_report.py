@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_train.config.convert import to_mapping
 from moe_train.config.environment import variables
-from moe_train.config.kernels import KernelChoice, planned_kernels
+from moe_train.config.kernels import KernelChoice, planned_kernels, run_kernels
 from moe_train.config.root import Config
 from moe_train.plan.layouts.batch import microbatches_per_step, sequences_per_step
 from moe_train.plan.layouts.communicators import communicators
@@ -56,8 +56,12 @@ def _rank(config: Config, layout: Layout, rank: int, counts: RankParameters) -> 
 
 def kernels_report(config: Config, taken: KernelChoice | None = None) -> dict[str, Any]:
     """The kernel set of a run, and what it sets in Megatron's TransformerConfig, with reasons."""
-    on_cpu = config.device == "cpu" or config.hardware.kind == "cpu"
-    choice = taken or planned_kernels(config.backend.kernels, on_cpu=on_cpu)
+    planned = (
+        planned_kernels(config.backend.kernels, on_cpu=True)
+        if config.device == "cpu"
+        else run_kernels(config.backend.kernels, config.hardware)
+    )
+    choice = taken or planned
     return {
         "name": choice.kernels.name,
         "why": choice.why,
