@@ -170,7 +170,12 @@ def test_another_cuda_than_the_installed_is_set_up_again(tmp_path: Path) -> None
             key: value for key, value in os.environ.items() if key not in ("CUDA", "MAKEFLAGS")
         }
         return subprocess.run(
-            ["make", "setup"], cwd=tmp_path, env={**clean, **env}, capture_output=True, text=True
+            # Started by make, as `make test` starts this, make would name its folders.
+            ["make", "--no-print-directory", "setup"],
+            cwd=tmp_path,
+            env={**clean, **env},
+            capture_output=True,
+            text=True,
         ).stdout
 
     assert make() == "" and make(CUDA="13") == "" and make(CUDA="/usr/local/cuda") == ""
