@@ -177,7 +177,7 @@ def _refuse_scaling(opts: Any) -> None:
     """Every reduction of one operand is that operand, except one that scales."""
     operation = getattr(opts, "reduceOp", None)
     if operation is not None and operation == dist.ReduceOp.PREMUL_SUM:
-        raise NotImplementedError("PREMUL_SUM in a group of one rank")
+        raise ValueError("PREMUL_SUM scales its operand, which a group of one rank only copies")
 
 
 def _copied(outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> dist.Work:
