@@ -59,7 +59,7 @@ def cases(folder: Path) -> dict[str, Case]:
         "continued": case("continued", *SAVED, *RECALLED, run="one"),
         "span": case("span", *SAVED, *PP2_EP2_SPAN.overrides, world=2),
         "stage": case("stage", *ONE, *EP2.overrides, world=2),
-        "full": case("full", *ONE, memory_gb=0.03, listed_gb=8.0),
+        "full": case("full", *ONE, available_gb=0.02),
         **{
             name: fault(name)
             for name in ("router_tensor", "optimizer_state", "host_index", "layer_item")

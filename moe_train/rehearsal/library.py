@@ -20,7 +20,7 @@ LISTING = """#!/bin/sh
 # One line a device, as nvidia-smi --query-gpu=... --format=csv,noheader,nounits prints.
 number=0
 while [ "$number" -lt "${MOE_TRAIN_REHEARSAL_DEVICES:-1}" ]; do
-  size=$((MOE_TRAIN_REHEARSAL_LISTED / 1048576))
+  size=$((MOE_TRAIN_REHEARSAL_BYTES / 1048576))
   case "$*" in
     *uuid*) echo "$number, GPU-rehearsal-$number, $MOE_TRAIN_REHEARSAL_NAME, $size" ;;
     *) echo "$size" ;;
@@ -69,14 +69,11 @@ def build(folder: Path) -> None:
     listing.chmod(0o755)
 
 
-def environment(
-    folder: Path, devices: int, memory_gb: float, listed_gb: float | None = None
-) -> dict[str, str]:
+def environment(folder: Path, devices: int, memory_gb: float) -> dict[str, str]:
     """Environment of a process that rehearses, with the library from ``folder``.
 
     Args:
         memory_gb: memory of each device, 1e9 bytes.
-        listed_gb: what ``nvidia-smi`` says of it; None says the truth.
     """
     variables = {
         name: value
@@ -93,7 +90,6 @@ def environment(
         "PATH": first("PATH", str(folder)),
         "MOE_TRAIN_REHEARSAL_DEVICES": str(devices),
         "MOE_TRAIN_REHEARSAL_BYTES": str(int(memory_gb * GIGABYTE)),
-        "MOE_TRAIN_REHEARSAL_LISTED": str(int((listed_gb or memory_gb) * GIGABYTE)),
         "MOE_TRAIN_REHEARSAL_NAME": "rehearsal",
         # Counted by the other way, devices forbid torch to use them after a fork.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",

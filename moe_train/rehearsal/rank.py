@@ -24,7 +24,8 @@ class Case:
     overrides: tuple[str, ...]
     world: int = 1
     memory_gb: float = 8.0
-    listed_gb: float | None = None
+    available_gb: float | None = None
+    """What other processes leave of a device's memory; None leaves all."""
     plant: str = ""
     """``module:function`` that is called in every rank before it starts."""
     instead: str = ""

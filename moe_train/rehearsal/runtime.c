@@ -39,6 +39,8 @@ static int devices(void) {
   return count > MOST_DEVICES ? MOST_DEVICES : (int)count;
 }
 static size_t capacity(void) { return (size_t)setting("MOE_TRAIN_REHEARSAL_BYTES", 1l << 33); }
+/* What others hold of a device is not to be had. */
+static size_t available(void) { return (size_t)setting("MOE_TRAIN_REHEARSAL_AVAILABLE", (long)capacity()); }
 static int failed(int error) { return last_error = error; }
 
 /* Devices. */
@@ -110,7 +112,7 @@ struct block { char *start; size_t bytes; int device, kind; struct block *next; 
 static struct block *blocks;
 
 static int reserve(size_t bytes, int device) {
-  int fits = used[device] + bytes <= capacity();
+  int fits = used[device] + bytes <= available();
   if (fits) used[device] += bytes;
   return fits;
 }
@@ -155,7 +157,7 @@ int cudaHostAlloc(void **pointer, size_t bytes, unsigned flags) { (void)flags; r
 int cudaFreeHost(void *pointer) { return give(pointer); }
 int cudaMemGetInfo(size_t *free_bytes, size_t *total) {
   *total = capacity();
-  *free_bytes = *total - used[current_device];
+  *free_bytes = available() - used[current_device];
   return SUCCESS;
 }
 struct attributes { int kind, device; void *on_device, *on_host; };

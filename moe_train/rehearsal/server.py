@@ -51,8 +51,8 @@ def run_case(case: Case) -> list[RankReport]:
     """Fork the ranks of one case and collect their reports."""
     os.environ["MOE_TRAIN_REHEARSAL_DEVICES"] = str(case.world)
     os.environ["MOE_TRAIN_REHEARSAL_BYTES"] = str(int(case.memory_gb * GIGABYTE))
-    listed = case.listed_gb or case.memory_gb
-    os.environ["MOE_TRAIN_REHEARSAL_LISTED"] = str(int(listed * GIGABYTE))
+    available = case.memory_gb if case.available_gb is None else case.available_gb
+    os.environ["MOE_TRAIN_REHEARSAL_AVAILABLE"] = str(int(available * GIGABYTE))
     context = multiprocessing.get_context("fork")
     port = _free_port()
     processes, pending = [], {}
