@@ -14,8 +14,8 @@ import torch
 from benchmarks.cases import TOKENS, VOCAB, Case
 from moe_train.backend.groups import open_groups, open_world
 from moe_train.backend.select import select_backend
-from moe_train.plan.layouts.batch import microbatches_per_step
-from moe_train.plan.prepare import prepare
+from moe_train.parallel.batch import microbatches_per_step
+from moe_train.planner.prepare import prepare
 
 type Step = Callable[[], float]
 """One optimizer step; returns its loss."""

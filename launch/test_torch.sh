@@ -21,12 +21,12 @@ fi
 
 tests=(
   tests/test_kernels_*.py
-  tests/test_oracle_mixtral.py
-  tests/test_parity_small.py
-  tests/test_span_gradients.py
-  tests/test_recompute.py
-  tests/test_resume_bitwise.py
-  tests/test_host_patches.py
-  tests/test_host_behaviour.py
+  tests/model/test_oracle_mixtral.py
+  tests/train/test_parity_small.py
+  tests/model/test_span_gradients.py
+  tests/train/test_recompute.py
+  tests/checkpoint/test_resume_bitwise.py
+  tests/backend/test_cpu_patches.py
+  tests/backend/test_cpu_behaviour.py
 )
 OMP_NUM_THREADS=1 exec "$home/bin/python" -m pytest -q "${tests[@]}" "$@"

@@ -26,52 +26,52 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command(
-        "moe_train.runtime", "main", "train on this process's rank", "train experiment=single"
+        "moe_train.run.main", "main", "train on this process's rank", "train experiment=single"
     ),
     "plan": Command(
-        "moe_train.plan.command",
+        "moe_train.commands.plan",
         "plan_main",
         "legality, layout and parameters, before launch",
         "plan experiment=moe_30b_8x64gb --json plan.json",
     ),
     "schedule": Command(
-        "moe_train.plan.schedule.command",
+        "moe_train.commands.schedule",
         "schedule_main",
         "the step as a graph: times, picture, trace",
         "schedule experiment=moe_30b_8x64gb --figure step.svg --dag step.graphml",
     ),
     "dryrun": Command(
-        "moe_train.dryrun.command",
+        "moe_train.commands.dryrun",
         "dryrun_main",
         "a rank's real step at full size on fake tensors: its memory",
         "dryrun experiment=moe_30b_8x64gb --json dryrun.json",
     ),
     "data prepare": Command(
-        "moe_train.data.command",
+        "moe_train.commands.data",
         "prepare_main",
         "turn text into a dataset",
         "data prepare notes/ --output data/notes",
     ),
     "data inspect": Command(
-        "moe_train.data.command",
+        "moe_train.commands.data",
         "inspect_main",
         "counts and samples of a dataset",
         "data inspect data/notes --samples 3",
     ),
     "checkpoint list": Command(
-        "moe_train.checkpoint.command",
+        "moe_train.commands.checkpoint",
         "list_main",
         "committed checkpoints of a run",
         "checkpoint list runs/twin-TP2.PP4.EP8.span",
     ),
     "checkpoint verify": Command(
-        "moe_train.checkpoint.command",
+        "moe_train.commands.checkpoint",
         "verify_main",
         "compare a checkpoint with its manifest",
         "checkpoint verify runs/twin-TP2.PP4.EP8.span/checkpoints/step_00000060",
     ),
     "evaluate": Command(
-        "moe_train.evaluate",
+        "moe_train.commands.evaluate",
         "evaluate_main",
         "loss and perplexity of a checkpoint",
         "evaluate checkpoint.resume=runs/x/checkpoints/step_00000100 --json loss.json",
@@ -79,7 +79,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 CALIBRATE = Command(
-    "moe_train.calibrate.command",
+    "moe_train.commands.calibrate",
     "calibrate_main",
     "measure this machine and write its hardware profile",
     "plan --calibrate",

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from moe_train.testing.layouts import SMALL, Runs
+
+# Programs that tests start import tests.support too.
+ROOT = str(Path(__file__).resolve().parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
 # Ranks and BLAS must not fight for cores; also what the bitwise comparisons assume.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

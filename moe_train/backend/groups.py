@@ -17,7 +17,7 @@ import torch.distributed as dist
 import yaml
 
 from moe_train.backend import local_group, patches
-from moe_train.backend.meeting import meet, missing
+from moe_train.backend.rendezvous import meet, missing
 from moe_train.errors import HungError
 
 _WORLDS = count(1)
@@ -77,7 +77,7 @@ def launcher_store(rank: int, world: int, timeout_seconds: int) -> dist.Store:
 
 
 class Sizes(Protocol):
-    """Sizes of the parallel dimensions, as `moe_train.plan.layouts.layout.Layout` has them."""
+    """Sizes of the parallel dimensions, as `moe_train.parallel.layout.Layout` has them."""
 
     @property
     def tensor(self) -> int: ...

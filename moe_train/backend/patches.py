@@ -6,8 +6,9 @@
 applied wherever those are used, on CPU and GPU. With TransformerEngine nothing of it is.
 *Everywhere*, while the process groups are made: :func:`local_singletons`.
 
-``tests/test_host_patches.py`` holds the tables against every CUDA use in Megatron's installed
-source, ``tests/test_host_behaviour.py`` each patch against the behaviour that made it necessary.
+``tests/backend/test_cpu_patches.py`` holds the tables against every CUDA use in Megatron's
+installed source, ``tests/backend/test_cpu_behaviour.py`` each patch against the behaviour that made
+it necessary.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from moe_train.backend import local_group
-from moe_train.backend.host import gloo, streams
+from moe_train.backend.cpu import gloo, streams
 from moe_train.config.kernels import TRANSFORMER_ENGINE
 
 CPU = torch.device("cpu")

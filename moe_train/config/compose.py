@@ -226,7 +226,7 @@ def typed(mapping: Mapping[str, Any]) -> Config:
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """Compose and type the configuration of a run; layouts are judged by `moe_train.plan`.
+    """Compose and type the configuration of a run; layouts are judged by `moe_train.planner`.
 
     Args:
         overrides: Hydra overrides, e.g. ``experiment=twin``, ``train.steps=20``,

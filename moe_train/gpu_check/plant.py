@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from moe_train.runtime import main as train
+from moe_train.run.main import main as train
 
 
 def main(argv: Sequence[str]) -> int:

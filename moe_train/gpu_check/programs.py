@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_train.gpu_check.findings import Failed
 from moe_train.gpu_check.workers import ROOT, end_with_parent, environment, kill_group, tail
-from moe_train.monitor.metrics import read
+from moe_train.run_folder.metrics import read
 
 PROGRAM = ["-m", "moe_train.cli", "train"]
 PLANTED = ["-m", "moe_train.gpu_check.plant"]

@@ -75,7 +75,7 @@ def run_rank(case: Case, rank: int, port: int) -> RankReport:
     from moe_train.rehearsal.kernels import in_every_thread
     from moe_train.rehearsal.nccl import nccl_on_host
     from moe_train.rehearsal.rules import Recorder
-    from moe_train.runtime import main
+    from moe_train.run.main import main
 
     report, recorder = RankReport(), Recorder()
     with in_every_thread(recorder), nccl_on_host(), recorder.audit.active():

@@ -78,7 +78,7 @@ PLACES = {
                  "moe_train/train/forward"),
     "build": ("moe_train/train/engine",),
     "step end": ("moe_train/train",),
-    "start": ("moe_train/session", "moe_train/backend"),
+    "start": ("moe_train/run/", "moe_train/backend"),
 }  # fmt: skip
 """Parts of the program by their files, the first that is found on the stack."""
 

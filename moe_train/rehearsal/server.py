@@ -41,7 +41,7 @@ def prepare() -> None:
     import moe_train.checkpoint.save
     import moe_train.data.datasets
     import moe_train.rehearsal.nccl
-    import moe_train.session.training
+    import moe_train.run.training
     import moe_train.train.loop  # noqa: F401
 
     assert not torch.cuda.is_initialized()

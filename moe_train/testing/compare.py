@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_train.monitor.metrics import read
+from moe_train.run_folder.metrics import read
 from moe_train.testing.runs import QUIET, Run
 from moe_train.testing.world import run_world
 
@@ -104,7 +104,7 @@ def routed_run(
 
 
 def _train(rank: int, world: int, words: Sequence[str], folder: str) -> int:
-    from moe_train.runtime import main
+    from moe_train.run.main import main
     from moe_train.train import loop
 
     plain, tokens = loop.train_step, []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_train.backend.host.backend import HostBackend
+from moe_train.backend.cpu.backend import HostBackend
 from moe_train.config.training import BackendConfig
 
 HostBackend(BackendConfig()).prepare()
@@ -10,5 +10,5 @@ HostBackend(BackendConfig()).prepare()
 import moe_train.checkpoint.load  # noqa: E402
 import moe_train.checkpoint.save  # noqa: E402
 import moe_train.data.datasets  # noqa: E402
-import moe_train.session.training  # noqa: E402
+import moe_train.run.training  # noqa: E402
 import moe_train.train.loop  # noqa: E402, F401

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_train.monitor.metrics import read
+from moe_train.run_folder.metrics import read
 from moe_train.testing.world import run_world
 
 QUIET = ["device=cpu", "log.wandb=disabled", "log.console=none"]
@@ -48,6 +48,6 @@ def train_run(
 
 
 def _train(rank: int, world: int, overrides: Sequence[str]) -> int:
-    from moe_train.runtime import main
+    from moe_train.run.main import main
 
     return main(overrides)

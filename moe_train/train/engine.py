@@ -16,9 +16,9 @@ from moe_train.config.layers import parse_layers
 from moe_train.model.build import build_model
 from moe_train.model.span.exchange import Span
 from moe_train.model.transformer_config import optimizer_config, spans, transformer_config
-from moe_train.plan.quantities.parameters import padded_vocab
-from moe_train.train.routing import RoutingRecorder
-from moe_train.train.schedule import build_scheduler
+from moe_train.parallel.parameters import padded_vocab
+from moe_train.train.lr_schedule import build_scheduler
+from moe_train.train.router_stats import RoutingRecorder
 from moe_train.train.span_schedule import SpanSchedule
 from moe_train.train.tracing import Tracer
 

@@ -1,4 +1,4 @@
-"""The tick-aligned 1F1B schedule that ``placement=span`` runs on (see plan/layouts/ticks.py).
+"""The tick-aligned 1F1B schedule that ``placement=span`` runs on (see parallel/ticks.py).
 
 It has the signature of Megatron's schedules and uses their forward and backward steps, so that
 loss scaling, auxiliary-loss scaling and gradient finalisation are Megatron's own.
@@ -21,9 +21,9 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 
 from moe_train.model.span.exchange import Span
-from moe_train.plan.layouts.ticks import Tick, ticks
+from moe_train.parallel.ticks import Tick, ticks
+from moe_train.train.interleave import Turns
 from moe_train.train.tracing import Tracer
-from moe_train.train.turns import Turns
 
 
 class Edge:

@@ -15,8 +15,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from moe_train.errors import NonFiniteError
 from moe_train.train.engine import Engine
 from moe_train.train.forward import MicroBatch, forward_step
-from moe_train.train.routing import RoutingStats
-from moe_train.train.schedule import set_step
+from moe_train.train.lr_schedule import set_step
+from moe_train.train.router_stats import RoutingStats
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_train.plan.schedule.chrome import Event, span
+from moe_train.planner.schedule.chrome import Event, span
 
 KINDS = {
     "ep": "exchange", "mp": "exchange", "tp_ep": "exchange", "expt_tp": "tensor", "tp": "tensor",

@@ -15,7 +15,7 @@ from typing import Any
 def train(overrides: list[str]) -> int:
     """``train.py`` with ``overrides`` on this process's one rank; returns its exit code."""
     from moe_train.gpu_check.tasks.session import close
-    from moe_train.runtime import main
+    from moe_train.run.main import main
 
     close()
     return main(overrides)
@@ -23,7 +23,7 @@ def train(overrides: list[str]) -> int:
 
 def plan(overrides: list[str], world: int) -> dict[str, Any]:
     """``plan.json`` of a configuration, as a run on this machine would write it."""
-    from moe_train.plan.report.plan_report import plan_report
+    from moe_train.planner.report.plan_report import plan_report
 
     return plan_report(*_planned(overrides, world))
 
@@ -31,8 +31,8 @@ def plan(overrides: list[str], world: int) -> dict[str, Any]:
 def _planned(overrides: list[str], world: int) -> tuple[Any, Any]:
     """Config and layout of ``world`` ranks on this node, without having them here."""
     from moe_train.backend.cuda.devices import Devices, read_devices
-    from moe_train.plan.machine.decision import Place, RankTable
-    from moe_train.session.planning import plan_for
+    from moe_train.planner.machine.decision import Place, RankTable
+    from moe_train.run.planning import plan_for
 
     found = Devices() if "device=cpu" in overrides else read_devices()
     places = [Place(rank, world, rank, world) for rank in range(world)]
@@ -43,8 +43,8 @@ def _planned(overrides: list[str], world: int) -> tuple[Any, Any]:
 def weights(overrides: list[str]) -> dict[str, str]:
     """SHA-256 of every parameter's initial value, by name."""
     from moe_train.gpu_check.tasks.session import close
-    from moe_train.session.opening import open_session
-    from moe_train.session.planning import planned
+    from moe_train.run.opening import open_session
+    from moe_train.run.planning import planned
 
     close()
     config, layout = planned(overrides, 1)
@@ -67,7 +67,7 @@ def digest(tensor: Any) -> str:
 
 def dry_run(overrides: list[str], policies: list[str]) -> list[dict[str, Any]]:
     """``moe-train dryrun`` of one rank: its ``ranks`` entries, one a recompute policy."""
-    from moe_train.dryrun.command import dryrun_main
+    from moe_train.commands.dryrun import dryrun_main
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -84,8 +84,8 @@ def fastest(overrides: list[str], world: int) -> dict[str, Any]:
     Returns:
         ``tag`` and ``overrides`` of the layout.
     """
-    from moe_train.plan.layouts.batch import sequences_per_step
-    from moe_train.plan.legality.search import legal_layouts, ranked
+    from moe_train.parallel.batch import sequences_per_step
+    from moe_train.planner.search import legal_layouts, ranked
 
     config, layout = _planned(overrides, world)
     sequences = sequences_per_step(config, layout.data)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_train.data.batches import BatchSource
-    from moe_train.session.opening import Session
+    from moe_train.run.opening import Session
 
 SAMPLES = 4096
 """Samples that a session's dataset is built for; more are drawn from further epochs."""
@@ -42,8 +42,8 @@ def open(overrides: list[str]) -> dict[str, Any]:
         ``seconds`` that it took, ``base_bytes`` that the device held before, and what is known of
         its step: tokens, arithmetic of a token, the device's peak.
     """
-    from moe_train.plan.quantities.flops import flops_per_token
-    from moe_train.session.records import device_peak
+    from moe_train.parallel.flops import flops_per_token
+    from moe_train.run.records import device_peak
 
     begun = time.perf_counter()
     if _open.words != overrides:
@@ -68,9 +68,9 @@ def open(overrides: list[str]) -> dict[str, Any]:
 
 
 def _start(overrides: list[str]) -> None:
-    from moe_train.monitor.run_folder import create_run_folder
-    from moe_train.session.opening import open_session
-    from moe_train.session.planning import planned
+    from moe_train.run.opening import open_session
+    from moe_train.run.planning import planned
+    from moe_train.run_folder.folder import create_run_folder
 
     config, layout = planned(overrides, 1)
     folder = create_run_folder(config.run.dir, config.run.name, default_name="session")
@@ -100,7 +100,7 @@ def close() -> None:
     """Close the open session and give back what it and :func:`hold` had."""
     import torch
 
-    from moe_train.monitor.rank_log import log_to_file
+    from moe_train.run_folder.rank_log import log_to_file
 
     _held.clear()
     if _open.words is not None:
@@ -160,8 +160,8 @@ def update() -> dict[str, Any]:
 
 def save_and_load() -> dict[str, Any]:
     """Save the session's state and load it again: seconds, bytes, added device memory."""
-    from moe_train.session.restore import restore
-    from moe_train.session.saving import Saver
+    from moe_train.run.restore import restore
+    from moe_train.run.saving import Saver
 
     if _open.step == 0:
         take_step()

@@ -1,0 +1,164 @@
+"""``moe-train dryrun``: a rank's real step at full size, on fake tensors, before launch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_train.errors import EXIT_FINISHED, ConfigError
+
+if TYPE_CHECKING:
+    from moe_train.parallel.layout import Layout
+
+EXAMPLES = """examples:
+  moe-train dryrun experiment=moe_30b_8x64gb               one rank of each stage of the 30 B
+  moe-train dryrun experiment=moe_30b_8x64gb --ranks 3     rank 3 alone
+  moe-train dryrun experiment=moe_30b_8x64gb --ranks all --json dryrun.json
+  moe-train dryrun experiment=moe_30b_32x64gb --recompute none,2-15,all --microbatches 8
+  moe-train dryrun experiment=moe_30b_8x64gb parallel.placement=stage parallel.expert=2 \\
+      --imbalance 1.5
+  moe-train dryrun --table docs/dryrun.md                  every layout of the 30 B: a long run
+
+The model, the optimizer with its state and the schedule are the real ones, with this machine's
+kernels (torch's own); tensors hold no memory. The step includes gradient norm, clipping and
+update. Tokens are routed evenly; --imbalance scales the rows of the rank's experts.
+
+exit code: 0; 2 the configuration is refused
+"""
+
+BLOCK = 512
+"""Bytes to which the caching allocator of an accelerator rounds up."""
+
+
+def dryrun_main(argv: Sequence[str]) -> int:
+    """Run ``moe-train dryrun``; returns the exit code.
+
+    Raises:
+        ConfigFaults: the plan is refused.
+    """
+    asked = _parser().parse_intermixed_args(argv)
+    if not 1 <= asked.imbalance < inf:
+        raise ConfigError("--imbalance", f"{asked.imbalance:g} makes no sense", "give 1 or more")
+    if asked.microbatches is not None and asked.microbatches < 1:
+        raise ConfigError("--microbatches", "a step has at least one", "give 1 or more")
+
+    from rich.console import Console
+
+    from moe_train.commands.plan import refuse_unwritable, write_text
+
+    refuse_unwritable("--json", asked.json)
+    refuse_unwritable("--table", asked.table)
+
+    if asked.table:
+        from moe_train.measure.dryrun.document import write_document
+
+        write_text("--table", asked.table, write_document(asked.workers, Console(stderr=True)))
+        return EXIT_FINISHED
+
+    from moe_train.commands.plan import DEFAULT_WORLD, natural_world
+    from moe_train.config.compose import collect
+    from moe_train.parallel.vocabulary import vocabulary
+    from moe_train.planner.prepare import prepare
+
+    world = asked.world
+    if world is None:
+        config, faults = collect(asked.overrides)
+        world = natural_world(config) if not faults else DEFAULT_WORLD
+    if world < 1:
+        raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
+    policies = asked.recompute.split(",") if asked.recompute else [None]
+    plans = [
+        prepare([*asked.overrides, *([f"recompute.layers={one}"] if one else [])], world)
+        for one in policies
+    ]
+    from moe_train.measure.dryrun.prepare import first_of_stages, host_backend
+    from moe_train.measure.dryrun.report import VERSION, planned, rank_report
+    from moe_train.measure.dryrun.tables import print_modules, print_stages
+
+    layout = plans[0][1]
+    if plans[0][0].parallel.overlap_expert_comm:
+        raise ConfigError(
+            "parallel.overlap_expert_comm",
+            "the dry run follows one pass at a time, and overlap runs two side by side",
+            "false: the plain schedule's memory",
+        )
+    ranks = _ranks(asked.ranks, layout) if asked.ranks else first_of_stages(layout)
+    # Megatron's modules come only after the host is prepared for them.
+    backend = host_backend(plans[0][0])
+
+    from moe_train.measure.dryrun.rank import dry_run
+
+    rows = []
+    for config, layout in plans:
+        vocab, _ = vocabulary(config)
+        for rank in ranks:
+            run = dry_run(
+                config,
+                layout,
+                backend,
+                vocab,
+                rank,
+                imbalance=asked.imbalance,
+                microbatches=asked.microbatches,
+                block=BLOCK if asked.device_like else 1,
+            )
+            plan = planned(config, layout, vocab, run.stage, asked.imbalance)
+            rows.append((config.recompute.layers, run, plan))
+    console = Console()
+    print_stages(rows, console)
+    for recompute in dict.fromkeys(row[0] for row in rows):
+        most = max((row[1] for row in rows if row[0] == recompute), key=lambda run: run.peak.bytes)
+        print_modules(most, recompute, console)
+    if asked.json:
+        report = {
+            "version": VERSION,
+            "layout": plans[0][1].tag,
+            "world": world,
+            "imbalance": asked.imbalance,
+            "block_bytes": BLOCK if asked.device_like else 1,
+            "ranks": [rank_report(run, plan, recompute) for recompute, run, plan in rows],
+        }
+        write_text("--json", asked.json, json.dumps(report, indent=1) + "\n")
+    return EXIT_FINISHED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-train dryrun",
+        description="Build a rank's real model and run its step on fake tensors; show the peak.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", help="config overrides, key=value")
+    add("--world", type=int, help="ranks (default: what the layout needs, or 8)")
+    add("--ranks", metavar="all|K|K,L", help="ranks to be (default: the first of each stage)")
+    add("--recompute", metavar="A,B", help="compare values of recompute.layers: none,2-15,all")
+    add("--imbalance", type=float, default=1.0, metavar="X",
+        help="rows of the rank's experts over the average (default 1)")  # fmt: skip
+    add("--microbatches", type=int, metavar="M", help="of the step (default: as configured)")
+    add("--device-like", action="store_true",
+        help=f"count allocations in blocks of {BLOCK} bytes, as a GPU does")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--table", type=Path, metavar="FILE",
+        help="write the comparison for every layout of the 30 B as Markdown")  # fmt: skip
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+        help="processes that --table uses (default: one a core)")  # fmt: skip
+    return parser
+
+
+def _ranks(asked: str, layout: Layout) -> list[int]:
+    if asked == "all":
+        return list(range(layout.world))
+    words = asked.split(",")
+    if not all(word.isdecimal() and int(word) < layout.world for word in words):
+        last = layout.world - 1
+        raise ConfigError(
+            "--ranks", f"{asked!r} names no ranks", f"all, or numbers from 0 to {last}"
+        )
+    return [int(word) for word in words]

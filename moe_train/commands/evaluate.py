@@ -1,0 +1,239 @@
+"""``moe-train evaluate``: loss and perplexity of a checkpoint, in any layout, weights only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_train.config.compose import collect, group_options
+from moe_train.config.files import read_yaml
+from moe_train.errors import EXIT_FINISHED, CheckpointError, ConfigError, MoeTrainError
+from moe_train.run.ending import diagnosed, report
+from moe_train.run.main import planned, world_of_process
+from moe_train.run.state import Standing
+from moe_train.run_folder.files import write_atomically
+from moe_train.run_folder.folder import RunFolder, default_run_name
+from moe_train.run_folder.rank_log import log_to_file
+
+if TYPE_CHECKING:
+    from moe_train.config.root import Config
+    from moe_train.parallel.layout import Layout
+    from moe_train.run.opening import Session
+
+EXAMPLES = """examples:
+  moe-train evaluate run.name=twin-TP2.PP4.EP8.span
+  moe-train evaluate checkpoint.resume=runs/x/checkpoints/step_00000100 --json loss.json
+  moe-train evaluate run.name=notes data.valid=[data/held_out] train.eval_batches=20
+  torchrun --nproc-per-node 4 -m moe_train.cli evaluate run.name=notes parallel.expert=4
+
+Model, data and batch are those of the checkpoint's run, unless overridden; the layout is chosen
+for the ranks that there are. exit code: 0; 2 config, 3 data, 4 checkpoint, 7 memory
+"""
+
+INHERITED = ("model", "data", "dtype", "run.seed", "batch", "train.eval_batches")
+"""What an evaluation takes from its run's config.yaml; the layout is free."""
+
+
+def evaluate_main(argv: Sequence[str]) -> int:
+    """Run ``moe-train evaluate`` on this rank; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="moe-train evaluate",
+        description="Loss (nats per token) and perplexity of a checkpoint on validation data.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", help="config overrides, key=value")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
+    asked = parser.parse_intermixed_args(argv)
+    try:
+        rank, world = world_of_process()
+        config, layout, root = _planned(asked.overrides, world)
+        try:
+            found = evaluate(config, layout, root, rank, world)
+        except Exception as failure:
+            known = diagnosed(failure, Standing(), config, layout)
+            if known is None or known is failure:
+                raise
+            raise known from failure
+        if rank == 0:
+            _show(found, asked.json)
+        return EXIT_FINISHED
+    except MoeTrainError as fault:
+        return report(fault)
+    finally:
+        log_to_file(None)
+
+
+def evaluate(config: Config, layout: Layout, root: Path, rank: int, world: int) -> dict[str, Any]:
+    """Evaluate a checkpoint; the same result on every rank, unigram entropy on rank 0 alone.
+
+    Args:
+        root: folder of checkpoints, of which ``checkpoint.resume=auto`` takes the newest.
+
+    Raises:
+        MoeTrainError: see the rooms.
+    """
+    from moe_train.run.opening import open_session
+
+    with ExitStack() as stack:
+        session = open_session(config, layout, rank, world, stack)
+        # Only now: it imports Megatron, which the backend had to prepare for.
+        from moe_train.run.restore import restore
+
+        folder, manifest = restore(session, root, config.checkpoint.resume, weights_only=True)
+        if folder is None or manifest is None:
+            raise CheckpointError(
+                str(root),
+                "has no committed checkpoint to evaluate",
+                "checkpoint.resume=PATH or run.name=NAME; there are: " + _runs(root.parent.parent),
+            )
+        return _measure(session) | {
+            "step": manifest.step,
+            "checkpoint": str(folder),
+            "layout": layout.tag,
+            "world": world,
+        }
+
+
+def _measure(session: Session) -> dict[str, Any]:
+    from moe_train.data.batches import BatchSource
+    from moe_train.data.datasets import build_datasets
+    from moe_train.data.entropy import dataset_entropy
+    from moe_train.train.step import validate
+
+    config, data = session.config, session.engine.groups.dp
+    samples = config.train.eval_batches * session.batch
+    valid = build_datasets(
+        config.data,
+        sequence=config.data.sequence,
+        seed=config.run.seed,
+        train_samples=0,
+        valid_samples=samples,
+        vocab_limit=session.vocab,
+        corpus=session.corpus,
+    ).valid
+    source = BatchSource(valid, session.batch, config.batch.micro, data.rank(), data.size())
+    batches = (source.next_step() for _ in range(config.train.eval_batches))
+    loss = validate(session.engine, list(batches))
+    return {
+        "loss": loss,
+        "loss_hex": loss.hex(),
+        # A hopeless model's perplexity is beyond a float; JSON has no word for infinity.
+        "perplexity": math.exp(loss) if loss < 700 else None,
+        "tokens": samples * config.data.sequence,
+        "sequences": samples,
+        "unigram_entropy": dataset_entropy(valid, samples) if session.rank == 0 else None,
+    }
+
+
+def _planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout, Path]:
+    """Config, layout and folder of checkpoints.
+
+    Raises:
+        ConfigFaults: all faults together.
+    """
+    asked, _ = collect(overrides)
+    resume = asked.checkpoint.resume
+    if resume == "never":
+        raise ConfigError(
+            "checkpoint.resume",
+            "never leaves nothing to evaluate",
+            "auto (the newest of run.name), or the PATH of a checkpoint",
+        )
+    run: Path | None = None
+    if resume != "auto":
+        run = Path(resume).resolve().parent.parent
+    elif asked.run.name:
+        run = Path(asked.run.dir) / asked.run.name
+    inherited = _inherited(RunFolder(run), overrides) if run else []
+    # Nothing is differentiated, so nothing is recomputed.
+    words = [*inherited, *overrides, "recompute=none"]
+    config, layout = planned(words, world)
+    if run is None:
+        run = Path(config.run.dir) / default_run_name(config.experiment, layout.tag)
+        again = _inherited(RunFolder(run), overrides)
+        if again:
+            config, layout = planned([*again, *words], world)
+    return config, layout, RunFolder(run).checkpoints
+
+
+def _inherited(folder: RunFolder, overrides: Sequence[str]) -> list[str]:
+    """The run's own settings as overrides; none where it has left no readable config."""
+    try:
+        plan = json.loads(folder.plan.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(str(folder.plan), str(error), "restore it from a copy") from error
+    config = read_yaml(folder.config, str(folder.config))
+    chosen = {word.partition("=")[0].lstrip("+") for word in overrides} & set(group_options())
+    words: list[str] = []
+    for key in INHERITED:
+        node: Any = config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if node is not None and key not in chosen:
+            words += _words(key, node)
+    # The run's global batch, whatever data-parallel size evaluates it: the same tokens.
+    if not any(word.lstrip("+").startswith("batch.") for word in overrides):
+        words.append(f"batch.global={plan['batch']['sequences_per_step']}")
+    return words
+
+
+def _words(key: str, node: Any) -> list[str]:
+    if isinstance(node, Mapping):
+        return [word for name, value in node.items() for word in _words(f"{key}.{name}", value)]
+    return [f"{key}={_quoted(node)}"]
+
+
+def _quoted(value: Any) -> str:
+    """A value in the grammar of overrides."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(map(_quoted, value)) + "]"
+    if isinstance(value, str):
+        # Backslashes are literal except before a quote, the closing one included.
+        text = re.sub(r"(\\*)'", r"\1\1\\'", value)
+        return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
+    return repr(value)
+
+
+def _runs(parent: Path) -> str:
+    """Names of the runs that have checkpoints."""
+    names = [path.parent.parent.name for path in parent.glob("*/checkpoints/step_????????")]
+    return ", ".join(sorted(set(names))[:10]) or "none"
+
+
+def _show(found: Mapping[str, Any], target: Path | None) -> None:
+    """Print the result, and write it to ``target``.
+
+    Raises:
+        ConfigError: ``target`` cannot be written.
+    """
+    entropy, loss = found["unigram_entropy"], found["loss"]
+    rows = [
+        ("checkpoint", f"{found['checkpoint']} (step {found['step']})"),
+        ("layout", f"{found['layout']} on {found['world']} rank(s)"),
+        ("tokens", f"{found['tokens']:,}"),
+        ("loss", f"{loss:.4f} nats per token"),
+        ("perplexity", "beyond e^700" if found["perplexity"] is None else f"{math.exp(loss):,.2f}"),
+        ("unigram entropy", f"{entropy:.4f} ({'loss below' if loss < entropy else 'not below'})"),
+    ]
+    for label, value in rows:
+        print(f"{label:<16}{value}")
+    sys.stdout.flush()
+    if target is not None:
+        try:
+            write_atomically(target, json.dumps(dict(found), indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError("--json", str(error), "give a writable file") from error

@@ -1,0 +1,1 @@
+"""Measurements that run the trainer: dry runs on fake tensors, calibration of a machine."""

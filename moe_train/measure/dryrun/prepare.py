@@ -1,0 +1,44 @@
+"""Before a dry run: which ranks are to be looked at, and a process that can run Megatron."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.config.root import Config
+    from moe_train.parallel.layout import Layout
+
+
+def host_backend(config: Config) -> HostBackend:
+    """The host's backend, prepared: a dry run needs no device, whatever the machine has."""
+    from moe_train.backend.cpu.backend import HostBackend
+
+    backend = HostBackend(config.backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        backend.prepare()
+    # Megatron tells of missing kernels and of deprecations while it builds: not news here.
+    warnings.filterwarnings("ignore", module="megatron")
+    return backend
+
+
+def first_of_stages(layout: Layout) -> list[int]:
+    """One rank of each pipeline stage.
+
+    Its peers in tensor, expert and data parallelism hold tensors of the same shapes: sizes are
+    divided evenly (legality sees to that), and rows are routed evenly.
+    """
+    return [stage * (layout.world // layout.pipeline) for stage in range(layout.pipeline)]
+
+
+def enough_microbatches(layout: Layout) -> int:
+    """Micro-batches after which a step repeats itself on every rank, and its peak with it.
+
+    1F1B is steady once the first stage holds P of them and went back by one; the spanning
+    schedule once it holds 2 P - 1.
+    """
+    if layout.pipeline == 1:
+        return 2
+    return 2 * layout.pipeline if layout.span else layout.pipeline + 1

@@ -1,1 +1,0 @@
-"""What a run tells the world: metrics, status, progress, summary, mirror. Imports no torch."""

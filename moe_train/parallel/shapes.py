@@ -1,0 +1,118 @@
+"""Sizes of one micro-batch on one rank, from which memory, work and traffic follow.
+
+Letters in formulas, here and in all modules that count bytes:
+
+    S sequence, B sequences of a micro-batch, t TP, c CP, p PP, e EP, x ETP
+    T = S / c         positions of a sequence on a context rank
+    N = S B / (t c)   tokens of the residual stream on a rank (sequence parallel)
+    A = S B / c       tokens that attention and head see, gathered over TP
+    K                 experts a token is sent to; N K routed rows leave a rank
+    R                 rows that a rank's experts receive, on average N K x, times imbalance
+    H hidden, Q query and G key/value width on a rank, D head width, n heads on a rank
+    E experts of a layer, F expert width on a rank (f / x), W shared width on a rank
+    V vocabulary rows on a rank, b bytes of the compute dtype
+    w bytes of a row packed for the spanning exchange
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_train.config.root import Config
+from moe_train.parallel.layout import Layout
+from moe_train.parallel.parameters import padded_vocab
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
+"""Bytes of a weight or activation; fp8 runs keep both in bf16."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan cannot know and therefore takes as given.
+
+    Args:
+        imbalance: rows of the busiest rank's experts over the average (1: even routing).
+        fragmentation: share of the peak that the allocator wastes.
+        fused: kernels of TransformerEngine (an accelerator) or torch's own (the host).
+    """
+
+    imbalance: float = 1.0
+    fragmentation: float = 0.05
+    fused: bool = True
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """See the module's letters; counts of tokens, widths of a rank."""
+
+    T: int
+    N: int
+    A: int
+    K: int
+    R: float
+    H: int
+    Q: int
+    G: int
+    D: int
+    n: int
+    E: int
+    F: int
+    W: int
+    V: int
+    b: int
+    t: int
+    x: int
+    local_experts: int
+    fused: bool
+
+    @property
+    def packed_row(self) -> int:
+        """w: bytes of a row and its probability in the spanning exchange (model/span/packing),
+        H b + 4 up to the next multiple of 16.
+        """
+        return -(-(self.H * self.b + 4) // 16) * 16
+
+
+def capacity_factor(config: Config, assumptions: Assumptions) -> float:
+    """Rows of a rank's experts over the even share: capacity limits what imbalance adds."""
+    router = config.model.router
+    if router.capacity_factor is None:
+        return assumptions.imbalance
+    if router.pad_to_capacity:
+        return router.capacity_factor
+    return min(assumptions.imbalance, router.capacity_factor)
+
+
+def shapes(config: Config, layout: Layout, vocab: int, assumptions: Assumptions) -> Shapes:
+    """Shapes of `config` in `layout`, for a vocabulary of `vocab` tokens.
+
+    Under ``placement=span`` R counts the rows of all stages of one tick together.
+    """
+    model, tensor = config.model, layout.tensor
+    attended = config.data.sequence * config.batch.micro // layout.context
+    tokens = attended // tensor
+    width = model.head_dim or model.hidden // model.heads
+    factor = capacity_factor(config, assumptions)
+    # A rank with fewer experts than all of them receives as many rows as it sends, on average.
+    rows = tokens * model.experts_per_token * layout.expert_tensor
+    return Shapes(
+        T=config.data.sequence // layout.context,
+        N=tokens,
+        A=attended,
+        K=model.experts_per_token,
+        R=rows * (factor if layout.expert > 1 or model.router.pad_to_capacity else 1.0),
+        H=model.hidden,
+        Q=model.heads * width // tensor,
+        G=max((model.kv_heads or model.heads) // tensor, 1) * width,
+        D=width,
+        n=model.heads // tensor,
+        E=model.experts,
+        F=model.expert_hidden // layout.expert_tensor,
+        W=model.shared_expert_hidden // tensor,
+        V=padded_vocab(vocab, model.vocab_multiple) // tensor,
+        b=DTYPE_BYTES[config.dtype],
+        t=tensor,
+        x=layout.expert_tensor,
+        local_experts=model.experts // layout.expert,
+        fused=assumptions.fused,
+    )

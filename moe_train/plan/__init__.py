@@ -1,1 +1,0 @@
-"""Plans before launch: layouts, their legality, parameter counts. Imports no torch."""

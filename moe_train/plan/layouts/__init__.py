@@ -1,1 +1,0 @@
-"""Who is where: ranks, groups, schedules' ticks, machines."""

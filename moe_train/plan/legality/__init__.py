@@ -1,1 +1,0 @@
-"""What may run: rules, kernels, and the nearest layouts that may."""

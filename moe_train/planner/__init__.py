@@ -1,0 +1,1 @@
+"""Memory, time and the best layout of a run, before it starts. No torch."""

@@ -1,0 +1,184 @@
+"""Arithmetic and memory traffic of one layer, of the ends and of the optimizer, in seconds.
+
+Operations are counted as in `moe_train.parallel.flops` (a multiply-add is 2; backward is
+twice the forward pass), per rank and micro-batch. A product takes the longer of its arithmetic, at
+a share of the peak, and its weights' way through memory (roofline: Williams, Waterman and
+Patterson, 2009). Forward reads the weights; backward reads them once for the gradient of the
+inputs, and a second product makes theirs:
+
+    fused      reads and writes the gradient buffer (Megatron's gradient accumulation fusion)
+    otherwise  writes a gradient of its own, which an addition then moves into the buffer
+               (``DistributedDataParallel``'s hook: reads both, writes one)
+
+Elementwise kernels move every tensor that the layer saves twice: written once, read once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_train.config.hardware import HardwareConfig
+from moe_train.config.root import Config
+from moe_train.parallel.shapes import Shapes
+from moe_train.planner.memory.activations import (
+    dense_terms,
+    expert_terms,
+    head_terms,
+    routing_terms,
+)
+from moe_train.planner.memory.layers import forward_buffers
+from moe_train.planner.memory.optimizer_bytes import bytes_per_parameter
+from moe_train.planner.terms import total
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component's passes on one rank for one micro-batch."""
+
+    name: str
+    flops: float
+    """Forward, useful ones; backward has twice as many."""
+    seconds: float
+    """Forward."""
+    backward_seconds: float
+    formula: str
+
+
+def peak_flops(config: Config) -> float:
+    """FLOP/s of one device in the compute dtype; 0 where the profile has none."""
+    peaks = config.hardware.peak_tflops
+    return 1e12 * peaks.get(config.dtype, peaks.get("bf16", 0.0) if config.dtype == "fp8" else 0.0)
+
+
+def _bandwidth(hardware: HardwareConfig) -> float:
+    return max(hardware.memory_gbps * hardware.memory_efficiency * 1e9, 1.0)
+
+
+def _product(
+    config: Config, z: Shapes, name: str, flops: float, share: float, weights: float, formula: str
+) -> Part:
+    """A product with `weights` parameters, which are all read."""
+    rate, bandwidth = max(peak_flops(config) * share, 1.0), _bandwidth(config.hardware)
+    once = max(flops / rate, weights * z.b / bandwidth)
+    buffer = weights * bytes_per_parameter(config.dtype, config.optim).gradient
+    if z.fused:
+        gradient = max(flops / rate, 2 * buffer / bandwidth)
+    else:
+        gradient = once + _accumulated(config, z, weights)
+    return Part(name, flops, once, once + gradient, formula)
+
+
+def _scores(config: Config, z: Shapes) -> Part:
+    """Fused attention. Its backward pass has 5 products for 2 (FlashAttention-2,
+    arXiv:2307.08691, section 4.1), since it computes the scores again.
+    """
+    hardware, pairs = config.hardware, z.A * (config.data.sequence + 1) / 2
+    flops = 2 * 2 * pairs * z.Q
+    once = flops / max(peak_flops(config) * hardware.attention_efficiency, 1.0)
+    softmax = 0.0
+    if hardware.attention_exp_gops:
+        # Small heads have few products for each exponential (FlashAttention-3,
+        # arXiv:2407.08608, section 3.2).
+        softmax = pairs * z.n / (hardware.attention_exp_gops * 1e9)
+    return Part("scores", flops, once + softmax, 2.5 * (once + softmax), "2 A Q (S + 1), causal")
+
+
+def _accumulated(config: Config, z: Shapes, weights: float) -> float:
+    """Seconds to add `weights` parameters' own gradients to the buffer."""
+    buffer = weights * bytes_per_parameter(config.dtype, config.optim).gradient
+    return (weights * z.b + 2 * buffer) / _bandwidth(config.hardware)
+
+
+def _moved(config: Config, name: str, size: float) -> Part:
+    """Elementwise kernels that move `size` bytes forward and twice as many backward."""
+    once = size / _bandwidth(config.hardware)
+    return Part(name, 0.0, once, 2 * once, "2 x saved bytes")
+
+
+def _launches(forward: float, backward: float) -> Part:
+    return Part("launches", 0.0, forward, backward, "hardware profile")
+
+
+def dense_parts(config: Config, z: Shapes) -> list[Part]:
+    """Attention, norms, router and shared expert of one layer, forward."""
+    hardware = config.hardware
+    width = 2 * z.Q + 2 * z.G
+    parts = [
+        _product(config, z, "projections", 2 * z.A * z.H * width, hardware.gemm_efficiency,
+                 z.H * width, "2 A H (2 Q + 2 G)"),
+        _scores(config, z),
+        _product(config, z, "router", 2 * z.N * z.H * z.E, hardware.gemm_efficiency / 2,
+                 z.H * z.E, "2 N H E, in fp32"),
+    ]  # fmt: skip
+    if z.W:
+        parts.append(
+            _product(config, z, "shared expert", 6 * z.A * z.H * z.W, hardware.gemm_efficiency,
+                     3 * z.H * z.W, "6 A H W")
+        )  # fmt: skip
+    saved = total([*dense_terms(z), *routing_terms(z)])
+    parts.append(_moved(config, "norms and other kernels", 2 * saved))
+    once = hardware.layer_overhead_us * 1e-6
+    parts.append(_launches(once, 2 * once))
+    return parts
+
+
+def expert_parts(config: Config, z: Shapes, share: float = 1.0, layers: int = 1) -> list[Part]:
+    """Routed experts for `share` of the R rows.
+
+    Under ``placement=span`` these belong to `layers` layers, one of each active stage.
+    """
+    hardware, rows = config.hardware, z.R * share
+    moved = 2 * total(expert_terms(z, rows)) + 2 * share * total(forward_buffers(z))
+    modules = layers * z.local_experts
+    once = modules * hardware.expert_overhead_us * 1e-6
+    return [
+        _product(config, z, "experts", 6 * rows * z.H * z.F, hardware.grouped_efficiency,
+                 modules * 3 * z.H * z.F, "6 R H F"),
+        _moved(config, "permutation and SwiGLU", moved),
+        _launches(once, 2 * once),
+    ]  # fmt: skip
+
+
+def embedding_parts(config: Config, z: Shapes) -> list[Part]:
+    """Look-up of the tokens' rows on the first stage; its gradient is a whole table."""
+    bandwidth = _bandwidth(config.hardware)
+    rows, table = 2 * z.A * z.H * z.b / bandwidth, z.V * z.H
+    back = rows + table * z.b / bandwidth + _accumulated(config, z, table)
+    return [Part("embedding", 0.0, rows, back, "2 A H b; backward V H")]
+
+
+def head_parts(config: Config, z: Shapes) -> list[Part]:
+    """Output projection and loss on the last stage."""
+    # The profile has both passes together.
+    launches = config.hardware.microbatch_overhead_us * 1e-6
+    return [
+        _product(config, z, "head", 2 * z.A * z.H * z.V, config.hardware.gemm_efficiency,
+                 z.H * z.V, "2 A H V"),
+        _moved(config, "loss", 2 * total(head_terms(z))),
+        _launches(launches / 3, 2 * launches / 3),
+    ]  # fmt: skip
+
+
+def seconds(parts: list[Part]) -> float:
+    """Forward seconds: the parts run one after the other."""
+    return sum(part.seconds for part in parts)
+
+
+def backward_seconds(parts: list[Part]) -> float:
+    """Backward seconds, without recomputation."""
+    return sum(part.backward_seconds for part in parts)
+
+
+def optimizer_seconds(config: Config, held: int, owned: int) -> float:
+    """Adam's step on one rank.
+
+    Gradients are zeroed where they are `held` (parameters); where a rank has Adam's state
+    (`owned`) they are read for the norm, scaled by clipping and read by Adam, which reads and
+    writes its state and writes the weights. Without a master copy the weights are read as well.
+    """
+    each = bytes_per_parameter(config.dtype, config.optim)
+    weight = each.weight if each.master else 2 * each.weight
+    clip = 2 if config.optim.clip else 0
+    moved = held * each.gradient
+    moved += owned * ((2 + clip) * each.gradient + 2 * each.state + weight)
+    return moved / _bandwidth(config.hardware)

@@ -1,0 +1,50 @@
+"""Is a config legal on a world of ranks? Every violated rule, with what would be legal."""
+
+from __future__ import annotations
+
+from moe_train.config.kernels import planned_kernels
+from moe_train.config.ranges import sizes_refused
+from moe_train.config.root import Config
+from moe_train.config.validate import validate
+from moe_train.errors import ConfigError
+from moe_train.parallel.kernel_rules import fp8_faults, kernel_options, kernel_sizes
+from moe_train.parallel.layout import Layout
+from moe_train.parallel.rules import WORLD_SIZE, layout_faults
+from moe_train.parallel.sizes import layout_of
+from moe_train.planner.search import nearest_layouts
+
+
+def check(
+    config: Config, world: int, *, host: bool | None = None, here: bool = False
+) -> list[ConfigError]:
+    """Every violated rule of `config` on `world` ranks; empty when it can run.
+
+    Null parallel sizes count as `moe_train.parallel.sizes.layout_of` fills them; resolve
+    ``parallel.auto`` first (`moe_train.planner.search.resolve`).
+
+    Args:
+        host: whether it will run on CPUs; None takes ``device``, whose ``auto`` plans for GPUs.
+        here: whether it will run on this machine's own GPUs, with the kernels installed here.
+    """
+    on_host = config.device == "cpu" if host is None else host
+    kernels = planned_kernels(config.backend.kernels, on_cpu=on_host, here=here).kernels
+    faults = [*validate(config), *kernel_options(config, kernels, on_host)]
+    if sizes_refused(faults):
+        return faults
+    layout = layout_of(config, world)
+    found = [_with_legal_layouts(f, config, layout) for f in layout_faults(config, layout)]
+    refused = {fault.field for fault in (*faults, *found)}
+    machine = [*kernel_sizes(config, layout, kernels, on_host), *fp8_faults(config, layout)]
+    return [*faults, *found, *(fault for fault in machine if fault.field not in refused)]
+
+
+def _with_legal_layouts(fault: ConfigError, config: Config, layout: Layout) -> ConfigError:
+    if fault.field != WORLD_SIZE:
+        return fault
+    lines = [" ".join(near.overrides()) for near in nearest_layouts(config, layout)]
+    if not lines:
+        return fault
+    options = "\n      ".join(lines)
+    return ConfigError(
+        fault.field, fault.problem, f"{fault.fix}, or a layout for {layout.world}:\n      {options}"
+    )

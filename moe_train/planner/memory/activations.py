@@ -1,0 +1,104 @@
+"""What a layer, the embedding and the head keep of one micro-batch for the backward pass.
+
+Each tensor that autograd saves is one term, as in Korthikanti et al. (arXiv:2205.05198), for
+this project's layer: RMSNorm, rotary attention in one fused kernel (no scores are kept), top-k
+router in fp32, grouped SwiGLU experts with the routing probability fused in. A tensor that two
+operations save is counted where it is saved first.
+"""
+
+from __future__ import annotations
+
+from moe_train.parallel.shapes import Shapes
+from moe_train.planner.terms import HOST, KORTHIKANTI, MEGATRON, Term
+
+
+def dense_terms(z: Shapes) -> list[Term]:
+    """Attention, norms and router of one layer; on the rank of the tokens."""
+    gathered = "all-gathered again in the backward pass; " + KORTHIKANTI
+    return [
+        *_norm("attention norm", z),
+        Term("QKV input", z.N * z.H * z.b, "N H b", gathered),
+        Term("QKV", z.A * (z.Q + 2 * z.G) * z.b, "A (Q + 2 G) b", MEGATRON),
+        Term("rotated Q and K", z.A * (z.Q + z.G) * z.b, "A (Q + G) b", MEGATRON),
+        Term("rotary tables", 4 * z.T * z.D * z.b, "4 T D b", MEGATRON),
+        Term("attention output", z.A * z.Q * z.b, "A Q b", KORTHIKANTI),
+        Term("attention log-sum", z.A * z.n * 4, "4 A n", "FlashAttention, arXiv:2205.14135"),
+        *_norm("MoE norm", z),
+        Term("router and expert input", z.N * z.H * z.b, "N H b", MEGATRON),
+        Term("router scores", z.N * (4 * z.E + 20 * z.K + 8), "N (4 E + 20 K + 8)", MEGATRON),
+        *_shared(z),
+    ]
+
+
+def _norm(name: str, z: Shapes) -> list[Term]:
+    if z.fused:
+        return [Term(name, z.N * (z.H * z.b + 4), "N (H b + 4)", KORTHIKANTI)]
+    return [Term(name, z.N * (8 * z.H + 4), "N (8 H + 4)", HOST + ": two fp32 copies")]
+
+
+def _shared(z: Shapes) -> list[Term]:
+    if not z.W:
+        return []
+    return [
+        Term("shared expert fc1 output", 2 * z.A * z.W * z.b, "2 A W b", KORTHIKANTI),
+        Term("shared expert fc2 input", z.A * z.W * z.b, "A W b", KORTHIKANTI),
+    ]
+
+
+def routing_terms(z: Shapes) -> list[Term]:
+    """What permuting the tokens keeps, on the rank of the tokens."""
+    if z.fused:
+        size = 4 * z.N * (2 * z.E + 1)
+        return [Term("permutation map", size, "4 N (2 E + 1)", "TransformerEngine's row_id_map")]
+    return [
+        Term("permutation", 8 * z.N * (z.E + z.K), "8 N (E + K)", HOST),
+        Term("combined rows", z.N * z.K * z.H * z.b, "N K H b", HOST + " (index_add)"),
+    ]
+
+
+def expert_terms(z: Shapes, rows: float | None = None, *, act: bool = False) -> list[Term]:
+    """What the experts keep, on the rank that hosts them.
+
+    Args:
+        rows: routed rows received; None is R.
+        act: the SwiGLU product is recomputed (``recompute.modules=[moe_act]``).
+    """
+    r = z.R if rows is None else rows
+    product = Term("fc2 input", r * z.F * z.b, "R F b", KORTHIKANTI)
+    return [
+        Term("expert input", r * z.H * z.b, "R H b", MEGATRON),
+        Term("fc1 output", 2 * r * z.F * z.b, "2 R F b", MEGATRON + " (fused SwiGLU: its input)"),
+        *([] if act else [product]),
+        Term("row probabilities", 4 * r, "4 R", MEGATRON),
+    ]
+
+
+def span_terms(z: Shapes) -> list[Term]:
+    """What the spanning exchange keeps on the hosting rank beside the experts' own, per row set,
+    with TransformerEngine's kernels.
+    """
+    packed = z.R * z.packed_row
+    return [
+        Term("received rows", packed if z.t > 1 else 4 * z.R, "R w", "model/span/hosting"),
+        Term("expert results", z.R * z.H * z.b, "R H b", "model/span/hosting"),
+    ]
+
+
+def layer_input(z: Shapes) -> Term:
+    """All that a recomputed layer keeps."""
+    return Term("layer input", z.N * z.H * z.b, "N H b", KORTHIKANTI + " (full recomputation)")
+
+
+def embedding_terms(z: Shapes) -> list[Term]:
+    """First stage: token ids and, with TP, the mask of foreign ones."""
+    return [Term("token ids", z.A * (8 + (z.t > 1)), "A (8 + [t > 1])", MEGATRON)]
+
+
+def head_terms(z: Shapes) -> list[Term]:
+    """Last stage: final norm, head input, fp32 probabilities of the loss."""
+    return [
+        *_norm("final norm", z),
+        Term("head input", z.N * z.H * z.b, "N H b", KORTHIKANTI),
+        Term("softmax of the loss", z.A * z.V * 4, "4 A V", MEGATRON + " (cross-entropy in fp32)"),
+        Term("loss targets", z.A * 9, "9 A", MEGATRON),
+    ]

@@ -1,0 +1,276 @@
+"""One layer under a recomputation policy: what it keeps, what its backward pass adds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from moe_train.parallel.shapes import Shapes
+from moe_train.planner.memory.activations import (
+    dense_terms,
+    expert_terms,
+    layer_input,
+    routing_terms,
+    span_terms,
+)
+from moe_train.planner.terms import HOST, MEGATRON, Term
+
+SELECTIVE = {
+    # moe_train: config's module -> names of the terms that are then recomputed.
+    "core_attn": ("attention output", "attention log-sum"),
+    "layernorm": ("QKV input", "router and expert input"),
+    "moe_act": ("fc2 input",),
+    "shared_experts": ("shared expert fc1 output", "shared expert fc2 input"),
+    "moe": (
+        "router scores", "permutation map", "permutation", "combined rows", "expert input",
+        "fc1 output", "fc2 input", "row probabilities",
+    ),
+}  # fmt: skip
+"""What Megatron's selective recomputation drops, by ``recompute.modules``."""
+
+
+class Phase(NamedTuple):
+    """A part of a pass, and what is alive in it beside what is saved."""
+
+    name: str
+    terms: tuple[Term, ...]
+
+
+HOSTING = "model/span/hosting, torch's kernels"
+INPUT_TWICE = "layer input, counted already"
+"""Name of the term that takes back what a recomputed layer keeps in any case."""
+
+
+def whole_layer(z: Shapes, *, span: bool) -> list[Term]:
+    """All that an unrecomputed layer keeps on the rank of its tokens."""
+    local = [*dense_terms(z), *routing_terms(z)]
+    return local if span else [*local, *expert_terms(z)]
+
+
+def kept_terms(
+    z: Shapes, *, recomputed: bool, modules: Collection[str] = (), span: bool = False
+) -> list[Term]:
+    """What a layer keeps of one micro-batch between its forward and backward pass."""
+    if recomputed:
+        return [layer_input(z)]
+    dropped = {name for module in modules for name in SELECTIVE.get(module, ())}
+    if "moe" in modules and span:
+        dropped -= {"router scores", "permutation map", "permutation", "combined rows"}
+    return [term for term in whole_layer(z, span=span) if term.name not in dropped]
+
+
+def hosted_terms(z: Shapes, modules: Collection[str] = ()) -> list[Term]:
+    """What a hosting rank keeps of one micro-batch and layer under ``placement=span``.
+
+    Full recomputation of layers does not reach it: the exchange is not repeated.
+    """
+    again, act = "moe" in modules, "moe_act" in modules
+    if z.fused:
+        received = span_terms(z)
+        return received[:1] if again else [*received, *expert_terms(z, act=act)]
+    # The activation is not kept in any case (backend/torch_kernels/replay.py).
+    inputs, first, scores = expert_terms(z, act=True)
+    return [inputs, scores] if again else [inputs, first, scores]
+
+
+def recomputed_terms(
+    z: Shapes, *, recomputed: bool, modules: Collection[str] = (), span: bool = False
+) -> list[Term]:
+    """What comes back while one layer's backward pass runs."""
+    kept = kept_terms(z, recomputed=recomputed, modules=modules, span=span)
+    names = {term.name for term in kept}
+    again = [term for term in whole_layer(z, span=span) if term.name not in names]
+    if recomputed and (z.fused or z.b == 4):
+        # The first norm saves its input as it is; in 16 bits the host's saves fp32 copies.
+        again.append(Term(INPUT_TWICE, -layer_input(z).bytes, "- N H b", MEGATRON))
+    if recomputed:
+        again.append(Term("layer output, made again", layer_input(z).bytes, "N H b", MEGATRON))
+    return again
+
+
+def forward_buffers(z: Shapes) -> list[Term]:
+    """Dispatch: rows leave sorted by expert and arrive by source, then are sorted once more."""
+    sent, received = z.N * z.K * z.H * z.b, z.R * z.H * z.b
+    return [
+        Term("all-to-all send buffer", sent, "N K H b", MEGATRON + " token dispatcher"),
+        Term("all-to-all receive buffer", received, "R H b", MEGATRON + " token dispatcher"),
+    ]
+
+
+def span_forward_buffers(z: Shapes) -> list[Term]:
+    """The forward half of the spanning exchange, when what it keeps has been set apart by stage."""
+    if z.fused:
+        return forward_buffers(z)
+    return [
+        Term("packed rows sent", z.N * z.K * z.packed_row, "N K w", "model/span/packing"),
+        Term("packed rows received", z.R * z.packed_row, "R w", "model/span/packing"),
+        Term("expert input of all stages", z.R * z.H * z.b, "R H b", HOSTING),
+        Term("fc1 output of all stages", 2 * z.R * z.F * z.b, "2 R F b", HOSTING),
+        Term("expert results", z.R * z.H * z.b, "R H b", HOSTING),
+    ]
+
+
+def layer_backward(z: Shapes, kept: Collection[str]) -> list[Phase]:
+    """The phases of one layer's backward pass in which most is alive, beside what it saved.
+
+    Args:
+        kept: names of what the layer saved (recomputed terms included), which its operations free.
+
+    Saved tensors are gone once their operation went backward: at the first matrix neither the
+    combined rows nor the second matrix's input exist any more.
+    """
+    if z.fused:
+        gradients = (
+            Term("gradient of combined rows", z.N * z.K * z.H * z.b, "N K H b", MEGATRON),
+            Term("gradient of expert output", z.R * z.H * z.b, "R H b", MEGATRON),
+            Term("gradient of fc1 output", 2 * z.R * z.F * z.b, "2 R F b", MEGATRON),
+            Term("gradient of expert input", z.R * z.H * z.b, "R H b", MEGATRON),
+        )
+        return [Phase("", gradients)]
+    around = [Term("gradient of expert output", z.R * z.H * z.b, "R H b", MEGATRON)]
+    return _matrices_back(z, kept, around)
+
+
+def span_backward(z: Shapes, kept: Collection[str]) -> list[Phase]:
+    """The same under ``placement=span``, where the rows of all stages go backward together.
+
+    The experts' forward pass is replayed: the activation comes back, and what the first matrix
+    made is put together from the stages' parts, or made again with the experts recomputed.
+    """
+    if z.fused:
+        return layer_backward(z, kept)
+    rows = z.R * z.H * z.b
+    around = [
+        # The exchange holds what went out and what came until the experts are done.
+        Term("gradient of combined rows", z.N * z.K * z.H * z.b, "N K H b", "model/span"),
+        Term("gradient of expert output", rows, "R H b", "model/span"),
+        *([Term("the same by expert", rows, "R H b", HOSTING)] if z.t > 1 else []),
+    ]
+    again = [Term("fc2 input, made again", z.R * z.F * z.b, "R F b", HOSTING)]
+    if "fc1 output" not in kept:
+        around.append(Term("expert input of all stages", rows, "R H b", HOSTING))
+        again.append(Term("fc1 output, made again", 2 * z.R * z.F * z.b, "2 R F b", HOSTING))
+    product, activation, first = _matrices_back(z, kept, around)
+    gone = {"fc2 input, made again"}
+    return [
+        Phase(product.name, (*product.terms, *again)),
+        Phase(activation.name, (*activation.terms, *(t for t in again if t.name not in gone))),
+        first,
+        _gradients_back(z, kept),
+    ]
+
+
+def _matrices_back(z: Shapes, kept: Collection[str], around: list[Term]) -> list[Phase]:
+    freed = {
+        "combined rows": z.N * z.K * z.H * z.b,
+        "fc2 input": z.R * z.F * z.b,
+        "fc1 output": 2 * z.R * z.F * z.b,
+    }
+
+    def gone(*names: str) -> list[Term]:
+        return [
+            Term(f"{name}, freed", -freed[name], "", MEGATRON) for name in names if name in kept
+        ]
+
+    weight = z.local_experts * z.F * z.H * z.b
+    # torch computes a weight's gradient whole before it is added to the gradient buffer;
+    # fused accumulation adds products into the buffer itself. Spanning stages' are made apart.
+    return [
+        Phase(
+            ", second matrix",
+            (
+                *gone("combined rows"),
+                *around,
+                Term("gradient of fc2 input", z.R * z.F * z.b, "R F b", MEGATRON),
+                Term("fc2 weight gradient", weight, "E/e F H b", HOST),
+            ),
+        ),
+        Phase(
+            ", SwiGLU",
+            (
+                *gone("combined rows", "fc2 input"),
+                *around,
+                Term("gradient of fc2 input", z.R * z.F * z.b, "R F b", MEGATRON),
+                Term("SwiGLU gradient in fp32", 12 * z.R * z.F, "12 R F", HOST),
+            ),
+        ),
+        Phase(
+            ", first matrix",
+            (
+                *gone("combined rows", "fc2 input", "fc1 output"),
+                *around,
+                Term("gradient of fc1 output", 2 * z.R * z.F * z.b, "2 R F b", MEGATRON),
+                Term("gradient of expert input", z.R * z.H * z.b, "R H b", MEGATRON),
+                Term("fc1 weight gradient", 2 * weight, "2 E/e F H b", HOST),
+            ),
+        ),
+    ]
+
+
+def _gradients_back(z: Shapes, kept: Collection[str]) -> Phase:
+    """The end of the spanning exchange: every buffer of the way back at once."""
+    sent, received = z.N * z.K, z.R
+    freed = [Term("combined rows, freed", -sent * z.H * z.b, "", MEGATRON)] if (
+        "combined rows" in kept) else []  # fmt: skip
+    if "fc1 output" in kept:
+        freed.append(Term("fc1 output, freed", -2 * z.R * z.F * z.b, "", HOSTING))
+    return Phase(
+        ", gradients back",
+        (
+            *freed,
+            Term("gradient of expert output", received * z.H * z.b, "R H b", "model/span"),
+            Term("gradient of combined rows", sent * z.H * z.b, "N K H b", "model/span"),
+            Term("packed gradients", received * z.packed_row, "R w", "model/span/packing"),
+            Term("packed, returned", sent * z.packed_row, "N K w", "model/span/packing"),
+            Term("unpacked", sent * z.H * z.b, "N K H b", "model/span/packing"),
+        ),
+    )
+
+
+def retained_terms(z: Shapes, recomputed: int) -> list[Term]:
+    """What the layers that went backward before still hold.
+
+    Megatron's token dispatcher keeps its last routing probabilities as an attribute. In a
+    recomputed layer they hang on the graph of its recomputation, and with it the layer's input
+    and that input's gradient stay until the dispatcher's next use. The spanning layer has no
+    dispatcher.
+
+    Args:
+        recomputed: recomputed layers of this chunk that have gone backward.
+    """
+    size = recomputed * z.N * z.H * z.b
+    source = MEGATRON + " (MoEAlltoAllTokenDispatcher.probs)"
+    return [
+        Term("inputs of recomputed layers, not yet freed", size, "N H b each", source),
+        Term("gradients of these inputs", size, "N H b each", source),
+    ]
+
+
+def standing_buffers(z: Shapes) -> list[Term]:
+    """What stays once it exists: Megatron's buffer for inputs gathered over TP."""
+    if z.t == 1 or z.fused:
+        return []
+    source = "Megatron-Core's GlobalMemoryBuffer"
+    return [Term("gathered input", z.A * z.H * z.b, "A H b", source)]
+
+
+def loss_phases(z: Shapes) -> list[Phase]:
+    """Loss and head, beside what they save (see ``activations.head_terms``).
+
+    The loss turns logits into fp32 probabilities in place of an fp32 copy, and those into the
+    gradient, which is cast to the compute dtype. The head goes backward when they are gone.
+    """
+    logits = z.A * z.V * z.b
+    if z.fused:
+        terms = [Term("logits", logits, "A V b", MEGATRON)]
+        if z.b < 4:
+            terms.append(Term("gradient of logits", logits, "A V b", MEGATRON))
+        return [Phase("loss", tuple(terms))]
+    copies = [Term("logits", logits, "A V b", MEGATRON)] if z.b < 4 else []
+    head = (
+        Term("softmax of the loss, freed", -4 * z.A * z.V, "4 A V", MEGATRON),
+        Term("gradient of logits", logits, "A V b", MEGATRON),
+        Term("gradient of head input", z.A * z.H * z.b, "A H b", MEGATRON),
+        Term("head weight gradient", z.V * z.H * z.b, "V H b", HOST),
+    )
+    return [Phase("loss", tuple(copies)), Phase("backward of the head", head)]

@@ -1,0 +1,1 @@
+"""Life of the training process: plan, open, restore, train, end."""

@@ -1,0 +1,245 @@
+"""A run from overrides to exit code: plan, open, train, close."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_train.checkpoint.folders import take_back
+from moe_train.config.compose import expand_multirun
+from moe_train.config.sweep import suffixes
+from moe_train.errors import (
+    EXIT_FINISHED,
+    EXIT_HUNG,
+    EXIT_MEMORY,
+    EXIT_PREEMPTED,
+    ConfigError,
+    MoeTrainError,
+    Preempted,
+)
+from moe_train.run.ending import STOPPED, diagnosed, end, report, tell_status
+from moe_train.run.first_failure import claim
+from moe_train.run.planning import planned
+from moe_train.run.state import Standing
+from moe_train.run.torchelastic import leave
+from moe_train.run_folder.folder import (
+    RunFolder,
+    create_run_folder,
+    default_run_name,
+    next_free_name,
+)
+from moe_train.run_folder.lock import FolderLock
+from moe_train.run_folder.rank_log import log_to_file
+from moe_train.run_folder.status import read_status
+from moe_train.train.interrupt import Interrupt, end_with_launcher
+
+if TYPE_CHECKING:
+    from moe_train.config.root import Config
+    from moe_train.parallel.layout import Layout
+
+MULTIRUN = ("-m", "--multirun")
+HELP = """usage: moe-train train [overrides ...]   or   python train.py [overrides ...]
+
+Train on this process's rank. One process is one rank; for several, start
+  torchrun --nproc-per-node 8 train.py [overrides ...]
+
+examples:
+  moe-train train                                  chooses device, experiment and layout
+  moe-train train experiment=single train.steps=20
+  moe-train train data.train=[data/notes] run.name=notes
+  moe-train train --multirun optim.lr=1e-3,3e-3 experiment=single
+
+Overrides are key=value; moe-train plan shows what they lead to and names every fault.
+"""
+
+
+def world_of_process() -> tuple[int, int]:
+    """Rank and world size from torchrun's environment; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def restarts() -> tuple[int, int]:
+    """How often torchrun has started these ranks again by itself, and how often it may."""
+    done = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return done, int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train with Hydra overrides; ``-m a=1,2`` runs every combination in turn.
+
+    Returns:
+        The rank's exit code; the first failed job's, for several.
+    """
+    with Interrupt() as interrupt:
+        end_with_launcher()
+        return _main(argv, interrupt)
+
+
+def _main(argv: Sequence[str], interrupt: Interrupt) -> int:
+    if {"-h", "--help"} & set(argv):
+        if world_of_process()[0] == 0:
+            print(HELP)
+        return EXIT_FINISHED
+    multirun = any(word in MULTIRUN for word in argv)
+    overrides = [word for word in argv if word not in MULTIRUN]
+    if not multirun:
+        return run(overrides, interrupt)
+    try:
+        jobs = expand_multirun(overrides)
+    except MoeTrainError as fault:
+        return report(fault)
+    codes: list[int] = []
+    for number, (job, suffix) in enumerate(zip(jobs, suffixes(jobs), strict=True), start=1):
+        if world_of_process()[0] == 0:
+            print(f"job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
+        codes.append(run(job, interrupt, suffix))
+        # A stop is meant for the whole sweep, and a world without one of its ranks is over.
+        alone = world_of_process()[1] == 1
+        if codes[-1] in (EXIT_PREEMPTED, EXIT_HUNG) or (codes[-1] == EXIT_MEMORY and not alone):
+            break
+    return next((code for code in codes if code != EXIT_FINISHED), EXIT_FINISHED)
+
+
+def run(overrides: Sequence[str], interrupt: Interrupt, suffix: str = "") -> int:
+    """One run on this rank; returns its exit code.
+
+    Args:
+        interrupt: listens as long as the process has something to do. A request that comes in the
+            last step of a sweep's job stops the next one before its first, on all ranks.
+        suffix: goes to the run's name, which all jobs of a sweep would share otherwise.
+    """
+    begun = time.perf_counter()
+    rank, world = world_of_process()
+    standing = Standing()
+    try:
+        config, layout = planned(
+            overrides, world, lambda config, layout: stay_stopped(config, layout, suffix)
+        )
+        fault: MoeTrainError | None = None
+        if rank == 0:
+            try:
+                take_folder(config, layout, suffix, standing)
+                announce(config, layout, world)
+            except ConfigError as refused:
+                # The peers are on their way into the world: they are told there.
+                fault = refused
+        if fault is not None and world == 1:
+            raise fault
+        from moe_train.run.opening import open_session
+
+        with ExitStack() as stack:
+            try:
+                session = open_session(
+                    config, layout, rank, world, stack,
+                    folder=standing.folder, fault=fault, joined=standing.join,
+                )  # fmt: skip
+                if rank == 0:
+                    taken = session.engine.backend.kernels
+                    print(f"kernels {taken.kernels.name} ({taken.why})", flush=True)
+                # Only now: it imports Megatron, which the backend had to prepare for.
+                from moe_train.run.training import train
+
+                train(session, standing, stack, begun, interrupt)
+            except BaseException as failure:
+                standing.fault = diagnosed(failure, standing, config, layout)
+                if standing.fault is None or standing.fault is failure:
+                    raise
+                raise standing.fault from failure
+        return EXIT_FINISHED
+    except MoeTrainError as fault:
+        return end(standing.fault or fault, standing)
+    except BaseException as crash:
+        from moe_train.backend.groups import lost_peer
+
+        # Closing what is left of a world may fail as well, and is not why the run ends.
+        if (known := standing.fault or lost_peer(crash)) is not None:
+            return end(known, standing)
+        leave(traceback.format_exc())
+        claim(standing.logs, f"{type(crash).__name__}: {crash}")
+        tell_status(standing, "failed", f"{type(crash).__name__}: {crash}")
+        raise
+    finally:
+        if standing.lock is not None:
+            standing.lock.release()
+        log_to_file(None)
+
+
+def stay_stopped(config: Config, layout: Layout, suffix: str) -> None:
+    """Leave a preempted run alone where torchrun starts it again as if it had failed.
+
+    Every rank reads that for itself, before torch is imported: the time until a scheduler ends
+    the job is short. A rank that cannot see the folder is ended by torchrun with the others.
+
+    Raises:
+        Preempted: the run was told to stop before this start.
+    """
+    if restarts()[0] == 0:
+        return
+    parent = Path(config.run.dir)
+    if config.run.name:
+        name = config.run.name + suffix
+    else:
+        name = next_free_name(parent, default_run_name(config.experiment, layout.tag) + suffix)
+    folder = RunFolder(parent / name)
+    status = read_status(folder.status)
+    # The status alone may be an earlier job's: this one may have failed before it took the run up.
+    if status is not None and status.state == "preempted" and (folder.logs / STOPPED).exists():
+        raise Preempted(
+            f"step {status.step}",
+            "the run was told to stop, and is not taken up by a restart of its ranks",
+            "start it again with the same run.name to go on",
+        )
+
+
+def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing) -> None:
+    """Create the run folder, or find the one that is there (rank 0).
+
+    A new one is described at once; one with an earlier run's files is left as it is until this
+    run is known to continue it.
+
+    Raises:
+        ConfigError: the folder cannot be written, or another job trains in it.
+    """
+    from moe_train.run.records import describe_run
+
+    folder = create_run_folder(
+        config.run.dir,
+        config.run.name + suffix if config.run.name else None,
+        default_name=default_run_name(config.experiment, layout.tag) + suffix,
+        # Ranks that are started again belong to the run that their first start opened.
+        fresh=config.checkpoint.resume == "never" and restarts()[0] == 0,
+    )
+    standing.lock = FolderLock(folder.path)
+    take_back(folder.checkpoints)
+    config.run.name = folder.path.name
+    standing.folder = folder
+    if restarts()[0] == 0:
+        (folder.logs / STOPPED).unlink(missing_ok=True)
+    if not folder.config.exists():
+        describe_run(folder, config, layout, 0)
+        standing.taken_up = True
+
+
+def announce(config: Config, layout: Layout, world: int) -> None:
+    """Say what is about to run, and why (rank 0)."""
+    why = f" ({config.experiment_reason})" if config.experiment_reason else ""
+    print(f"experiment {config.experiment}{why}")
+    if config.hardware.device:
+        print(f"device {config.device}: {config.hardware.device}, profile {config.hardware.name}")
+    print(
+        f"layout {layout.tag} on {world} rank(s): tensor {layout.tensor}, pipeline "
+        f"{layout.pipeline}, expert {layout.expert}, data {layout.data}, "
+        f"placement {layout.placement}",
+        flush=True,
+    )
+    if restarts()[1] and config.checkpoint.resume != "auto":
+        print(
+            f"warning: checkpoint.resume={config.checkpoint.resume} holds for every start: after "
+            "a failure the ranks begin there again, not at this run's own last checkpoint",
+            flush=True,
+        )

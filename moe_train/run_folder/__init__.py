@@ -1,0 +1,1 @@
+"""The files of a run folder: layout, status, lock, logs, metrics.jsonl."""

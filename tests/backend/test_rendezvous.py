@@ -1,0 +1,69 @@
+"""Ranks that are started again find each other, not those that were there before."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
+
+import pytest
+import torch.distributed as dist
+
+from moe_train.backend import consensus
+from moe_train.backend.rendezvous import meet
+from moe_train.errors import HungError
+
+WORLD = 3
+
+
+def start(
+    pool: ThreadPoolExecutor, store: dist.Store, order: list[int]
+) -> list[Future[dist.Store]]:
+    """One start of all ranks, which come in ``order``."""
+    arrived = {rank: pool.submit(meet, store, rank, WORLD, 20.0) for rank in order}
+    return [arrived[rank] for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+def test_starts_do_not_mix(order: list[int]) -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(WORLD) as pool:
+        for number in range(3):
+            found = [future.result(20) for future in start(pool, store, order)]
+            assert not any(one.check(["address/1"]) for one in found), "of an earlier start"
+            found[1].set("address/1", str(number))
+            assert [one.get("address/1") for one in found] == [str(number).encode()] * WORLD
+
+
+def test_half_a_start_leaves_nothing_behind() -> None:
+    """Ranks of a start that never was complete have said hello."""
+    store = dist.HashStore()
+    store.set("hello/1", "somebody who is dead")
+    with pytest.raises(HungError, match="rank 1, 2 did not come"):
+        meet(store, 0, WORLD, 0.2)
+    with ThreadPoolExecutor(WORLD) as pool:
+        found = [future.result(20) for future in start(pool, store, [0, 1, 2])]
+        found[2].set("x", "y")
+        assert all(one.get("x") == b"y" for one in found)
+
+
+def test_a_question_waits_for_every_rank_and_names_the_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(consensus, "launcher_store", lambda *place: dist.HashStore())
+    with pytest.raises(HungError, match="rank 1, 2 did not come"):
+        consensus.settle("plan", "mine", max, 0, WORLD, 0.2)
+    with pytest.raises(HungError, match="rank 0 did not come"):
+        consensus.settle("plan", "mine", max, 2, WORLD, 0.2)
+
+
+def test_all_ranks_have_rank_0s_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(consensus, "launcher_store", lambda *place: store)
+    monkeypatch.setattr(consensus, "_QUESTIONS", repeat(1))
+    with ThreadPoolExecutor(WORLD) as pool:
+        asked = [
+            pool.submit(consensus.settle, "plan", str(rank), "+".join, rank, WORLD, 20.0)
+            for rank in (2, 0, 1)
+        ]
+        assert {one.result(20) for one in asked} == {"0+1+2"}
+    assert consensus.settle("plan", "7", "+".join, 0, 1, 20.0) == "7"

@@ -1,0 +1,148 @@
+"""The console: a bar on a terminal, plain lines elsewhere, and the summary at the end."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pty
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from moe_train.callbacks.progress import ConsoleProgress
+from moe_train.callbacks.summary import RunSummary, summarise, summary_rows
+
+RECORDS = [
+    {"step": 1, "loss": 8.5, "tokens_per_second": 10.0, "mfu": 0.01, "step_seconds": 20.0},
+    {"step": 2, "loss": 7.0, "tokens_per_second": 1000.0, "mfu": 0.3, "step_seconds": 2.0},
+    {"step": 2, "valid_loss": 6.9},
+    {"step": 3, "loss": 6.0, "tokens_per_second": 1200.0, "mfu": 0.4, "step_seconds": 2.0},
+    {"step": 4, "loss": 5.25, "tokens_per_second": 1100.0, "mfu": 0.35, "step_seconds": 2.0},
+    {"step": 4, "valid_loss": 5.5},
+]
+
+
+def summary(entropy: float | None = 6.25) -> RunSummary:
+    return summarise(
+        RECORDS,
+        state="finished",
+        wall_seconds=65.2,
+        run_folder=Path("runs") / ("long-" * 40 + "name"),
+        unigram_entropy=entropy,
+    )
+
+
+def play(console: ConsoleProgress) -> None:
+    console.start(total=4)
+    for record in RECORDS:
+        if "loss" in record:
+            console.step(record)
+        else:
+            console.validation({**record, "unigram_entropy": 6.25})
+    console.message("checkpoint [bold] written")
+    console.finish(summary())
+
+
+def test_lines_on_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    console = ConsoleProgress("auto", log_every=3, stream=stream)
+    assert console.mode == "lines"
+    play(console)
+    text = stream.getvalue()
+    lines = text.splitlines()
+    assert "\x1b" not in text
+    # Every third step and the last one.
+    steps = [line for line in lines if line.startswith("step") and "/4" in line]
+    assert [line.split()[1] for line in steps] == ["3/4", "4/4"]
+    assert "loss 6.0000" in steps[0] and "tokens/s 1,200" in steps[0] and "MFU 40.0%" in steps[0]
+    assert "left 0:00:02" in steps[0], "the slow first step must not weigh on the remaining time"
+    assert any("validation loss 5.5000" in x and "entropy 6.2500" in x for x in lines)
+    assert "checkpoint [bold] written" in lines, "text is not markup"
+    # The folder stays on one line, so that it can be copied.
+    assert lines[-1].endswith(str(summary().run_folder))
+    assert capsys.readouterr().out == ""
+
+
+def test_none_is_silent() -> None:
+    stream = io.StringIO()
+    play(ConsoleProgress("none", stream=stream))
+    assert stream.getvalue() == ""
+
+
+def seen_on(master: int) -> str:
+    """Everything that comes out of a terminal until its other end is closed."""
+    pieces = []
+    while True:
+        try:
+            piece = os.read(master, 1 << 12)
+        except OSError as end:
+            assert end.errno == errno.EIO
+            piece = b""
+        if not piece:
+            return b"".join(pieces).decode()
+        pieces.append(piece)
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    master, slave = pty.openpty()
+    with ThreadPoolExecutor(1) as pool:
+        # A terminal takes what is written only while somebody looks.
+        looking = pool.submit(seen_on, master)
+        with os.fdopen(slave, "w") as stream:
+            console = ConsoleProgress("auto", stream=stream)
+            assert console.mode == "bar"
+            play(console)
+        shown = looking.result()
+    os.close(master)
+    assert "4/4" in shown and "loss 5.2500" in shown and "checkpoint [bold] written" in shown
+    assert "\x1b[?25h" in shown, "the cursor must be shown again"
+
+
+def test_an_interrupted_bar_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    console = ConsoleProgress("bar", stream=stream)
+    console.start(total=4, done=2)
+    console.finish()
+    console.finish()
+    assert stream.getvalue().count("\x1b[?25h") == 1
+
+
+def test_forced_routing_is_labelled() -> None:
+    stream = io.StringIO()
+    console = ConsoleProgress("lines", stream=stream)
+    console.start(total=1)
+    console.step({"step": 1, "loss": 1.0, "force_balance": True})
+    assert "forced" in stream.getvalue()
+
+
+def test_a_resumed_run_counts_the_steps_that_are_left() -> None:
+    stream = io.StringIO()
+    console = ConsoleProgress("lines", stream=stream)
+    console.start(total=10, done=7)
+    console.step({"step": 8, "loss": 1.0, "step_seconds": 30.0})
+    assert "left 0:01:00" in stream.getvalue()
+
+
+def test_summary_figures() -> None:
+    found = summary()
+    assert (found.step, found.first_loss, found.last_loss) == (4, 8.5, 5.25)
+    assert found.valid_loss == 5.5
+    assert found.tokens_per_second == 1100.0, "the median without the first step"
+    rows = dict(summary_rows(found))
+    assert rows["training loss"] == "8.5000 -> 5.2500"
+    assert "below the unigram entropy 6.2500" in rows["validation loss"]
+    assert rows["wall time"] == "0:01:05"
+
+
+def test_summary_is_honest_about_a_model_that_learned_nothing() -> None:
+    assert "not below" in dict(summary_rows(summary(entropy=5.0)))["validation loss"]
+
+
+def test_summary_of_a_run_that_made_no_step() -> None:
+    found = summarise([], state="failed", wall_seconds=1.0, run_folder=Path("runs/x"))
+    assert [label for label, _ in summary_rows(found)] == ["run", "wall time", "run folder"]

@@ -1,0 +1,141 @@
+"""What a save and a load add on the device and on the host: a piece, an item, never the state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_train.testing.layouts import PP2_EP2_SPAN, SMALL, TP2_EP2, Layout
+from moe_train.testing.world import run_world
+
+pytestmark = pytest.mark.world
+GB = 10**9
+FULL = pytest.mark.full
+PIECE = 64 * 2**10
+WIDE = [*SMALL, "device=cpu", "model.layers=2", "model.hidden=128", "model.expert_hidden=128"]
+AWARE = ("dtype=bf16", "optim.distributed=true", "optim=precision_aware")
+LAYOUTS = {
+    "plain fp32": TP2_EP2,
+    "mixed precision": Layout("", 2, {"tensor": 2}, ("dtype=bf16",)),
+    "distributed, whole": Layout("", 2, {"expert": 2, "tensor": 2}, AWARE[:2]),
+    "distributed, in slices": Layout("", 4, {"expert": 2}, AWARE[:2]),
+    "precision-aware, in slices": Layout("", 4, {"expert": 2}, AWARE),
+    "precision-aware, spanning": Layout("", 2, PP2_EP2_SPAN.sizes, (*PP2_EP2_SPAN.extra, *AWARE)),
+}
+
+
+def small(rank: int, one: int, words: list[str], world: int, folder: str) -> dict[str, int]:
+    """A small model, and pieces that are small beside its parameters."""
+    from moe_train.checkpoint import staging
+    from tests.support.device_memory import added
+
+    staging.PIECE = PIECE
+    return added(words, world, 1, Path(folder), vocab=500)
+
+
+@pytest.mark.parametrize(
+    "name", [name if "aware" in name else pytest.param(name, marks=FULL) for name in LAYOUTS]
+)
+def test_a_save_and_a_load_add_pieces_to_the_device(tmp_path: Path, name: str) -> None:
+    layout = LAYOUTS[name]
+    words = [*WIDE, *layout.overrides]
+    [found] = run_world(small, 1, words, layout.world, str(tmp_path))
+    assert found["parameter"] >= 8 * PIECE, "the bound below would say nothing"
+    assert found["state"] > 4 * found["parameter"]
+    for way in ("save", "beside", "load"):
+        # The broadcast piece or the contiguous copy of one; random states.
+        assert found[way] <= 2 * PIECE + 32 * 2**10, (way, found)
+    # A parameter that was brought together, an item of it, the buffer.
+    assert found["host"] <= 2 * found["parameter"] + 2 * PIECE, found
+
+
+def leaking(
+    rank: int, one: int, words: list[str], world: int, folder: str, leak: str
+) -> dict[str, int]:
+    """The same, with what used to be done planted into the program."""
+    from moe_train.checkpoint import staging
+    from moe_train.checkpoint.entries import Entry
+    from moe_train.checkpoint.reading import _Place
+    from moe_train.checkpoint.tensors import Values
+
+    kept: list[Any] = []
+    if leak == "fp32 copies":
+        describe = Values.__init__
+
+        def init(self: Values, tree: Any) -> None:
+            from moe_train.checkpoint.entries import listed
+
+            kept.extend(entry.live.float() + 0 for entry in listed(tree))
+            describe(self, tree)
+
+        Values.__init__ = init  # type: ignore[method-assign]
+    elif leak == "planned on values":
+        # Megatron makes parts contiguous, on the device, while it plans.
+        Entry.stand_in = lambda self: self.live.to(self.dtype)  # type: ignore[method-assign]
+    elif leak == "an item at once":
+
+        def to_host(self: Any, source: Any, dtype: Any, *, copy: bool = False) -> Any:
+            host = staging.host_empty(source.shape, dtype)
+            return host.copy_(source.to(dtype).contiguous().clone())
+
+        def to_live(self: Any, source: Any, target: Any) -> None:
+            target.copy_(source.to(target.dtype).clone())
+
+        staging.Staging.to_host = to_host  # type: ignore[method-assign]
+        staging.Staging.to_live = to_live  # type: ignore[method-assign]
+    else:
+        place = _Place.commit_tensor
+
+        def commit(self: Any, item: Any, tensor: Any) -> None:
+            kept.append(self._target.clone())
+            place(self, item, tensor)
+
+        _Place.commit_tensor = commit  # type: ignore[method-assign]
+    return small(rank, one, words, world, folder)
+
+
+LEAKS = {
+    "fp32 copies": ("save", "beside"),
+    "planned on values": ("save", "beside", "load"),
+    "an item at once": ("save", "beside", "load"),
+    "loaded beside": ("load",),
+}
+
+
+@pytest.mark.parametrize(
+    "leak",
+    [leak if leak == "an item at once" else pytest.param(leak, marks=FULL) for leak in LEAKS],
+)
+def test_a_copy_of_the_state_would_be_seen(tmp_path: Path, leak: str) -> None:
+    words = [*WIDE, *LAYOUTS["precision-aware, spanning"].overrides]
+    [found] = run_world(leaking, 1, words, 2, str(tmp_path), leak)
+    for way in LEAKS[leak]:
+        assert found[way] > 2 * PIECE + 32 * 2**10, (way, found)
+
+
+def full_size(rank: int, one: int, words: list[str], world: int, folder: str) -> dict[str, int]:
+    from tests.support.device_memory import added
+
+    return added(words, world, 1, Path(folder))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ("moe_30b_8x64gb", "placement=span"),
+        ("moe_30b_8x64gb", "placement=stage", "expert=2"),
+        ("moe_30b_8x64gb", "=tp2_ep8", "placement=stage"),
+    ],
+    ids=["span", "stage", "DP4"],
+)
+def test_the_30b_adds_less_than_1_gb(tmp_path: Path, sizes: tuple[str, ...]) -> None:
+    experiment, *rest = sizes
+    words = [f"experiment={experiment}", *(f"parallel.{s}".replace(".=", "=") for s in rest)]
+    [found] = run_world(full_size, 1, words, 8, str(tmp_path))
+    assert found["state"] > 40 * GB
+    for way in ("save", "beside", "load"):
+        assert found[way] < GB, found
+    assert found["host"] < 2 * found["parameter"] + GB, found

@@ -1,0 +1,117 @@
+"""``moe-train evaluate``: the run's own validation loss, in any layout; and its refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_train.commands import evaluate
+from moe_train.config.compose import compose
+from moe_train.config.convert import to_mapping
+from moe_train.config.sweep import LONGEST, suffixes
+from moe_train.errors import EXIT_CHECKPOINT, EXIT_CONFIG
+from moe_train.testing.runs import train_run
+from moe_train.testing.world import run_world
+
+SMALL = [
+    *("parallel=single", "recompute=none", "batch.micro=1", "batch.microbatches=4"),
+    *("model.layers=2", "model.hidden=32", "model.heads=4", "model.head_dim=8"),
+    *("model.experts=4", "model.expert_hidden=32", "data.sequence=32", "run.seed=7"),
+    *("train.steps=4", "train.eval_every=4", "train.eval_batches=3", "checkpoint.every=2"),
+]
+
+
+def _evaluate(rank: int, world: int, argv: list[str]) -> int:
+    from moe_train.cli import main
+
+    return main(["evaluate", *argv])
+
+
+@pytest.mark.world
+def test_every_layout_gives_the_validation_loss_of_the_run(tmp_path: Path) -> None:
+    run = train_run(tmp_path / "r", SMALL)
+    assert run.codes == [0]
+    [validation] = [record for record in run.records if "valid_loss" in record]
+    before = sorted(path for path in run.folder.rglob("*"))
+
+    def evaluated(world: int, *words: str) -> dict[str, Any]:
+        target, log = tmp_path / "loss.json", tmp_path / "log"
+        argv = ["device=cpu", f"run.dir={tmp_path}", *words, "--json", str(target)]
+        assert run_world(_evaluate, world, argv, log=log) == [0] * world, log.read_text()
+        found: dict[str, Any] = json.loads(target.read_text())
+        assert f"{found['loss']:.4f} nats per token" in log.read_text()
+        target.unlink()
+        log.unlink()
+        return found
+
+    # Nothing but the run's name: model, data, seed and batch are the run's.
+    same = evaluated(1, "run.name=r", "parallel=single")
+    assert same["loss_hex"] == validation["valid_loss_hex"]
+    assert same["unigram_entropy"] == validation["unigram_entropy"]
+    assert (same["step"], same["tokens"], same["layout"]) == (4, 3 * 4 * 32, "single")
+    assert same["perplexity"] == pytest.approx(2.718281828459045 ** same["loss"])
+
+    split = evaluated(2, "run.name=r", "parallel=single", "parallel.expert=2")
+    assert split["layout"] == "EP2" or "EP2" in split["layout"]
+    assert split["tokens"] == same["tokens"]
+    assert split["loss"] == pytest.approx(same["loss"], rel=1e-6)
+
+    path = run.folder / "checkpoints" / "step_00000002"
+    earlier = evaluated(1, f"checkpoint.resume={path}", "parallel=single")
+    assert earlier["step"] == 2 and earlier["loss"] != same["loss"]
+
+    longer = evaluated(1, "run.name=r", "parallel=single", "train.eval_batches=1")
+    assert longer["tokens"] == 4 * 32 and longer["loss"] != same["loss"]
+    assert sorted(path for path in run.folder.rglob("*")) == before
+
+
+@pytest.mark.world
+def test_nothing_to_evaluate(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    argv = ["device=cpu", f"run.dir={tmp_path}", "run.name=none", *SMALL]
+    assert run_world(_evaluate, 1, argv, log=log) == [EXIT_CHECKPOINT]
+    told = log.read_text()
+    assert "has no committed checkpoint" in told and "Traceback" not in told
+    assert not (tmp_path / "none").exists()
+
+
+def test_config_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.evaluate_main(["checkpoint.resume=never", "device=cpu"]) == EXIT_CONFIG
+    assert "checkpoint.resume" in capsys.readouterr().err
+    assert evaluate.evaluate_main(["train.stps=3", "device=cpu"]) == EXIT_CONFIG
+    assert "train.steps" in capsys.readouterr().err
+
+
+def test_inherited_settings_survive_the_grammar_of_overrides() -> None:
+    """Paths with quotes, commas and spaces, nulls, floats and booleans come back as they were."""
+    config = compose(["experiment=single"])
+    config.data.train = [
+        "0.5:it's, here/a b",
+        'with "quotes"',
+        "back\\slash",
+        "k=v",
+        "end\\",
+        "a\\'b",
+    ]
+    config.data.cache = "some where"
+    config.model.norm_epsilon = 1e-05
+    config.model.router.pre_softmax = True
+    wanted = to_mapping(config)
+    words = [w for key in ("model", "data") for w in evaluate._words(key, wanted[key])]
+    found = to_mapping(compose(["experiment=twin", "recompute=none", *words]))
+    assert (found["model"], found["data"]) == (wanted["model"], wanted["data"])
+
+
+def test_jobs_of_a_sweep_have_names_of_their_own() -> None:
+    assert suffixes([["a.b=1", "c=3"], ["a.b=2e-3", "c=3"]]) == ["-a.b-1", "-a.b-2e-3"]
+    assert suffixes([["a=1", "c=3"]]) == [""]
+    assert suffixes([["run.name=x"], ["run.name=y"]]) == ["", ""]
+    awkward = suffixes([[f"d=[{'x' * 200}/{tail}]"] for tail in "ab"] + [["d=a b"], ["d=a/b"]])
+    assert len(set(awkward)) == 4
+    for suffix in awkward:
+        assert "/" not in suffix and "=" not in suffix and len(suffix) <= LONGEST + 9
+    # A sweep that grows keeps the names of the jobs that it had.
+    assert suffixes([["a=1"], ["a=2"], ["a=3"]])[:2] == suffixes([["a=1"], ["a=2"]])

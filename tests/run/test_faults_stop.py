@@ -1,0 +1,162 @@
+"""A run told to stop: all ranks at one step, with everything saved, and on it goes bit by bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from moe_train.checkpoint.folders import committed
+from moe_train.errors import EXIT_PREEMPTED
+from moe_train.run_folder.metrics import read
+from moe_train.run_folder.status import read_status
+from moe_train.testing.layouts import TP2_PP2_EP2
+from moe_train.testing.runs import train_run
+from moe_train.testing.world import run_world
+from moe_train.train.grace import LAUNCHED, TIMEOUT, Grace, grace_seconds
+from tests.support.faults import LAUNCHER, Fault, codes, done
+from tests.support.survival import FAULTY, Reference, hit, hold, launch, notes, refer
+
+pytestmark = pytest.mark.world
+
+TERM, STEPS, WORLD = signal.SIGTERM, 6, 4
+WORDS = [
+    *FAULTY,
+    *TP2_PP2_EP2.overrides,
+    *("train.steps=6", "checkpoint.every=2", "checkpoint.keep=1"),
+    *("train.eval_every=2", "train.eval_batches=2"),
+]
+# What happens, the step that the ranks agree on, and whether it is in the default suite.
+STOPS: dict[str, tuple[list[Fault], int, bool]] = {
+    "in a step": ([Fault("forward", 3, 1, TERM)], 3, False),
+    "after the update": ([Fault("updated", 5, 3, signal.SIGUSR1)], 5, False),
+    "in a validation": ([Fault("validation", 2, 2, signal.SIGINT)], 2, True),
+    "in a save": ([Fault("before shards", 4, 3, signal.SIGHUP)], 4, False),
+    "late in a save": ([Fault("after rename", 2, 0, TERM)], 2, False),
+    "twice": (
+        [
+            *(Fault("forward", 3, 1, TERM), Fault("after shards", 3, 1, TERM)),
+            *(Fault("closing", 3, 0, TERM), Fault("last words", 3, 0, TERM)),
+        ],
+        3,
+        True,
+    ),
+    "before the first step": ([Fault("open", 0, 2, TERM)], 0, False),
+    "before the world": ([Fault("plan", 0, 1, TERM)], 0, True),
+}
+LAUNCHES: dict[str, tuple[list[Fault], int]] = {
+    "torchrun, in a step": ([Fault("forward", 3, LAUNCHER, TERM)], 3),
+    "torchrun, in a save": ([Fault("before shards", 2, LAUNCHER, TERM)], 2),
+    "torchrun, before the first step": ([Fault("open", 0, LAUNCHER, TERM)], 0),
+    "one rank": ([Fault("forward", 3, 2, TERM)], 3),
+    "torchrun, then its ranks": (
+        [
+            Fault("forward", 3, LAUNCHER, TERM),
+            *(Fault(point, 3, r, TERM) for point in ("after shards", "closing") for r in range(4)),
+        ],
+        3,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return refer(tmp_path_factory.mktemp("straight") / "run", WORDS, WORLD)
+
+
+def stopped_at(folder: Path) -> int:
+    """The step that a run was preempted at; what it says and what it saved agree."""
+    status = read_status(folder / "status.json")
+    assert status is not None and status.state == "preempted", status
+    saved = [path.name for path in committed(folder / "checkpoints")]
+    assert saved == ([f"step_{status.step:08d}"] if status.step else [])
+    assert ("its state is saved" in status.reason) == bool(status.step)
+    steps = [record["step"] for record in read(folder / "metrics.jsonl") if "loss" in record]
+    assert steps == list(range(1, status.step + 1))
+    return status.step
+
+
+def goes_on(folder: Path, reference: Reference) -> None:
+    run = train_run(folder, WORDS, WORLD)
+    assert run.codes == [0] * WORLD, folder.with_suffix(".log").read_text()
+    hold(run, reference)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(k, marks=[] if STOPS[k][2] else pytest.mark.full) for k in STOPS]
+)
+def test_all_ranks_stop_at_one_step(case: str, tmp_path: Path, reference: Reference) -> None:
+    (faults, step, _), folder = STOPS[case], tmp_path / "run"
+    outcomes = hit(folder, WORDS, WORLD, faults)
+    told = folder.with_suffix(".log").read_text()
+    assert [outcome.value for outcome in outcomes] == [EXIT_PREEMPTED] * WORLD, told
+    assert done(notes(folder)) == len(faults), told
+    assert "Traceback" not in told and told.count("moe_train: ") == 1, told
+    assert stopped_at(folder) == step
+    goes_on(folder, reference)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_a_launched_run_stops_within_the_grace(
+    case: str, tmp_path: Path, reference: Reference
+) -> None:
+    (faults, step), folder = LAUNCHES[case], tmp_path / "run"
+    told = launch(folder, WORDS, WORLD, faults)
+    assert told.returncode != 0
+    assert "SIGKILL" not in told.stderr
+    assert codes(notes(folder)) == [EXIT_PREEMPTED] * WORLD, told.stdout + told.stderr
+    assert stopped_at(folder) == step
+    assert done(notes(folder)) == len(faults)
+    goes_on(folder, reference)
+
+
+def short_of_time(rank: int, world: int, words: list[str]) -> int:
+    from moe_train.run.main import main
+
+    os.environ |= {LAUNCHED: "test", TIMEOUT: "0"}
+    return main(words)
+
+
+def test_a_run_whose_saves_take_too_long_says_so_beforehand(tmp_path: Path) -> None:
+    words = [*FAULTY, "train.steps=4", "checkpoint.every=1", "device=cpu", "log.wandb=disabled"]
+    words += ["log.console=lines", f"run.dir={tmp_path}", "run.name=run"]
+    log = tmp_path / "log"
+    assert run_world(short_of_time, 1, words, log=log) == [0], log.read_text()
+    told = log.read_text()
+    assert told.count("warning: a stop may take") == 1 and "0 s after SIGTERM" in told
+    assert told.index("warning: a stop") < told.index("step 2/4")
+
+
+def test_a_save_that_outlasts_the_grace_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    clock = [0.0]
+    monkeypatch.setattr("moe_train.train.grace.time.monotonic", lambda: clock[0])
+    grace = Grace(30.0, said.append)
+
+    def spend(name: str, seconds: float) -> None:
+        with grace.part(name):
+            clock[0] += seconds
+
+    spend("training step", 40.0)
+    spend("training step", 3.0)
+    spend("validation", 9.0)
+    grace.hold(20.0)
+    assert not said, "the slow first step is over"
+    grace.hold(22.0)
+    assert len(said) == 1
+    assert "31.0 s here (validation 9.0 s, then the checkpoint 22.0 s)" in said[0]
+    grace.hold(50.0)
+    assert len(said) == 1
+
+
+def test_the_grace_is_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LAUNCHED, raising=False)
+    assert grace_seconds() == float("inf")
+    monkeypatch.setenv(LAUNCHED, "any")
+    monkeypatch.delenv(TIMEOUT, raising=False)
+    assert grace_seconds() == 30.0
+    monkeypatch.setenv(TIMEOUT, "90")
+    assert grace_seconds() == 90.0

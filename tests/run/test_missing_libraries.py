@@ -1,0 +1,82 @@
+"""Libraries that training does without: absent, they cost one clear line or refusal."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+
+from moe_train.callbacks.wandb import Mirror, installed
+from moe_train.data.sources import Source, read
+from moe_train.errors import ConfigFaults, DataError
+from moe_train.run import main as runtime
+from tests.support.survival import FAULTY
+
+ABSENT = ("wandb", "pyarrow", "zstandard", "pydantic", "scipy", "matplotlib", "transformers",
+          "transformer_engine", "pytest")  # fmt: skip
+TRAIN = f"""
+import sys
+sys.modules.update(dict.fromkeys({ABSENT!r}))  # an import of these now fails
+from moe_train.run.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def absent(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_training_does_without_them_and_says_one_line(tmp_path: Path) -> None:
+    words = [*FAULTY, "device=cpu", "train.steps=1", "checkpoint.every=0", f"run.dir={tmp_path}",
+             "run.name=bare", "log.console=lines"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", TRAIN, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "bare" / "status.json").read_text())["state"] == "finished"
+    [line] = [line for line in done.stdout.splitlines() if "wandb" in line or "W&B" in line]
+    assert "not installed" in line and "metrics.jsonl" in line
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_mirror_that_was_named_is_refused(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    absent(monkeypatch, "wandb")
+    with pytest.raises(ConfigFaults, match=r"log\.wandb: .* not installed"):
+        runtime.planned(["experiment=single", "device=cpu", f"log.wandb={mode}"], 1)
+    runtime.planned(["experiment=single", "device=cpu"], 1)
+
+
+def test_a_mirror_without_its_library_takes_records_and_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    absent(monkeypatch, "wandb")
+    lines: list[str] = []
+    mirror = Mirror("auto", project="p", name="n", folder=tmp_path / "w", config={},
+                    warn=lines.append, log=tmp_path / "log")  # fmt: skip
+    mirror.log({"step": 1})
+    mirror.finish(1.0)
+    assert mirror.state == "disabled" and len(lines) == 1
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_folder_called_wandb_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    namespace = ModuleSpec("wandb", None, is_package=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: namespace)
+    assert not installed()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "library"),
+    [("a.parquet", "parquet", "pyarrow"), ("a.jsonl.zst", "jsonl", "zstandard")],
+)
+def test_a_file_that_needs_one_names_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, kind: str, library: str
+) -> None:
+    absent(monkeypatch, library)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"needs {library} to be read"):
+        list(read(Source(tmp_path / name, kind)))

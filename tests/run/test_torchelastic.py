@@ -1,0 +1,34 @@
+"""torchrun's own report quotes why a rank ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from moe_train.errors import EXIT_CONFIG
+from moe_train.run import main as runtime
+from moe_train.run.torchelastic import FILE, leave
+
+
+def test_torchrun_shows_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "error.json"
+    monkeypatch.setenv(FILE, str(path))
+    assert runtime.main(["device=cpu", "model.expert=3"]) == EXIT_CONFIG
+    failure = ProcessFailure(0, 1, EXIT_CONFIG, str(path))
+    report = ChildFailedError("train.py", {0: failure}).format_msg()
+    assert "model.expert" in report and "1 config fault" in report
+
+
+def test_without_torchrun_or_a_place_nothing_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(FILE, raising=False)
+    leave("a reason")
+    monkeypatch.setenv(FILE, str(tmp_path / "missing" / "error.json"))
+    leave("a reason")
+    monkeypatch.setenv(FILE, str(tmp_path / "error.json"))
+    leave("a reason")
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "a reason"

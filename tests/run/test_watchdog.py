@@ -1,0 +1,83 @@
+"""A rank that stops without a word: the others end, and say who it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_train.errors import EXIT_HUNG
+from moe_train.run_folder.status import read_status
+from moe_train.testing.runs import QUIET
+from moe_train.testing.world import run_world
+from moe_train.train.watchdog import Watchdog
+
+SMALL = [
+    *("parallel=single", "parallel.pipeline=2", "parallel.expert=2", "parallel.tensor=2"),
+    *("recompute=none", "model.layers=2", "model.hidden=32", "model.heads=4", "model.head_dim=8"),
+    *("model.experts=4", "model.expert_hidden=24", "data.sequence=16", "batch.global=4"),
+    *("checkpoint.every=0", "train.eval_every=0", "train.steps=4", "backend.timeout_seconds=6"),
+]
+
+
+def stops(rank: int, world: int, words: list[str], mute: int) -> int:
+    """Train; rank `mute` is stopped in its second step, as by a debugger or a lost disk."""
+    from moe_train.run.main import main
+    from moe_train.train import loop
+
+    plain = loop.train_step
+
+    def step(engine: Any, batches: Any, number: int, **how: Any) -> Any:
+        if rank == mute and number == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return plain(engine, batches, number, **how)
+
+    loop.train_step = step
+    return main(words)
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("mute", [0, 3])
+def test_a_stopped_rank_is_named_and_ends_the_others(tmp_path: Path, mute: int) -> None:
+    words = [*QUIET, *SMALL, f"run.dir={tmp_path}", "run.name=run"]
+    log, folder = tmp_path / "ranks.log", tmp_path / "run"
+    outcomes = run_world(stops, 4, words, mute, log=log, tolerate=True, unawaited=[mute])
+    told = log.read_text()
+    assert told.count(f"rank {mute} gives no sign") == 1, told
+    assert "step 2, training step" in told and "Traceback" not in told
+    codes = [outcome.value for rank, outcome in enumerate(outcomes) if rank != mute]
+    assert set(codes) <= {EXIT_HUNG, None}
+    status = read_status(folder / "status.json")
+    assert status is not None and status.state == "failed" and f"rank {mute}" in status.reason
+    stacks = list((folder / "logs").glob("rank_*.stacks"))
+    assert stacks and "train_step" in stacks[0].read_text()
+
+
+def test_progress_keeps_it_quiet_and_a_standstill_does_not(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Watchdog(tmp_path, 0, 1, 0.4, said.append) as watchdog:
+        for step in range(12):
+            with watchdog.phase("training step", step):
+                time.sleep(0.05)
+        assert not said
+        with watchdog.phase("validation", 12):
+            deadline = time.monotonic() + 20
+            while not said and time.monotonic() < deadline:
+                time.sleep(0.05)
+    assert len(said) == 1 and "step 12, validation" in said[0]
+    assert not list(tmp_path.glob("*.beat"))
+
+
+def test_the_one_behind_is_named(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "rank_1.beat").write_text('{"step": 3, "phase": "data", "count": 0}')
+    with Watchdog(tmp_path, 0, 2, 0.3, said.append) as watchdog, watchdog.phase("training step", 4):
+        deadline = time.monotonic() + 20
+        while not said and time.monotonic() < deadline:
+            (tmp_path / "rank_1.beat").touch()
+            time.sleep(0.05)
+    assert "rank 1 is behind, at step 3, data" in said[0]

@@ -1,0 +1,252 @@
+"""The rules of the house: rooms, sizes, documentation and what the tree may not contain."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "moe_train"
+
+# Height of each room: a module imports its own room and lower ones. Rooms of one height are
+# strangers: they meet in the runtime, through callbacks.
+HEIGHT = {
+    "errors": 0,
+    "config": 1,
+    "parallel": 2,
+    "backend": 2,
+    "run_folder": 2,
+    "planner": 3,
+    "model": 4,
+    "data": 4,
+    "train": 5,
+    "checkpoint": 5,
+    "callbacks": 5,
+    "run": 6,
+    "convert": 7,
+    "measure": 7,
+    "rehearsal": 7,
+    "testing": 8,
+    "commands": 8,
+    "gpu_check": 9,
+    "cli": 10,
+}
+TORCH_FREE = ("errors", "config", "parallel", "planner")
+HEAVY = {"torch", "megatron", "transformer_engine", "transformers"}
+
+
+@cache
+def sources() -> dict[str, ast.Module]:
+    """Every module of the package by dotted name, parsed."""
+    found = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return found
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imports(module: str, tree: ast.Module) -> set[str]:
+    """Dotted names that `module` imports anywhere, functions and TYPE_CHECKING included."""
+    is_package = (ROOT / module.replace(".", "/") / "__init__.py").exists()
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                parents = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*parents, *([node.module] if node.module else [])])
+            # `from package import module` names a module; `from module import name` does not.
+            names.update(
+                f"{base}.{alias.name}" if f"{base}.{alias.name}" in sources() else base
+                for alias in node.names
+            )
+    return names
+
+
+def test_imports_run_downward() -> None:
+    wrong = []
+    for module, tree in sources().items():
+        here = room(module)
+        for name in imports(module, tree):
+            there = room(name)
+            if name.split(".")[0] != PACKAGE or there in ("", here):
+                continue
+            if HEIGHT[there] >= HEIGHT[here if here else "errors"]:
+                wrong.append(f"{module} imports {name}")
+    assert not wrong, "upward or sideways imports:\n" + "\n".join(wrong)
+
+
+def test_every_room_is_on_the_map() -> None:
+    rooms = {room(module) for module in sources()} - {""}
+    assert rooms <= set(HEIGHT), f"rooms without a place in the order: {rooms - set(HEIGHT)}"
+
+
+def test_no_import_cycles() -> None:
+    graph = {
+        module: {name for name in imports(module, tree) if name in sources() and name != module}
+        for module, tree in sources().items()
+    }
+    # A package that gathers its own modules is no cycle unless they import the package back.
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("import cycle: " + " -> ".join(error.args[1]))
+
+
+def test_train_script_only_calls_the_runtime() -> None:
+    script = ROOT / "train.py"
+    assert script.exists(), "train.py is the entry point of every rank"
+    names = imports("train", ast.parse(script.read_text(encoding="utf-8")))
+    ours = {name for name in names if name.split(".")[0] == PACKAGE}
+    assert {room(name) for name in ours} <= {"run", "errors"}, ours
+    assert not {name.split(".")[0] for name in names} & HEAVY
+
+
+def test_torch_free_rooms_name_no_heavy_import() -> None:
+    wrong = [
+        f"{module} imports {name}"
+        for module, tree in sources().items()
+        if room(module) in TORCH_FREE
+        for name in imports(module, tree)
+        if name.split(".")[0] in HEAVY
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("entry", ["torch-free rooms", "command line"])
+def test_torch_stays_out_of_the_process(entry: str) -> None:
+    """What the source does not show: a light module that pulls in a heavy one."""
+    modules = {
+        "torch-free rooms": [name for name in sources() if room(name) in TORCH_FREE],
+        "command line": [name for name in sources() if room(name) == "cli"],
+    }[entry]
+    assert modules, f"{entry}: no such module"
+    script = "import sys, importlib\n" + "".join(
+        f"importlib.import_module({name!r})\n" for name in modules
+    )
+    script += f"print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_packages_and_modules_say_what_they_are() -> None:
+    silent = [module for module, tree in sources().items() if not ast.get_docstring(tree)]
+    assert not silent, f"modules without a docstring: {silent}"
+
+
+def test_every_config_field_is_documented() -> None:
+    config = {name: tree for name, tree in sources().items() if room(name) == "config"}
+    groups = {
+        node.name
+        for tree in config.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+        if _is_dataclass(node) and ast.get_docstring(node)
+    }
+    assert "RunConfig" in groups
+    silent = []
+    for module, tree in config.items():
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
+                continue
+            # The string literal under a field is its documentation; a group has its class's own.
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if not isinstance(field, ast.AnnAssign) or _is_string(after):
+                    continue
+                if ast.unparse(field.annotation) not in groups:
+                    silent.append(f"{module}.{node.name}.{ast.unparse(field.target)}")
+    assert not silent, f"fields without documentation: {silent}"
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def _is_string(node: ast.stmt | None) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def test_devices_are_named_in_the_backends_only() -> None:
+    """Config and plan know the name as a value that users write; they hold no tensors."""
+    named = []
+    for module, tree in sources().items():
+        # A rehearsal stands for the device, and looks for tensors that are not on it.
+        if room(module) in ("backend", "config", "planner", "rehearsal"):
+            continue
+        named += [
+            f"{module}:{node.lineno}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.fullmatch(r"cuda(:.*)?", node.value)
+        ]
+    assert not named, f"device literals outside the backends: {named}"
+
+
+@cache
+def tree_files() -> list[Path]:
+    """Files that git tracks or would track."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+    paths = [ROOT / name for name in listed.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def test_no_file_is_long() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in tree_files()
+        if path.suffix in (".py", ".sh")
+        and (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400
+    }
+    assert not long, f"files over 400 lines: {long}"
+
+
+def test_the_tree_names_no_machine_and_no_registry() -> None:
+    # Written in pieces, so that this file does not find itself.
+    folders = "|".join(["wo" + "rk", "ro" + "ot", "fa" + "rm", "ho" + "me/[a-z]+"])
+    hosts = "|".join(
+        [
+            "pypi" + r"\.org",
+            "python" + r"hosted\.org",
+            "deb" + r"\.debian\.org",
+            "npm" + r"js\.org",
+            "download" + r"\.pytorch\.org",
+        ]
+    )
+    forbidden = re.compile(rf"(?:^|[^A-Za-z0-9_.])/(?:{folders})/|{hosts}", re.MULTILINE)
+    found = []
+    for path in tree_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {match[0]!r}" for match in forbidden.finditer(text)]
+    assert not found, "\n".join(found)
+    assert not [path for path in tree_files() if path.name == "uv.lock"]
