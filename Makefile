@@ -8,9 +8,11 @@ NPROC ?=
 ARGS ?=
 # Version of torch that `make test-torch` runs with.
 TORCH ?= 2.11
+# The last commit before packages were renamed and features got descriptors.
+GOLDEN ?= b3f27df
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-full test-torch lint format plan bench gpu-check clean
+.PHONY: help setup train test test-full test-torch golden coverage lint format plan bench gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -43,6 +45,13 @@ test-full: $(STAMP) ## the default suite and the long grids
 
 test-torch: ## the tests of the kernels with another torch: make test-torch TORCH=2.11
 	@launch/test_torch.sh $(TORCH) $(ARGS)
+
+golden: $(STAMP) ## losses and gradient norms against a reference commit (GOLDEN=hash), bit for bit
+	$(PY) -m tests.golden $(GOLDEN)
+
+coverage: $(STAMP) ## line coverage of the tests without worlds; fails below the floor in pyproject.toml
+	OMP_NUM_THREADS=1 $(PY) -m coverage run -m pytest -q -m 'not full and not world' $(ARGS)
+	$(PY) -m coverage report
 
 lint: $(STAMP) ## ruff, formatting, types, shell scripts
 	$(PY) -m ruff check .
