@@ -25,6 +25,7 @@ from moe_train.errors import (
 from moe_train.run.ending import STOPPED, diagnosed, end, report, tell_status
 from moe_train.run.first_failure import claim
 from moe_train.run.planning import planned
+from moe_train.run.signals import SignalHandler, terminate_with_launcher
 from moe_train.run.state import Standing
 from moe_train.run.torchelastic import leave
 from moe_train.run_folder.folder import (
@@ -36,7 +37,6 @@ from moe_train.run_folder.folder import (
 from moe_train.run_folder.lock import FolderLock
 from moe_train.run_folder.rank_log import log_to_file
 from moe_train.run_folder.status import read_status
-from moe_train.train.interrupt import Interrupt, end_with_launcher
 
 if TYPE_CHECKING:
     from moe_train.config.root import Config
@@ -75,12 +75,12 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The rank's exit code; the first failed job's, for several.
     """
-    with Interrupt() as interrupt:
-        end_with_launcher()
-        return _main(argv, interrupt)
+    with SignalHandler() as signals:
+        terminate_with_launcher()
+        return _main(argv, signals)
 
 
-def _main(argv: Sequence[str], interrupt: Interrupt) -> int:
+def _main(argv: Sequence[str], signals: SignalHandler) -> int:
     if {"-h", "--help"} & set(argv):
         if world_of_process()[0] == 0:
             print(HELP)
@@ -88,7 +88,7 @@ def _main(argv: Sequence[str], interrupt: Interrupt) -> int:
     multirun = any(word in MULTIRUN for word in argv)
     overrides = [word for word in argv if word not in MULTIRUN]
     if not multirun:
-        return run(overrides, interrupt)
+        return run(overrides, signals)
     try:
         jobs = expand_multirun(overrides)
     except MoeTrainError as fault:
@@ -97,7 +97,7 @@ def _main(argv: Sequence[str], interrupt: Interrupt) -> int:
     for number, (job, suffix) in enumerate(zip(jobs, suffixes(jobs), strict=True), start=1):
         if world_of_process()[0] == 0:
             print(f"job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
-        codes.append(run(job, interrupt, suffix))
+        codes.append(run(job, signals, suffix))
         # A stop is meant for the whole sweep, and a world without one of its ranks is over.
         alone = world_of_process()[1] == 1
         if codes[-1] in (EXIT_PREEMPTED, EXIT_HUNG) or (codes[-1] == EXIT_MEMORY and not alone):
@@ -105,11 +105,11 @@ def _main(argv: Sequence[str], interrupt: Interrupt) -> int:
     return next((code for code in codes if code != EXIT_FINISHED), EXIT_FINISHED)
 
 
-def run(overrides: Sequence[str], interrupt: Interrupt, suffix: str = "") -> int:
+def run(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> int:
     """One run on this rank; returns its exit code.
 
     Args:
-        interrupt: listens as long as the process has something to do. A request that comes in the
+        signals: handled as long as the process has something to do. A request that comes in the
             last step of a sweep's job stops the next one before its first, on all ranks.
         suffix: goes to the run's name, which all jobs of a sweep would share otherwise.
     """
@@ -144,7 +144,7 @@ def run(overrides: Sequence[str], interrupt: Interrupt, suffix: str = "") -> int
                 # Only now: it imports Megatron, which the backend had to prepare for.
                 from moe_train.run.training import train
 
-                train(session, standing, stack, begun, interrupt)
+                train(session, standing, stack, begun, signals)
             except BaseException as failure:
                 standing.fault = diagnosed(failure, standing, config, layout)
                 if standing.fault is None or standing.fault is failure:

@@ -20,15 +20,15 @@ from moe_train.run.opening import Session
 from moe_train.run.records import describe_run, finish, open_recorder
 from moe_train.run.restore import restore
 from moe_train.run.saving import Saver
+from moe_train.run.shutdown_budget import ShutdownBudget, grace_seconds
+from moe_train.run.signals import SignalHandler
 from moe_train.run.state import Follower, Standing
 from moe_train.run.torchelastic import leave
 from moe_train.run.traces import TraceListener, plan_trace
+from moe_train.run.watchdog import Watchdog
 from moe_train.run_folder.folder import RunFolder
 from moe_train.run_folder.status import write_status
-from moe_train.train.grace import Grace, grace_seconds
-from moe_train.train.interrupt import Interrupt
 from moe_train.train.loop import Intervals, Tolerance, run_loop
-from moe_train.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from moe_train.callbacks.recorder import Recorder
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    session: Session, standing: Standing, stack: ExitStack, begun: float, interrupt: Interrupt
+    session: Session, standing: Standing, stack: ExitStack, begun: float, signals: SignalHandler
 ) -> None:
     """Train an open session to its last step.
 
@@ -44,7 +44,7 @@ def train(
         standing: kept up to date, on every rank.
         stack: closes what is opened here.
         begun: ``perf_counter`` at the start of the process.
-        interrupt: has been listening since then.
+        signals: handled since then.
 
     Raises:
         MoeTrainError: see the rooms.
@@ -89,9 +89,11 @@ def train(
             tokens_per_step=session.batch * config.data.sequence,
             listener=stack.enter_context(Collecting(listener, config.train.gc_every)),
             saver=Saver(session, source),
-            interrupt=interrupt,
+            signals=signals,
             watchdog=watchdog,
-            grace=Grace(grace_seconds(), recorder.progress.message if recorder else _unheard),
+            budget=ShutdownBudget(
+                grace_seconds(), recorder.progress.message if recorder else _unheard
+            ),
             tolerance=Tolerance(
                 config.train.non_finite,
                 config.train.non_finite_limit,

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from moe_train.train.interrupt import SIGNALS
+from moe_train.run.signals import SIGNALS
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["moe_train.testing.preload"])

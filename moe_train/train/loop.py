@@ -13,19 +13,8 @@ import torch.distributed as dist
 from moe_train.errors import NonFiniteError, Preempted
 from moe_train.train.engine import Engine
 from moe_train.train.forward import MicroBatch
-from moe_train.train.grace import Grace
-from moe_train.train.interrupt import Interrupt
+from moe_train.train.protocols import PhaseMonitor, Saver, Source, StopSignals, StopTimes
 from moe_train.train.step import StepResult, train_step, validate
-from moe_train.train.watchdog import Watchdog
-
-
-class Source(Protocol):
-    """Where batches come from; ``consumed`` is the data cursor, in samples of all replicas."""
-
-    consumed: int
-
-    def next_step(self) -> list[MicroBatch]:
-        """This replica's micro-batches of the next step."""
 
 
 class Listener(Protocol):
@@ -36,24 +25,6 @@ class Listener(Protocol):
 
     def on_validation(self, record: dict[str, Any]) -> None:
         """A validation is done."""
-
-
-class Saver(Protocol):
-    """Writes checkpoints, perhaps beside the training that goes on; the same on every rank."""
-
-    @property
-    def pending(self) -> bool:
-        """Whether one is on its way, on all ranks."""
-
-    @property
-    def written(self) -> bool:
-        """Whether this rank has nothing left to write."""
-
-    def begin(self, step: int) -> None:
-        """Start to save the state after ``step``; collective."""
-
-    def finish(self) -> float | None:
-        """Wait for the one on its way; returns the seconds that it took; collective."""
 
 
 @dataclass
@@ -110,9 +81,9 @@ def run_loop(
     tokens_per_step: int,
     listener: Listener,
     saver: Saver,
-    interrupt: Interrupt,
-    watchdog: Watchdog,
-    grace: Grace,
+    signals: StopSignals,
+    watchdog: PhaseMonitor,
+    budget: StopTimes,
     tolerance: Tolerance,
 ) -> None:
     """Train from step ``start + 1`` to ``intervals.steps``.
@@ -133,9 +104,9 @@ def run_loop(
         with watchdog.phase("checkpoint", step):
             seconds = saver.finish()
         if seconds is not None:
-            grace.hold(seconds)
+            budget.check(seconds)
 
-    if _agree(engine, interrupt, saver).stop and start < intervals.steps:
+    if _agree(engine, signals, saver).stop and start < intervals.steps:
         raise _preempted(start, saved=start > 0)
     while step < intervals.steps:
         step += 1
@@ -143,7 +114,7 @@ def run_loop(
         training = watchdog.phase("training step", step)
         tolerate = tolerance.policy != "stop"
         try:
-            with training, grace.part("training step"), engine.tracer.watch(step):
+            with training, budget.measure("training step"), engine.tracer.watch(step):
                 result = train_step(engine, source.next_step(), step, tolerate=tolerate)
                 engine.backend.synchronize()
         except NonFiniteError:
@@ -158,7 +129,7 @@ def run_loop(
                 with watchdog.phase("rolling back", step):
                     step = tolerance.roll_back()
                 continue
-        agreed = _agree(engine, interrupt, saver)
+        agreed = _agree(engine, signals, saver)
         if agreed.written:
             finish()
         stop = agreed.stop
@@ -183,17 +154,17 @@ def run_loop(
             record["skipped"] = True
         listener.on_step(record, result)
         if not stop and intervals.validates(step):
-            with watchdog.phase("validation", step), grace.part("validation"):
+            with watchdog.phase("validation", step), budget.measure("validation"):
                 loss = validate(engine, validation())
             listener.on_validation({"step": step, "valid_loss": loss})
-            stop = _agree(engine, interrupt, saver).stop
+            stop = _agree(engine, signals, saver).stop
         if intervals.saves(step) or (stop and intervals.save):
             with watchdog.phase("checkpoint", step):
                 saver.begin(step)
-            agreed = _agree(engine, interrupt, saver)
+            agreed = _agree(engine, signals, saver)
             if stop or agreed.stop or agreed.written or step == intervals.steps:
                 finish()
-                agreed = _agree(engine, interrupt, saver)
+                agreed = _agree(engine, signals, saver)
             stop = stop or agreed.stop
         if stop and step < intervals.steps:
             raise _preempted(step, saved=bool(intervals.save))
@@ -217,11 +188,11 @@ class _Agreed(NamedTuple):
     """Whether a save is on its way that no rank has to wait for."""
 
 
-def _agree(engine: Engine, interrupt: Interrupt, saver: Saver) -> _Agreed:
+def _agree(engine: Engine, signals: StopSignals, saver: Saver) -> _Agreed:
     facts = torch.tensor(
         [
             engine.backend.peak_memory_bytes(),
-            int(interrupt.signal is not None),
+            int(signals.received is not None),
             int(not saver.written),
         ],
         dtype=torch.int64,

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from moe_train.errors import EXIT_CHECKPOINT, EXIT_PREEMPTED
+from moe_train.run.signals import SIGNALS, SignalHandler
 from moe_train.run_folder.metrics import read
 from moe_train.run_folder.status import read_status
 from moe_train.testing.layouts import SMALL
 from moe_train.testing.runs import QUIET
 from moe_train.testing.world import run_world
-from moe_train.train.interrupt import SIGNALS, Interrupt
 
 
 def test_a_request_is_heard_where_it_was_ignored_until_then() -> None:
@@ -24,9 +24,9 @@ def test_a_request_is_heard_where_it_was_ignored_until_then() -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        with Interrupt() as interrupt:
+        with SignalHandler() as signals:
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert interrupt.signal == signal.SIGUSR1
+            assert signals.received == signal.SIGUSR1
         assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
     finally:
         # Who has been told to stop hears nothing more: here that would be all the other tests.

@@ -10,12 +10,12 @@ import pytest
 
 from moe_train.checkpoint.folders import committed
 from moe_train.errors import EXIT_PREEMPTED
+from moe_train.run.shutdown_budget import LAUNCHED, TIMEOUT, ShutdownBudget, grace_seconds
 from moe_train.run_folder.metrics import read
 from moe_train.run_folder.status import read_status
 from moe_train.testing.layouts import TP2_PP2_EP2
 from moe_train.testing.runs import train_run
 from moe_train.testing.world import run_world
-from moe_train.train.grace import LAUNCHED, TIMEOUT, Grace, grace_seconds
 from tests.support.faults import LAUNCHER, Fault, codes, done
 from tests.support.survival import FAULTY, Reference, hit, hold, launch, notes, refer
 
@@ -126,29 +126,32 @@ def test_a_run_whose_saves_take_too_long_says_so_beforehand(tmp_path: Path) -> N
     log = tmp_path / "log"
     assert run_world(short_of_time, 1, words, log=log) == [0], log.read_text()
     told = log.read_text()
-    assert told.count("warning: a stop may take") == 1 and "0 s after SIGTERM" in told
-    assert told.index("warning: a stop") < told.index("step 2/4")
+    assert (
+        told.count("warning: a checkpoint cannot finish") == 1
+        and "the 0 s that the launcher" in told
+    )
+    assert told.index("warning: a checkpoint") < told.index("step 2/4")
 
 
 def test_a_save_that_outlasts_the_grace_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     clock = [0.0]
-    monkeypatch.setattr("moe_train.train.grace.time.monotonic", lambda: clock[0])
-    grace = Grace(30.0, said.append)
+    monkeypatch.setattr("moe_train.run.shutdown_budget.time.monotonic", lambda: clock[0])
+    budget = ShutdownBudget(30.0, said.append)
 
     def spend(name: str, seconds: float) -> None:
-        with grace.part(name):
+        with budget.measure(name):
             clock[0] += seconds
 
     spend("training step", 40.0)
     spend("training step", 3.0)
     spend("validation", 9.0)
-    grace.hold(20.0)
+    budget.check(20.0)
     assert not said, "the slow first step is over"
-    grace.hold(22.0)
+    budget.check(22.0)
     assert len(said) == 1
-    assert "31.0 s here (validation 9.0 s, then the checkpoint 22.0 s)" in said[0]
-    grace.hold(50.0)
+    assert "31.0 s (validation 9.0 s, then the checkpoint 22.0 s)" in said[0]
+    budget.check(50.0)
     assert len(said) == 1
 
 
