@@ -78,7 +78,11 @@ def select(root: Path) -> list[Path]:
     Raises:
         DataError: there are no sources.
     """
-    found = [p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts)]
+    found = []
+    for folder, subfolders, names in root.walk():
+        # Pruned here: site-packages alone may hold more files than the library.
+        subfolders[:] = [name for name in subfolders if name not in LEFT_OUT]
+        found += [folder / name for name in names if name.endswith(".py") and name not in LEFT_OUT]
     found.sort(key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
     chosen: list[Path] = []
     total = 0

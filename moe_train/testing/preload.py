@@ -1,8 +1,11 @@
-"""Imported once by the fork server: torch, Megatron and the host patches, before any fork."""
+"""Imported once by the fork server: torch, Megatron and everything else that a run imports."""
 
 from __future__ import annotations
 
+import gc
+
 from moe_train.backend.cpu.backend import HostBackend
+from moe_train.config.compose import collect
 from moe_train.config.training import BackendConfig
 
 HostBackend(BackendConfig()).prepare()
@@ -10,5 +13,12 @@ HostBackend(BackendConfig()).prepare()
 import moe_train.checkpoint.load  # noqa: E402
 import moe_train.checkpoint.save  # noqa: E402
 import moe_train.data.datasets  # noqa: E402
+import moe_train.run.main  # noqa: E402
 import moe_train.run.training  # noqa: E402
 import moe_train.train.loop  # noqa: E402, F401
+
+# Hydra imports most of itself when it first composes.
+collect([])
+# A rank's collector need not walk, and so copy, what all ranks share.
+gc.collect()
+gc.freeze()
