@@ -154,10 +154,16 @@ def _plain(rank: int, world: int, overrides: list[str]) -> int:
     return main(overrides)
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["disk full", "rank 1 alone cannot write"])
+@pytest.mark.parametrize(
+    "alone",
+    [
+        pytest.param(False, marks=pytest.mark.full, id="disk full"),
+        pytest.param(True, id="rank 1 alone cannot write"),
+    ],
+)
 def test_no_room_in_the_middle_of_a_save(small_disk: Path, tmp_path: Path, alone: bool) -> None:
     log = tmp_path / "log"
-    words = [*QUIET, *TWO, f"run.dir={small_disk}", "run.name=r", f"data.cache={tmp_path}/cache"]
+    words = [*QUIET, *TWO, f"run.dir={small_disk}", "run.name=r"]
     codes = run_world(_fills_up, 2, [*words, "train.steps=4"], str(small_disk), alone, log=log)
     told = log.read_text()
     assert codes == [EXIT_CHECKPOINT] * 2, told
@@ -179,7 +185,7 @@ def test_no_room_is_told_before_the_first_byte(small_disk: Path, tmp_path: Path)
     log = tmp_path / "log"
     (small_disk / "filler").write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - 1_500_000))
     words = [*QUIET, *TWO, f"run.dir={small_disk}", "run.name=r", "train.steps=2"]
-    codes = run_world(_plain, 2, [*words, f"data.cache={tmp_path}/cache"], log=log)
+    codes = run_world(_plain, 2, [*words], log=log)
     told = log.read_text()
     assert codes == [EXIT_CHECKPOINT] * 2, told
     assert "MiB free and this checkpoint needs" in told and "checkpoint.keep" in told

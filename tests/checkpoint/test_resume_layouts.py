@@ -49,8 +49,21 @@ MOVES = [
 ]
 
 
+DEFAULT_MOVES = (MOVES[3], MOVES[5], MOVES[6], MOVES[7], MOVES[9], MOVES[10])
+"""Every dimension as source and as target."""
+DEFAULT_LAYOUTS = (
+    layouts.TP2_PP2_EP2,
+    layouts.TP2_ETP2,
+    layouts.DP2_EP2_DISTRIBUTED,
+    layouts.PP2_V2,
+    layouts.TP2_PP2_EP4_SPAN,
+)
+
+
 @pytest.mark.parametrize(
-    ("before", "after"), MOVES, ids=lambda layout: layout.name.replace(" ", "_")
+    ("before", "after"),
+    [pytest.param(*m, marks=[] if m in DEFAULT_MOVES else pytest.mark.full) for m in MOVES],
+    ids=lambda layout: layout.name.replace(" ", "_"),
 )
 def test_curve_goes_on_in_another_layout(small_runs: Runs, before: Layout, after: Layout) -> None:
     run = resumed(small_runs, saved(small_runs, before), after)
@@ -106,7 +119,10 @@ def contents(*checkpoints: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     "layout",
-    [*layouts.GRID, layouts.DP2_DISTRIBUTED],
+    [
+        pytest.param(one, marks=[] if one in DEFAULT_LAYOUTS else pytest.mark.full)
+        for one in (*layouts.GRID, layouts.DP2_DISTRIBUTED)
+    ],
     ids=lambda layout: layout.name.replace(" ", "_"),
 )
 def test_loading_and_saving_changes_no_bit(

@@ -95,7 +95,7 @@ def hold_to_real(words: list[str], world: int) -> None:
     [
         (TP2_PP2_EP2, ["dtype=bf16", "recompute.layers=2-3"]),
         (PP2_EP2_SPAN, ["dtype=fp32", "recompute.layers=1-4"]),
-        (TP2_ETP2, ["dtype=fp32"]),
+        pytest.param(TP2_ETP2, ["dtype=fp32"], marks=pytest.mark.full),
     ],
     ids=lambda value: value.name if isinstance(value, Layout) else None,
 )
@@ -111,7 +111,12 @@ def test_peak_equals_a_real_ranks_at_the_twins_size(layout: Layout) -> None:
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("layout", [DP2, EP2, TP2_PP2_EP2], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "layout",
+    # The third contains the others' groups.
+    [*(pytest.param(one, marks=pytest.mark.full) for one in (DP2, EP2)), TP2_PP2_EP2],
+    ids=lambda one: one.name,
+)
 def test_state_is_planned_to_the_byte(layout: Layout) -> None:
     for name, optimizer in OPTIMIZERS.items():
         words = [*LONG, *layout.overrides, *optimizer]
@@ -130,6 +135,7 @@ def rank_state(config: Any, layout: Any, rank: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.world
+@pytest.mark.full
 def test_peers_are_alike_and_a_steady_schedule_repeats_itself() -> None:
     words = [*LONG, *TP2_PP2_EP2.overrides, "dtype=bf16", "batch.global=8"]
     [whole] = run_world(fake_ranks, 1, words, 4)

@@ -39,10 +39,8 @@ GRID = [
     (kind, rank, point) for kind in LAYOUTS for point in (*TRAINING, *SAVING) for rank in range(4)
 ]
 QUICK = {
-    ("stage", 2, "forward"),
     ("stage", 0, "before rename"),
     ("span", 3, "after shards"),
-    ("span", 0, "during purge"),
 }
 LAUNCHED = [
     ("stage", 1, "forward"),

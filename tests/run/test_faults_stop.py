@@ -32,7 +32,7 @@ WORDS = [
 STOPS: dict[str, tuple[list[Fault], int, bool]] = {
     "in a step": ([Fault("forward", 3, 1, TERM)], 3, False),
     "after the update": ([Fault("updated", 5, 3, signal.SIGUSR1)], 5, False),
-    "in a validation": ([Fault("validation", 2, 2, signal.SIGINT)], 2, True),
+    "in a validation": ([Fault("validation", 2, 2, signal.SIGINT)], 2, False),
     "in a save": ([Fault("before shards", 4, 3, signal.SIGHUP)], 4, False),
     "late in a save": ([Fault("after rename", 2, 0, TERM)], 2, False),
     "twice": (

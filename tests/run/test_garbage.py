@@ -80,7 +80,7 @@ def _left(rank: int, world: int, overrides: list[str], planted: bool = False) ->
 @pytest.mark.parametrize(
     ("world", "overrides"),
     [
-        (1, ["recompute.layers=all"]),
+        pytest.param(1, ["recompute.layers=all"], marks=pytest.mark.full),
         (1, ["recompute.modules=[moe_act,layernorm]", "dtype=bf16"]),
         (2, ["parallel.pipeline=2", "parallel.placement=span", "parallel.expert=2"]),
     ],

@@ -41,7 +41,7 @@ def stops(rank: int, world: int, words: list[str], mute: int) -> int:
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("mute", [0, 3])
+@pytest.mark.parametrize("mute", [pytest.param(0, marks=pytest.mark.full), 3])
 def test_a_stopped_rank_is_named_and_ends_the_others(tmp_path: Path, mute: int) -> None:
     words = [*QUIET, *SMALL, f"run.dir={tmp_path}", "run.name=run"]
     log, folder = tmp_path / "ranks.log", tmp_path / "run"

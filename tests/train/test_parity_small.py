@@ -37,10 +37,17 @@ def row(layout: Layout, found: Difference) -> list[str]:
     return [str(layout.world), *measured, str(sum(found.moved or [0]))]
 
 
-# EP8 needs a global batch of 8: it is in the grid of the twin. Eight ranks take the longest on few
-# cores.
+# Each dimension once, and each that others depend on together with them; the layouts that these
+# contain are in the long grid. EP8 needs a global batch of 8: it is in the grid of the twin.
+DEFAULT = (
+    layouts.TP2_PP2_EP2,
+    layouts.TP2_ETP2,
+    layouts.DP2_EP2_DISTRIBUTED,
+    layouts.PP2_V2,
+    layouts.TP2_PP2_EP4_SPAN,
+)
 SMALL_GRID = [
-    pytest.param(layout, marks=[pytest.mark.full] if layout.world == 8 else [], id=layout.name)
+    pytest.param(layout, marks=[] if layout in DEFAULT else [pytest.mark.full], id=layout.name)
     for layout in layouts.GRID
     if layout is not layouts.EP8
 ]
