@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from moe_train.config.compose import collect, group_options
 from moe_train.config.files import read_yaml
 from moe_train.errors import EXIT_FINISHED, CheckpointError, ConfigError, MoeTrainError
-from moe_train.run.ending import diagnosed, report
-from moe_train.run.main import planned, world_of_process
-from moe_train.run.state import Standing
+from moe_train.run.failure import diagnose, report_error
+from moe_train.run.planning import planned
+from moe_train.run.state import RunState
+from moe_train.run.torchelastic import world_of_process
 from moe_train.run_folder.files import write_atomically
 from moe_train.run_folder.folder import RunFolder, default_run_name
 from moe_train.run_folder.rank_log import log_to_file
@@ -58,7 +59,7 @@ def evaluate_main(argv: Sequence[str]) -> int:
         try:
             found = evaluate(config, layout, root, rank, world)
         except Exception as failure:
-            known = diagnosed(failure, Standing(), config, layout)
+            known = diagnose(failure, RunState(), config, layout)
             if known is None or known is failure:
                 raise
             raise known from failure
@@ -66,7 +67,7 @@ def evaluate_main(argv: Sequence[str]) -> int:
             _show(found, asked.json)
         return EXIT_FINISHED
     except MoeTrainError as fault:
-        return report(fault)
+        return report_error(fault)
     finally:
         log_to_file(None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import traceback
 from collections.abc import Sequence
@@ -22,12 +21,18 @@ from moe_train.errors import (
     MoeTrainError,
     Preempted,
 )
-from moe_train.run.ending import STOPPED, diagnosed, end, report, tell_status
-from moe_train.run.first_failure import claim
+from moe_train.run.failure import (
+    STOPPED,
+    diagnose,
+    end_run,
+    report_error,
+    report_once,
+    write_final_status,
+)
 from moe_train.run.planning import planned
 from moe_train.run.signals import SignalHandler, terminate_with_launcher
-from moe_train.run.state import Standing
-from moe_train.run.torchelastic import leave
+from moe_train.run.state import RunState
+from moe_train.run.torchelastic import restarts, world_of_process, write_error_file
 from moe_train.run_folder.folder import (
     RunFolder,
     create_run_folder,
@@ -58,17 +63,6 @@ Overrides are key=value; moe-train plan shows what they lead to and names every 
 """
 
 
-def world_of_process() -> tuple[int, int]:
-    """Rank and world size from torchrun's environment; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def restarts() -> tuple[int, int]:
-    """How often torchrun has started these ranks again by itself, and how often it may."""
-    done = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    return done, int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-
-
 def main(argv: Sequence[str]) -> int:
     """Train with Hydra overrides; ``-m a=1,2`` runs every combination in turn.
 
@@ -92,7 +86,7 @@ def _main(argv: Sequence[str], signals: SignalHandler) -> int:
     try:
         jobs = expand_multirun(overrides)
     except MoeTrainError as fault:
-        return report(fault)
+        return report_error(fault)
     codes: list[int] = []
     for number, (job, suffix) in enumerate(zip(jobs, suffixes(jobs), strict=True), start=1):
         if world_of_process()[0] == 0:
@@ -115,15 +109,15 @@ def run(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> i
     """
     begun = time.perf_counter()
     rank, world = world_of_process()
-    standing = Standing()
+    state = RunState()
     try:
         config, layout = planned(
-            overrides, world, lambda config, layout: stay_stopped(config, layout, suffix)
+            overrides, world, lambda config, layout: exit_if_preempted(config, layout, suffix)
         )
         fault: MoeTrainError | None = None
         if rank == 0:
             try:
-                take_folder(config, layout, suffix, standing)
+                acquire_run_folder(config, layout, suffix, state)
                 announce(config, layout, world)
             except ConfigError as refused:
                 # The peers are on their way into the world: they are told there.
@@ -136,7 +130,7 @@ def run(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> i
             try:
                 session = open_session(
                     config, layout, rank, world, stack,
-                    folder=standing.folder, fault=fault, joined=standing.join,
+                    folder=state.folder, fault=fault, joined=state.join,
                 )  # fmt: skip
                 if rank == 0:
                     taken = session.engine.backend.kernels
@@ -144,39 +138,39 @@ def run(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> i
                 # Only now: it imports Megatron, which the backend had to prepare for.
                 from moe_train.run.training import train
 
-                train(session, standing, stack, begun, signals)
+                train(session, state, stack, begun, signals)
             except BaseException as failure:
-                standing.fault = diagnosed(failure, standing, config, layout)
-                if standing.fault is None or standing.fault is failure:
+                state.error = diagnose(failure, state, config, layout)
+                if state.error is None or state.error is failure:
                     raise
-                raise standing.fault from failure
+                raise state.error from failure
         return EXIT_FINISHED
     except MoeTrainError as fault:
-        return end(standing.fault or fault, standing)
+        return end_run(state.error or fault, state)
     except BaseException as crash:
         from moe_train.backend.groups import lost_peer
 
         # Closing what is left of a world may fail as well, and is not why the run ends.
-        if (known := standing.fault or lost_peer(crash)) is not None:
-            return end(known, standing)
-        leave(traceback.format_exc())
-        claim(standing.logs, f"{type(crash).__name__}: {crash}")
-        tell_status(standing, "failed", f"{type(crash).__name__}: {crash}")
+        if (known := state.error or lost_peer(crash)) is not None:
+            return end_run(known, state)
+        write_error_file(traceback.format_exc())
+        report_once(state.logs, f"{type(crash).__name__}: {crash}")
+        write_final_status(state, "failed", f"{type(crash).__name__}: {crash}")
         raise
     finally:
-        if standing.lock is not None:
-            standing.lock.release()
+        if state.lock is not None:
+            state.lock.release()
         log_to_file(None)
 
 
-def stay_stopped(config: Config, layout: Layout, suffix: str) -> None:
-    """Leave a preempted run alone where torchrun starts it again as if it had failed.
+def exit_if_preempted(config: Config, layout: Layout, suffix: str) -> None:
+    """Refuse to resume a preempted run where torchrun restarts its ranks as if it had failed.
 
-    Every rank reads that for itself, before torch is imported: the time until a scheduler ends
-    the job is short. A rank that cannot see the folder is ended by torchrun with the others.
+    Every rank checks by itself, before torch is imported: the time until a scheduler kills the job
+    is short. A rank that cannot see the folder is ended by torchrun with the others.
 
     Raises:
-        Preempted: the run was told to stop before this start.
+        Preempted: the run was preempted before this start.
     """
     if restarts()[0] == 0:
         return
@@ -187,16 +181,16 @@ def stay_stopped(config: Config, layout: Layout, suffix: str) -> None:
         name = next_free_name(parent, default_run_name(config.experiment, layout.tag) + suffix)
     folder = RunFolder(parent / name)
     status = read_status(folder.status)
-    # The status alone may be an earlier job's: this one may have failed before it took the run up.
+    # The status alone may be an earlier job's: this one may have failed before it wrote its own.
     if status is not None and status.state == "preempted" and (folder.logs / STOPPED).exists():
         raise Preempted(
             f"step {status.step}",
-            "the run was told to stop, and is not taken up by a restart of its ranks",
-            "start it again with the same run.name to go on",
+            "the run was preempted, and a restart of its ranks does not resume it",
+            "start it again with the same run.name to resume",
         )
 
 
-def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing) -> None:
+def acquire_run_folder(config: Config, layout: Layout, suffix: str, state: RunState) -> None:
     """Create the run folder, or find the one that is there (rank 0).
 
     A new one is described at once; one with an earlier run's files is left as it is until this
@@ -214,15 +208,15 @@ def take_folder(config: Config, layout: Layout, suffix: str, standing: Standing)
         # Ranks that are started again belong to the run that their first start opened.
         fresh=config.checkpoint.resume == "never" and restarts()[0] == 0,
     )
-    standing.lock = FolderLock(folder.path)
+    state.lock = FolderLock(folder.path)
     take_back(folder.checkpoints)
     config.run.name = folder.path.name
-    standing.folder = folder
+    state.folder = folder
     if restarts()[0] == 0:
         (folder.logs / STOPPED).unlink(missing_ok=True)
     if not folder.config.exists():
         describe_run(folder, config, layout, 0)
-        standing.taken_up = True
+        state.owns_folder = True
 
 
 def announce(config: Config, layout: Layout, world: int) -> None:

@@ -1,4 +1,4 @@
-"""Memory that ran out, beside what the plan said, and what to change."""
+"""Out-of-memory errors with the planned memory of the rank, and overrides that need less."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 MORE = "more ranks, or devices with more memory"
 
 
-def explained(fault: MemoryFault, config: Config, layout: Layout) -> MemoryFault:
-    """``fault`` with the planned peak of its rank, and with overrides that need less.
+def explain(error: MemoryFault, config: Config, layout: Layout) -> MemoryFault:
+    """``error`` with the planned peak of its rank, and with overrides that need less.
 
-    Host memory has no plan. A second call changes nothing.
+    Host memory is not planned. A second call changes nothing.
     """
-    name, _, number = fault.field.partition(" ")
+    name, _, number = error.field.partition(" ")
     if (
-        not isinstance(fault, DeviceMemoryError)
+        not isinstance(error, DeviceMemoryError)
         or name != "rank"
-        or "the plan has" in fault.problem
+        or "the plan has" in error.problem
     ):
-        return fault
+        return error
     stage = layout.coordinates(int(number)).dense.pp
     vocab, assumptions = vocabulary(config)[0], assumptions_of(config)
     need = stage_memory(config, layout, vocab, stage, assumptions)
     fixes = [
-        f"{words} (planned: {size / GB:.1f} GB)"
-        for words, size in lighter(config, layout, vocab, assumptions)
+        f"{overrides} (planned: {size / GB:.1f} GB)"
+        for overrides, size in lighter(config, layout, vocab, assumptions)
     ]
     return DeviceMemoryError(
-        fault.field,
-        f"{fault.problem}; the plan has {need.total / GB:.1f} GB for stage {stage} at its peak "
+        error.field,
+        f"{error.problem}; the plan has {need.total / GB:.1f} GB for stage {stage} at its peak "
         f"({need.peak.name}): {need.state.device / GB:.1f} GB weights, gradients and optimizer, "
         f"{need.activations / GB:.1f} GB activations, "
         f"{(need.fragmentation + need.reserved) / GB:.1f} GB spare",

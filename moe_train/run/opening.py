@@ -11,7 +11,7 @@ from moe_train.data.blend import open_corpus
 from moe_train.errors import MoeTrainError, NonFiniteError, Preempted
 from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
 from moe_train.parallel.parameters import padded_vocab
-from moe_train.run.first_failure import forget
+from moe_train.run.failure import clear
 from moe_train.run_folder.folder import RunFolder
 from moe_train.run_folder.rank_log import log_to_file
 
@@ -85,7 +85,7 @@ def open_session(
     backend = select_backend(config.device, config.backend)
     log_to_file(folder.rank_log(0) if folder else None)
     if folder is not None:
-        forget(folder.logs)
+        clear(folder.logs)
     corpus, vocab = None, 0
     if fault is None:
         try:

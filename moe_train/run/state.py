@@ -1,4 +1,4 @@
-"""Where a run stands: what its end needs to know, however it comes."""
+"""State of a run that its final status and failure report need, whatever ends it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from moe_train.run_folder.lock import FolderLock
 
 
 @dataclass
-class Standing:
-    """Kept by the session, read by the runtime."""
+class RunState:
+    """Updated while the run opens and trains; read when it ends."""
 
     folder: RunFolder | None = None
     """The run folder, on rank 0."""
@@ -21,12 +21,12 @@ class Standing:
     """Keeps other jobs out of the folder, on rank 0."""
     logs: Path | None = None
     """The run folder's logs, on every rank, once the world is open."""
-    taken_up: bool = False
-    """Whether the folder's files speak of this run: a refused one leaves an earlier run's be."""
+    owns_folder: bool = False
+    """Whether the folder's files describe this run: a refused run keeps an earlier run's files."""
     step: int = 0
     """Completed steps."""
-    fault: MoeTrainError | None = None
-    """What ended the run, once that is known."""
+    error: MoeTrainError | None = None
+    """Why the run ends, once that is known."""
 
     def join(self, logs: Path) -> None:
         """The world is open and its ranks share ``logs``."""
@@ -34,15 +34,15 @@ class Standing:
 
 
 class Follower:
-    """Listener that passes everything on and keeps the standing's step."""
+    """Listener that passes everything on and keeps the run state's step."""
 
-    def __init__(self, listener: Any, standing: Standing) -> None:
-        self._listener, self._standing = listener, standing
+    def __init__(self, listener: Any, state: RunState) -> None:
+        self._listener, self._state = listener, state
 
     def on_step(self, record: dict[str, Any], result: Any) -> None:
         """A training step is done."""
         self._listener.on_step(record, result)
-        self._standing.step = record["step"]
+        self._state.step = record["step"]
 
     def on_validation(self, record: dict[str, Any]) -> None:
         """A validation is done."""

@@ -1,9 +1,4 @@
-"""Why a rank ends, told to the torchrun that started it.
-
-torchrun closes a failed job with a report of the first rank that fell, and quotes what that rank
-left in the file that ``TORCHELASTIC_ERROR_FILE`` names; without one it points to a page on how to
-get tracebacks, below which the reason has scrolled away.
-"""
+"""torchrun's environment: rank, world size, restarts, and the error file that it reports from."""
 
 from __future__ import annotations
 
@@ -12,20 +7,33 @@ import os
 import time
 from contextlib import suppress
 
-FILE = "TORCHELASTIC_ERROR_FILE"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
-def leave(text: str) -> None:
-    """Give `text` to torchrun; without one, nothing happens.
+def world_of_process() -> tuple[int, int]:
+    """Rank and world size from torchrun's environment; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-    The form is that of ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``, whose
-    import would cost a refused run the seconds that torch takes.
+
+def restarts() -> tuple[int, int]:
+    """How often torchrun has restarted these ranks, and its ``--max-restarts``."""
+    done = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return done, int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+def write_error_file(message: str) -> None:
+    """Give torchrun the reason why this rank ends; without torchrun, do nothing.
+
+    torchrun's final report quotes this file of the first rank that failed; without one it shows a
+    link to a page on tracebacks, and the reason has scrolled away above it. The format is that of
+    ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``, whose import would cost a
+    refused run the seconds that torch takes.
     """
-    path = os.environ.get(FILE)
+    path = os.environ.get(ERROR_FILE)
     if not path:
         return
-    # The message is shown only where there is no call stack, and the exit code goes into it.
-    word = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
-    # The reason has been told on stderr; an end must not fail for this copy of it.
+    # torchrun shows the message only without a call stack, and fills in the exit code.
+    record = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    # The reason is on stderr already; a failing exit must not fail because of its copy.
     with suppress(OSError), open(path, "w", encoding="utf-8") as stream:
-        json.dump(word, stream)
+        json.dump(record, stream)

@@ -14,7 +14,7 @@ from moe_train.checkpoint.folders import drop_earlier
 from moe_train.data.batches import BatchSource
 from moe_train.data.datasets import build_datasets
 from moe_train.errors import HungError, NonFiniteError
-from moe_train.run.first_failure import claim, claimed
+from moe_train.run.failure import peer_failure, report_once
 from moe_train.run.garbage import Collecting
 from moe_train.run.opening import Session
 from moe_train.run.records import describe_run, finish, open_recorder
@@ -22,8 +22,8 @@ from moe_train.run.restore import restore
 from moe_train.run.saving import Saver
 from moe_train.run.shutdown_budget import ShutdownBudget, grace_seconds
 from moe_train.run.signals import SignalHandler
-from moe_train.run.state import Follower, Standing
-from moe_train.run.torchelastic import leave
+from moe_train.run.state import Follower, RunState
+from moe_train.run.torchelastic import write_error_file
 from moe_train.run.traces import TraceListener, plan_trace
 from moe_train.run.watchdog import Watchdog
 from moe_train.run_folder.folder import RunFolder
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 
 def train(
-    session: Session, standing: Standing, stack: ExitStack, begun: float, signals: SignalHandler
+    session: Session, state: RunState, stack: ExitStack, begun: float, signals: SignalHandler
 ) -> None:
     """Train an open session to its last step.
 
     Args:
-        standing: kept up to date, on every rank.
+        state: kept up to date, on every rank.
         stack: closes what is opened here.
         begun: ``perf_counter`` at the start of the process.
         signals: handled since then.
@@ -57,14 +57,14 @@ def train(
     start, consumed = (manifest.step, manifest.consumed_samples) if manifest else (0, 0)
     datasets = _datasets(session, start, consumed)
     source = _source(session, datasets.train, consumed)
-    standing.step = start
+    state.step = start
     if session.rank == 0:
         describe_run(folder, config, session.layout, start, engine.backend.kernels)
-        standing.taken_up = True
+        state.owns_folder = True
     recorder = open_recorder(session, datasets, start, stack) if session.rank == 0 else None
     plan_trace(session, start)
 
-    listener = Follower(TraceListener(recorder or Silent(), session), standing)
+    listener = Follower(TraceListener(recorder or Silent(), session), state)
 
     def validation() -> list[list[MicroBatch]]:
         same = _source(session, datasets.valid, 0)
@@ -75,8 +75,8 @@ def train(
         session.rank,
         session.world,
         config.backend.timeout_seconds,
-        partial(_hung, folder, standing),
-        partial(claimed, folder.logs),
+        partial(_hung, folder, state),
+        partial(peer_failure, folder.logs),
     ) as watchdog:
         run_loop(
             engine,
@@ -108,13 +108,13 @@ def _unheard(text: str) -> None:
     """Rank 0 says it."""
 
 
-def _hung(folder: RunFolder, standing: Standing, verdict: str) -> None:
+def _hung(folder: RunFolder, state: RunState, verdict: str) -> None:
     """End this process, from the watchdog's thread: the main thread waits for ever."""
     fault = HungError(f"rank {os.environ.get('RANK', '0')}", verdict, f"see {folder.logs}/*.stacks")
-    leave(str(fault))
-    if claim(folder.logs, str(fault)):
+    write_error_file(str(fault))
+    if report_once(folder.logs, str(fault)):
         print(f"moe_train: {fault}", file=sys.stderr, flush=True)
-        write_status(folder.status, "failed", standing.step, str(fault))
+        write_status(folder.status, "failed", state.step, str(fault))
     os._exit(fault.exit_code)
 
 

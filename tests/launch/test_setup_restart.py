@@ -66,7 +66,7 @@ def test_a_preempted_run_is_left_alone_by_restarts(tmp_path: Path, named: bool) 
     [folder] = [path for path in tmp_path.iterdir() if path.is_dir()]
     left = {name: (folder / name).read_bytes() for name in ("status.json", "metrics.jsonl")}
     assert world(1) == [EXIT_PREEMPTED] * 2
-    assert log.read_text().count("is not taken up by a restart") == 1
+    assert log.read_text().count("a restart of its ranks does not resume it") == 1
     assert left == {name: (folder / name).read_bytes() for name in left}
     # A later job that fails before it takes the run up is not what was told to stop.
     assert world(0, "model.hidden=32") == [EXIT_CHECKPOINT] * 2

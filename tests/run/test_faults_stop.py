@@ -38,7 +38,7 @@ STOPS: dict[str, tuple[list[Fault], int, bool]] = {
     "twice": (
         [
             *(Fault("forward", 3, 1, TERM), Fault("after shards", 3, 1, TERM)),
-            *(Fault("closing", 3, 0, TERM), Fault("last words", 3, 0, TERM)),
+            *(Fault("closing", 3, 0, TERM), Fault("final status", 3, 0, TERM)),
         ],
         3,
         True,

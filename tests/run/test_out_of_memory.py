@@ -26,7 +26,7 @@ from moe_train.errors import (
     HungError,
 )
 from moe_train.planner.prepare import prepare
-from moe_train.run.memory import explained
+from moe_train.run.memory import explain
 from moe_train.run_folder.status import read_status
 from moe_train.testing.world import run_world
 from tests.support.faults import Fault, faulty
@@ -110,14 +110,14 @@ def test_other_errors_are_no_memory(error: Exception) -> None:
 def test_the_plan_of_the_ranks_own_stage_and_what_needs_less() -> None:
     config, layout = prepare(["experiment=moe_30b_8x64gb", "batch.micro=2", "recompute=none"], 8)
     fault = DeviceMemoryError("rank 6", "out of device memory: asked for 1.00 GB", "x")
-    told = explained(fault, config, layout)
+    told = explain(fault, config, layout)
     assert "for stage 3 at its peak" in told.problem and "weights, gradients" in told.problem
     sizes = [float(size) for size in re.findall(r"planned: ([\d.]+) GB", told.fix)]
     assert len(sizes) >= 3 and sizes == sorted(sizes), told.fix
     assert all(words in told.fix for words in ("batch.micro=1", "recompute=all", "more ranks"))
-    assert explained(told, config, layout) is told
+    assert explain(told, config, layout) is told
     host = HostMemoryError("rank 0", "out of host memory", "x")
-    assert explained(host, config, layout) is host
+    assert explain(host, config, layout) is host
 
 
 WORDS = [*FAULTY, "parallel.expert=2", "train.steps=2", "checkpoint.every=1"]
@@ -189,9 +189,9 @@ def test_a_load_that_runs_out_says_so_and_the_run_can_be_resumed(tmp_path: Path)
 def fails_and_lingers(rank: int, world: int, words: list[str], folder: str) -> int:
     """As on NCCL: a rank fails, and nothing tells its peer, which waits in a collective."""
     from moe_train.backend import groups
-    from moe_train.train import watchdog
+    from moe_train.run import watchdog
 
-    close, watchdog.PATIENCE = groups.close_world, 0.1
+    close, watchdog.PEER_EXIT_SECONDS = groups.close_world, 0.1
 
     def late(abort: bool = False) -> None:
         done = Path(folder) / "peer_ended"

@@ -67,7 +67,7 @@ POINTS = {
     "after rename": _Place("moe_train.checkpoint.folders", "commit", after=True, root=True),
     "during purge": _Place("shutil", "rmtree", root=True),
     "closing": _Place("moe_train.backend.groups", "close_world"),
-    "last words": _Place("moe_train.run.ending", "tell_status"),
+    "final status": _Place("moe_train.run.failure", "write_final_status"),
 }
 SAVING = ("before shards", "after shards", "before manifest", "before rename", "after rename",
           "during purge")  # fmt: skip
