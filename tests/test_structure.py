@@ -19,6 +19,7 @@ PACKAGE = "moe_train"
 # strangers: they meet in the runtime, through callbacks.
 HEIGHT = {
     "errors": 0,
+    "features": 0,
     "config": 1,
     "parallel": 2,
     "backend": 2,
@@ -38,7 +39,7 @@ HEIGHT = {
     "gpu_check": 9,
     "cli": 10,
 }
-TORCH_FREE = ("errors", "config", "parallel", "planner")
+TORCH_FREE = ("errors", "features", "config", "parallel", "planner")
 HEAVY = {"torch", "megatron", "transformer_engine", "transformers"}
 
 

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import importlib
 import os
+import pkgutil
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ import torch
 from moe_train.backend import local_group
 from moe_train.backend.cpu import gloo, streams
 from moe_train.config.kernels import TRANSFORMER_ENGINE
+from moe_train.config.training import OptimConfig
+from moe_train.features.optimizers import Optimizer
 
 CPU = torch.device("cpu")
 
@@ -349,6 +352,27 @@ def local_singletons() -> Iterator[None]:
         yield
     finally:
         parallel_state.create_group = plain
+
+
+@contextlib.contextmanager
+def optimizer_built_by(descriptor: Optimizer, optim: OptimConfig) -> Iterator[None]:
+    """Megatron's factory knows Adam and, undistributed, SGD; what it wraps them in takes any torch
+    optimizer: ``descriptor``'s is built where Adam would be."""
+    from megatron.core import optimizer
+
+    plain = optimizer.Adam
+    if descriptor.build:
+        kind = pkgutil.resolve_name(descriptor.build)
+        own = {name: getattr(optim, key) for name, key in descriptor.hyper_parameters.items()}
+
+        def build(params: Any, *, lr: float, weight_decay: float, **_: Any) -> Any:
+            return kind(params, lr=lr, weight_decay=weight_decay, **own, **descriptor.constants)
+
+        optimizer.Adam = build
+    try:
+        yield
+    finally:
+        optimizer.Adam = plain
 
 
 @contextlib.contextmanager

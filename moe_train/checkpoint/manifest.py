@@ -18,6 +18,7 @@ from typing import Any
 
 from moe_train.checkpoint.digests import Block, blocks, hash_range
 from moe_train.errors import CheckpointError
+from moe_train.features.optimizers import OPTIMIZERS
 
 FORMAT = 3
 READABLE = (2, FORMAT)
@@ -27,7 +28,7 @@ MAX_BYTES = 64 * 2**20
 _FILE = re.compile(rf"__\d{{1,9}}_\d{{1,9}}\.distcp|{re.escape(INDEX)}", re.ASCII)
 """The only names that a manifest may list: no other file of the folder is ever opened."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_STATES = {"exp_avg", "exp_avg_sq", "param"}
+_STATES = {"param"}.union(*(one.state_names for one in OPTIMIZERS.values()))
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Manifest:
     seed: int
     optimizer_step: int
     optimizer_states: list[str]
-    """Per-parameter tensors: exp_avg, exp_avg_sq and, for low-precision weights, param."""
+    """Per-parameter tensors of the optimizer and, for 16-bit weights, their fp32 copy `param`."""
     tokenizer: str
     """Fingerprint of the tokenizer that the data was prepared with."""
     rng_sizes: list[int]

@@ -36,15 +36,15 @@ def parts(optimizer: Any) -> list[Any]:
 
 def state_names(optimizer: Any) -> list[str]:
     """Per-parameter tensors that this optimizer keeps: ``param`` is the fp32 master copy."""
-    names = ["exp_avg", "exp_avg_sq"]
     config = parts(optimizer)[0].config
+    names = [*config.descriptor.state_names]
     if config.bf16 or config.fp16:
         names.append("param")
     return names
 
 
 def optimizer_step(optimizer: Any) -> int:
-    """Updates made so far (Adam's step)."""
+    """Updates made so far, where the optimizer counts them (Adam's step), else 0."""
     return max(int(group.get("step", 0)) for group in optimizer.param_groups)
 
 
@@ -57,7 +57,13 @@ def set_optimizer_step(optimizer: Any, step: int) -> None:
 def initialise_state(optimizer: Any) -> None:
     """Allocate the state that the first step would, so that there is something to load into."""
     for part in parts(optimizer):
-        part.init_state_fn(part.optimizer, part.config)
+        if not part.config.descriptor.build:
+            part.init_state_fn(part.optimizer, part.config)
+            continue
+        for group in part.optimizer.param_groups:
+            for param in group["params"]:
+                for name in part.config.descriptor.state_names:
+                    part.optimizer.state[param].setdefault(name, torch.zeros_like(param))
 
 
 def state_entries(optimizer: Any, model_state: dict[str, Any], name: str) -> Tree:

@@ -68,6 +68,7 @@ OWN_KEYS: dict[str, dict[str, str]] = {
         "overlap_param_gather": "parallel.overlap_param_gather",
     },
     "optimizer": {
+        "optimizer": "optim.name",
         "lr": "optim.lr",
         "decoupled_lr": "optim.embedding_lr",
         "min_lr": "optim.min_lr",

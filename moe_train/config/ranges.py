@@ -89,7 +89,7 @@ def range_faults(config: Config) -> Iterable[ConfigError]:
             )
     if not config.hardware.peak_tflops:
         yield ConfigError("hardware.peak_tflops", "is empty", "TFLOP/s of a dtype: {fp32: 0.1}")
-    for key in ("optim.beta1", "optim.beta2"):
+    for key in ("optim.beta1", "optim.beta2", "optim.momentum"):
         value = value_at(config, key)
         if not 0 <= value < 1:
             yield ConfigError(key, f"{value} is outside [0, 1)", "usual values: 0.9, 0.95, 0.999")

@@ -39,8 +39,10 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """Adam with decoupled weight decay, and its schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    name: str = "adamw"
+    """Optimizer: adamw | adam (L2 regularisation) | sgd (with momentum)."""
     lr: float = 3e-3
     """Peak learning rate."""
     embedding_lr: float | None = None
@@ -56,13 +58,15 @@ class OptimConfig:
     wsd_decay_steps: int | None = None
     """Length of WSD's final decay; None is a tenth of decay_steps."""
     weight_decay: float = 0.1
-    """Decoupled weight decay on matrices (norms, biases: none)."""
+    """Weight decay on matrices (norms, biases: none)."""
     beta1: float = 0.9
     """Adam's first-moment decay."""
     beta2: float = 0.95
     """Adam's second-moment decay."""
     eps: float = 1e-8
     """Adam's epsilon."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
     clip: float = 1.0
     """Global gradient-norm clip; 0 switches it off."""
     distributed: bool = False

@@ -11,6 +11,7 @@ from moe_train.config.layers import parse_layers
 from moe_train.config.ranges import range_faults, value_at
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
+from moe_train.features.optimizers import OPTIMIZERS
 
 DTYPES = ("fp32", "bf16", "fp8")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -21,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.router.balancing": ("aux", "seq_aux", "global_aux", "sinkhorn", "none"),
     "model.router.drop_policy": ("probs", "position"),
     "parallel.dispatcher": ("alltoall", "allgather", "flex"),
+    "optim.name": tuple(OPTIMIZERS),
     "optim.schedule": ("cosine", "linear", "wsd", "constant"),
     "optim.moment_dtype": ("fp32", "bf16"),
     "optim.grad_dtype": ("fp32", "bf16"),
@@ -199,6 +201,12 @@ def _optimizer(config: Config) -> Iterable[ConfigError]:
             f"{optim.decay_steps} ends before the warm-up of {optim.warmup_steps} steps",
             f"at least {optim.warmup_steps + 1}",
         )
+    descriptor = OPTIMIZERS.get(optim.name)
+    for name in ("precision_aware", "offload"):
+        if descriptor and getattr(optim, name) and not getattr(descriptor, name):
+            yield ConfigError(
+                f"optim.{name}", f"{optim.name} has none", f"optim.{name}=false or optim.name=adamw"
+            )
     if optim.precision_aware and not optim.distributed:
         yield ConfigError(
             "optim.precision_aware", "needs the distributed optimizer", "optim.distributed=true"

@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_train.errors import ConfigError
+from moe_train.features.optimizers import OPTIMIZERS, Optimizer
 
 if TYPE_CHECKING:
     from moe_train.backend.protocol import Backend
@@ -131,18 +132,26 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
     return _build(DistributedDataParallelConfig, fields, config.megatron.ddp, "ddp")
 
 
-def optimizer_config(config: Config, backend: Backend) -> OptimizerConfig:
+@dataclasses.dataclass
+class NamedOptimizerConfig(OptimizerConfig):
+    """Megatron's OptimizerConfig and the descriptor that it was made from."""
+
+    descriptor: Optimizer = OPTIMIZERS["adamw"]
+
+
+def optimizer_config(config: Config, backend: Backend) -> NamedOptimizerConfig:
     """OptimizerConfig of a resolved config."""
     optim = config.optim
+    descriptor = OPTIMIZERS[optim.name]
     fields: dict[str, Any] = {
+        "descriptor": descriptor,
+        # Whatever is built stands in the place of Adam, see `patches.optimizer_built_by`.
         "optimizer": "adam",
+        **descriptor.megatron_fields,
         "lr": optim.lr,
         "decoupled_lr": optim.embedding_lr,
         "min_lr": optim.min_lr,
         "weight_decay": optim.weight_decay,
-        "adam_beta1": optim.beta1,
-        "adam_beta2": optim.beta2,
-        "adam_eps": optim.eps,
         "clip_grad": optim.clip,
         "bf16": DTYPES[config.dtype] is torch.bfloat16,
         "params_dtype": DTYPES[config.dtype],
@@ -151,6 +160,9 @@ def optimizer_config(config: Config, backend: Backend) -> OptimizerConfig:
         "overlap_param_gather": config.parallel.overlap_param_gather,
         "optimizer_cpu_offload": optim.offload,
     }
+    if not descriptor.build:
+        keys = descriptor.hyper_parameters
+        fields.update({field: getattr(optim, key) for field, key in keys.items()})
     if optim.precision_aware:
         fields.update(
             main_grads_dtype=DTYPES[optim.grad_dtype],
@@ -159,7 +171,7 @@ def optimizer_config(config: Config, backend: Backend) -> OptimizerConfig:
         )
     fields.update(backend.optimizer_overrides())
     with backend.optimizer_construction():
-        return _build(OptimizerConfig, fields, config.megatron.optimizer, "optimizer")
+        return _build(NamedOptimizerConfig, fields, config.megatron.optimizer, "optimizer")
 
 
 def _build(kind: type, fields: dict[str, Any], extra: dict[str, Any], name: str) -> Any:

@@ -12,7 +12,9 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from moe_train.backend import patches
 from moe_train.config.layers import parse_layers
+from moe_train.features.optimizers import OPTIMIZERS
 from moe_train.model.build import build_model
 from moe_train.model.span.exchange import Span
 from moe_train.model.transformer_config import optimizer_config, spans, transformer_config
@@ -89,12 +91,13 @@ def build_engine(
         recomputed=frozenset(parse_layers(config.recompute.layers, config.model.layers)),
         span=span,
     )
-    optimizer = get_megatron_optimizer(
-        optimizer_config(config, backend),
-        chunks,
-        use_gloo_process_groups=False,
-        pg_collection=None,
-    )
+    with patches.optimizer_built_by(OPTIMIZERS[config.optim.name], config.optim):
+        optimizer = get_megatron_optimizer(
+            optimizer_config(config, backend),
+            chunks,
+            use_gloo_process_groups=False,
+            pg_collection=None,
+        )
     tracer = Tracer(groups.pp.rank(), backend.synchronize)
     if config.train.trace:
         tracer.know_groups(groups)

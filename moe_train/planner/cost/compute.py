@@ -170,10 +170,10 @@ def backward_seconds(parts: list[Part]) -> float:
 
 
 def optimizer_seconds(config: Config, held: int, owned: int) -> float:
-    """Adam's step on one rank.
+    """The optimizer's step on one rank.
 
-    Gradients are zeroed where they are `held` (parameters); where a rank has Adam's state
-    (`owned`) they are read for the norm, scaled by clipping and read by Adam, which reads and
+    Gradients are zeroed where they are `held` (parameters); where a rank has optimizer state
+    (`owned`) they are read for the norm, scaled by clipping and read by the update, which reads and
     writes its state and writes the weights. Without a master copy the weights are read as well.
     """
     each = bytes_per_parameter(config.dtype, config.optim)

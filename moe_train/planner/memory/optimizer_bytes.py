@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and Adam's state per parameter, and who holds which share.
+"""Bytes of weights, gradients and optimizer state per parameter, and who holds which share.
 
     plain mixed precision     2 weights + 4 gradients + 4 master + 4 + 4 moments = 18
     precision-aware           2 weights + 2 gradients + 4 master + 2 + 2 moments = 12
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from moe_train.config.root import Config
 from moe_train.config.training import OptimConfig
+from moe_train.features.optimizers import OPTIMIZERS
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.parameters import RankParameters
 from moe_train.parallel.shapes import DTYPE_BYTES
@@ -34,7 +35,7 @@ class ParameterBytes:
     master: int
     """fp32 copy of a 16-bit weight; 0 for fp32 weights."""
     moments: int
-    """Both of Adam's moments."""
+    """All state tensors of the optimizer's descriptor: Adam's two moments."""
 
     @property
     def state(self) -> int:
@@ -71,7 +72,7 @@ def bytes_per_parameter(dtype: str, optim: OptimConfig) -> ParameterBytes:
         weight=weight,
         gradient=WIDTH[optim.grad_dtype],
         master=4 if weight < 4 else 0,
-        moments=2 * moment,
+        moments=len(OPTIMIZERS[optim.name].state_names) * moment,
     )
 
 
@@ -95,8 +96,9 @@ def state_bytes(config: Config, layout: Layout, held: RankParameters) -> StateBy
 
 
 def variants(config: Config) -> dict[str, tuple[Config, str]]:
-    """Optimizers to compare a plan under: name -> (config, overrides that choose it)."""
+    """Forms of AdamW to compare a plan under: name -> (config, overrides that choose it)."""
     sixteen = config.dtype != "fp32"
+    adamw = "" if config.optim.name == "adamw" else "optim.name=adamw "
     choices: dict[str, tuple[dict[str, object], str]] = {
         "plain Adam": (
             {"distributed": False, "precision_aware": False, "moment_dtype": "fp32",
@@ -124,8 +126,11 @@ def variants(config: Config) -> dict[str, tuple[Config, str]]:
     }  # fmt: skip
     return {
         name: (
-            dataclasses.replace(config, optim=dataclasses.replace(config.optim, **changes)),  # type: ignore[arg-type]
-            words,
+            dataclasses.replace(
+                config,
+                optim=dataclasses.replace(config.optim, name="adamw", **changes),  # type: ignore[arg-type]
+            ),
+            adamw + overrides,
         )
-        for name, (changes, words) in choices.items()
+        for name, (changes, overrides) in choices.items()
     }

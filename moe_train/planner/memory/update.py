@@ -8,6 +8,7 @@ reads them as they are, and torch's kernels copy them with 16-bit moments in par
 from __future__ import annotations
 
 from moe_train.config.root import Config
+from moe_train.features.optimizers import OPTIMIZERS
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.parameters import RankParameters
 from moe_train.planner.memory.optimizer_bytes import WIDTH
@@ -40,7 +41,8 @@ def update_terms(
                 "4 x parameters of this rank's share", "Megatron-Core 0.19, optimizer",
             ),
         )  # fmt: skip
-    copied = 4 * (gradient + 2 * (WIDTH[optim.moment_dtype] < 4))
+    states = len(OPTIMIZERS[optim.name].state_names)
+    copied = 4 * (gradient + states * (WIDTH[optim.moment_dtype] < 4))
     if fused or not copied:
         return ()
     return (
