@@ -68,13 +68,13 @@ def measure(case: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round's step by contestant."""
     with ExitStack() as stack:
         field = {name: Contestant(name, case, stack) for name in (OURS, *OTHERS)}
-        found: dict[str, list[float]] = {name: [] for name in field}
+        result: dict[str, list[float]] = {name: [] for name in field}
         for number in range(WARM_UP + rounds):
             for name, contestant in field.items():
                 seconds = contestant.step()
                 if number >= WARM_UP:
-                    found[name].append(seconds)
-    return found
+                    result[name].append(seconds)
+    return result
 
 
 def main() -> None:
@@ -82,16 +82,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each (default 9)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     ratios: dict[str, float] = {}
     seconds: dict[str, dict[str, float]] = {}
     table = Table("case", "contestant", "seconds a step", "tokens/s", "ours is faster by")
     for case in CASES:
-        found = measure(case, asked.rounds)
-        seconds[case] = {name: statistics.median(times) for name, times in found.items()}
+        result = measure(case, args.rounds)
+        seconds[case] = {name: statistics.median(times) for name, times in result.items()}
         for name, middle in seconds[case].items():
             ratio = statistics.median(
-                other / own for other, own in zip(found[name], found[OURS], strict=True)
+                other / own for other, own in zip(result[name], result[OURS], strict=True)
             )
             if name != OURS:
                 ratios[f"{case}_vs_{name}"] = ratio
@@ -104,14 +104,14 @@ def main() -> None:
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "megatron-core", "transformers")},
-        "rounds": asked.rounds,
+        "rounds": args.rounds,
     }
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
-    asked.output.write_text(
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(
         json.dumps({"ratios": ratios, "seconds": seconds, "environment": environment}, indent=2)
         + "\n"
     )
-    print(f"written to {asked.output}")
+    print(f"written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ def megatron_sequential(case: Case) -> Step:
 
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mask = torch.ones(1, 1, config.data.sequence, config.data.sequence, dtype=torch.bool)
-        given = (batch["tokens"], batch["position_ids"], mask.triu(1))
-        found: torch.Tensor = model(*given, labels=batch["labels"]).mean()
-        return found
+        args = (batch["tokens"], batch["position_ids"], mask.triu(1))
+        result: torch.Tensor = model(*args, labels=batch["labels"]).mean()
+        return result
 
     return _plain_step(model, loss, _batches(case, config.data.sequence, count))
 
@@ -91,10 +91,10 @@ def _mixtral(case: Case, experts: str) -> Step:
 
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         logits = model(input_ids=batch["tokens"], use_cache=False).logits
-        found: torch.Tensor = torch.nn.functional.cross_entropy(
+        result: torch.Tensor = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch["labels"].flatten()
         )
-        return found
+        return result
 
     count = TOKENS // config.data.sequence // case.micro
     return _plain_step(model, loss, _batches(case, config.data.sequence, count))

@@ -25,8 +25,8 @@ def main(name: str, case: str) -> None:
     for _ in sys.stdin:
         begun = time.perf_counter()
         loss = step()
-        told = {"seconds": time.perf_counter() - begun, "loss": loss}
-        print(json.dumps(told), flush=True)
+        output = {"seconds": time.perf_counter() - begun, "loss": loss}
+        print(json.dumps(output), flush=True)
 
 
 if __name__ == "__main__":

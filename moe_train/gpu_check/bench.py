@@ -1,4 +1,4 @@
-"""What a check works with: workers, runs, sizes, and the time that it has left."""
+"""Resources of a check: worker processes, runs, model sizes and its time budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_train.gpu_check.workers import Worker
 
 
 class Bench:
-    """One suite's equipment.
+    """Workers, data and time budget of one suite.
 
     Args:
         device: ``gpu`` or ``cpu``: where the checked side of every check runs.
@@ -61,11 +61,11 @@ class Bench:
         """A task on the checked device."""
         return self.here.call(task, self.left, **args)
 
-    def words(self, overrides: Sequence[str], kernels: str = "torch") -> list[str]:
+    def overrides_of(self, overrides: Sequence[str], kernels: str = "torch") -> list[str]:
         """Overrides of a run on the checked device: ``overrides`` on the suite's own tokens."""
         return [*QUIET, *self.sizes.device(kernels), *self._data(), *overrides]
 
-    def host_words(self, overrides: Sequence[str]) -> list[str]:
+    def cpu_overrides(self, overrides: Sequence[str]) -> list[str]:
         """The same on the CPU."""
         return [*QUIET, "device=cpu", *self._data(), *overrides]
 
@@ -76,11 +76,11 @@ class Bench:
             Failed: the run did not finish.
         """
         worker = self.te if kernels == "te" else self.here
-        return self._train(worker, name, self.words(overrides, kernels))
+        return self._train(worker, name, self.overrides_of(overrides, kernels))
 
-    def train_on_host(self, name: str, overrides: Sequence[str]) -> Path:
+    def train_on_cpu(self, name: str, overrides: Sequence[str]) -> Path:
         """Train on the CPU, in its worker."""
-        return self._train(self.host, name, self.host_words(overrides))
+        return self._train(self.host, name, self.cpu_overrides(overrides))
 
     def launch(
         self,
@@ -98,7 +98,7 @@ class Bench:
         """
         return launch(
             self.run_folder(name),
-            self.words(overrides),
+            self.overrides_of(overrides),
             ranks,
             self.left - spare,
             plant=plant,
@@ -108,21 +108,21 @@ class Bench:
     def exchange(self, ranks: int) -> dict[str, Any]:
         """Figures of :mod:`moe_train.gpu_check.tasks.exchange` on ``ranks`` ranks."""
         path = self.run_folder("exchange.json")
-        words = ["-m", "moe_train.gpu_check.tasks.exchange", str(path), self.device]
-        code, output = start(path.with_suffix(".log"), words, ranks, self.left, self._blind)
+        arguments = ["-m", "moe_train.gpu_check.tasks.exchange", str(path), self.device]
+        code, output = start(path.with_suffix(".log"), arguments, ranks, self.left, self._blind)
         if code != 0:
             raise Failed(f"the exchange ended with exit code {code}\n{output}")
         return read_json(path)
 
     def run_folder(self, name: str) -> Path:
-        """Where this check's run of a name lies."""
+        """Folder of this check's run ``name``."""
         return self.folder / "runs" / f"{self.name}-{name}"
 
-    def _train(self, worker: Worker, name: str, words: list[str]) -> Path:
+    def _train(self, worker: Worker, name: str, overrides: list[str]) -> Path:
         folder = self.run_folder(name)
         folder.parent.mkdir(parents=True, exist_ok=True)
         named = [f"run.dir={folder.parent}", f"run.name={folder.name}"]
-        code = worker.call("train", self.left, overrides=[*words, *named])
+        code = worker.call("train", self.left, overrides=[*overrides, *named])
         if code != 0:
             raise Failed(f"training {name} ended with exit code {code}\n{worker.said()}")
         return folder

@@ -1,4 +1,4 @@
-"""What a check is."""
+"""The definition of one check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_train.gpu_check.findings import Findings
 
 @dataclass(frozen=True)
 class Check:
-    """One question to the hardware."""
+    """One check: name, question, GPUs needed, time budget, function."""
 
     name: str
     asks: str

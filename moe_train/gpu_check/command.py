@@ -133,19 +133,19 @@ def runnable(checks: Sequence[Check], *, named: bool, gpus: int, on_cpu: bool) -
         ConfigError: none of those that were named can run here.
     """
     if on_cpu:
-        found = [check for check in checks if check.cpu and (named or check.gpus == 1)]
+        results = [check for check in checks if check.cpu and (named or check.gpus == 1)]
         need = "run on a GPU alone"
     else:
-        found = [check for check in checks if check.gpus <= gpus]
+        results = [check for check in checks if check.gpus <= gpus]
         need = f"need more than the {gpus} GPU(s) of this machine"
-    if named and len(found) < len(checks):
-        others = [check.name for check in checks if check not in found]
+    if named and len(results) < len(checks):
+        others = [check.name for check in checks if check not in results]
         raise ConfigError("--checks", f"{', '.join(others)} {need}", "leave them out")
-    return found if CHECKS[0] in found else [CHECKS[0], *found]
+    return results if CHECKS[0] in results else [CHECKS[0], *results]
 
 
 def print_list(checks: Sequence[Check], gpus: int) -> None:
-    """Say what would run, by number of GPUs."""
+    """Print the checks that would run, by number of GPUs."""
     if not gpus:
         print("This machine shows no GPU. With one, these would run:")
     for count in COUNTS:

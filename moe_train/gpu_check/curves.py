@@ -1,4 +1,4 @@
-"""Loss curves against each other, and the CPU's reference curves that ship with the package."""
+"""Comparison of loss curves; the CPU reference curves that ship with the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check leaves behind: figures, failures, or the reason why there is nothing to judge."""
+"""Results of a check: figures, failures, or the reason why it was skipped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Verdict = Literal["pass", "fail", "skip", "running", "waiting"]
 
 
 class Skip(Exception):
-    """Raised by a check that has nothing to judge here; its text is the reason."""
+    """Raised by a check that does not apply on this machine; the text is the reason."""
 
 
 class Failed(Exception):
@@ -19,7 +19,7 @@ class Failed(Exception):
 
 @dataclass
 class Findings:
-    """What one check has found so far; kept when it is killed."""
+    """Figures and failures of one check so far; reported even when the check is killed."""
 
     figures: dict[str, Any] = field(default_factory=dict)
     """Measured numbers and short texts, by what they are."""

@@ -1,4 +1,6 @@
-"""The training program with one fault in it: ``python -m moe_train.gpu_check.plant KIND STEP RANK``
+"""The training program with an injected fault.
+
+``python -m moe_train.gpu_check.plant KIND STEP RANK [overrides]``.
 
 KIND is ``kill`` (the rank kills itself with SIGKILL) or ``memory`` (its device has no memory
 left); it happens at the beginning of step STEP. Overrides follow.

@@ -1,4 +1,4 @@
-"""Runs of the product's own program as children: one rank, or several under torchrun."""
+"""Training runs as child processes: one rank, or several under torchrun."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLANTED = ["-m", "moe_train.gpu_check.plant"]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended, and what it left."""
+    """Exit code, output and files of a finished run."""
 
     code: int
     """Exit code of its first process; negative for a signal."""
@@ -76,26 +76,27 @@ def launch(
         Failed: it did not end in time.
     """
     program = [*PLANTED, *plant] if plant else PROGRAM
-    words = [*program, *overrides, f"run.dir={folder.parent}", f"run.name={folder.name}"]
-    code, output = start(folder.with_suffix(".log"), words, ranks, seconds, extra or {})
+    arguments = [*program, *overrides, f"run.dir={folder.parent}", f"run.name={folder.name}"]
+    code, output = start(folder.with_suffix(".log"), arguments, ranks, seconds, extra or {})
     return Ended(code, folder, output)
 
 
 def start(
-    log: Path, words: Sequence[str], ranks: int, seconds: float, extra: Mapping[str, str]
+    log: Path, arguments: Sequence[str], ranks: int, seconds: float, extra: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Run ``python words...`` on ``ranks`` ranks and wait; returns exit code and output's end.
+    """Run ``python arguments...`` on ``ranks`` ranks and wait; returns exit code and output's end.
 
     Raises:
         Failed: it did not end in time, and was killed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     if ranks > 1:
-        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *words]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        arguments = [*launcher, *arguments]
     offset = log.stat().st_size if log.exists() else 0
     with log.open("ab") as stream:
         process = subprocess.Popen(
-            [sys.executable, *words],
+            [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

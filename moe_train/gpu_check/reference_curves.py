@@ -1,6 +1,6 @@
-"""Make the shipped reference curves anew: ``python -m moe_train.gpu_check.reference_curves``.
+"""Regenerate the reference curves: ``python -m moe_train.gpu_check.reference_curves``.
 
-To be run where numbers change on purpose; a test holds the shipped ones against a fresh run.
+Run it when numerics change on purpose; a test compares the shipped curves with a fresh run.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ VERSIONS = ("torch", "megatron-core", "numpy", "python", "processor", "cpu_capab
 def fresh(dtype: str, bench: Bench, steps: int) -> list[dict[str, Any]]:
     """The first ``steps`` training lines of a curve, made on this machine's CPU."""
     bench.begin(f"reference-{dtype}", SECONDS)
-    return curve(bench.train_on_host("curve", [*words_of(dtype), f"train.steps={steps}"]))
+    return curve(bench.train_on_cpu("curve", [*overrides_of(dtype), f"train.steps={steps}"]))
 
 
-def words_of(dtype: str) -> list[str]:
+def overrides_of(dtype: str) -> list[str]:
     """Overrides of a reference curve."""
     return [*SMALL, f"dtype={dtype}"]
 
 
 def make(dtype: str, bench: Bench) -> dict[str, Any]:
     """One curve on this machine's CPU, with its initial weights and versions."""
-    words = words_of(dtype)
+    overrides = overrides_of(dtype)
     steps = fresh(dtype, bench, STEPS)
     tokens = (bench.folder / "data" / "tokens.bin").read_bytes()
     machine = bench.host.call("facts", bench.left, gpu=False)["machine"]
     return {
         "made_with": {name: machine[name] for name in VERSIONS},
-        "overrides": words,
+        "overrides": overrides,
         "tokens_sha256": hashlib.sha256(tokens).hexdigest(),
         "steps": [{name: step[name] for name in FIELDS} for step in steps],
-        "weights": bench.host.call("weights", bench.left, overrides=bench.host_words(words)),
+        "weights": bench.host.call("weights", bench.left, overrides=bench.cpu_overrides(overrides)),
     }
 
 

@@ -16,8 +16,8 @@ def _lines(content: Mapping[str, Any]) -> Iterator[str]:
     counts = {v: sum(check["verdict"] == v for check in checks) for v in ("pass", "fail", "skip")}
     yield "# GPU check"
     yield ""
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    yield f"{content['state']}: {told} of {len(checks)} checks, {content['seconds']:g} s, "
+    output = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    yield f"{content['state']}: {output} of {len(checks)} checks, {content['seconds']:g} s, "
     yield f"begun {content['begun']}, commit {content['commit']}, `{content['command']}`."
     yield ""
     if content["machine"]:

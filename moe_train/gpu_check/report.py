@@ -1,4 +1,4 @@
-"""The report: rewritten whole after every step, so that a killed suite keeps its figures."""
+"""The report files, rewritten after every check so that a killed suite keeps its figures."""
 
 from __future__ import annotations
 

@@ -32,14 +32,14 @@ def _draws(name: str) -> Iterator[int]:
 def documents() -> Iterator[list[int]]:
     """Token ids of each document."""
     letters, choice = _draws("letters"), _draws("text")
-    words = [
+    overrides = [
         bytes(97 + next(letters) % 26 for _ in range(2 + next(letters) % 6)) for _ in range(WORDS)
     ]
     follows = [[next(letters) % WORDS for _ in range(FOLLOWERS)] for _ in range(WORDS)]
     for document in range(DOCUMENTS):
         word, ids = document % WORDS, []
         for _ in range(WORDS_PER_DOCUMENT):
-            ids += [*words[word], 32]
+            ids += [*overrides[word], 32]
             word = follows[word][next(choice) % FOLLOWERS]
         yield [*ids, EOD]
 

@@ -1,1 +1,1 @@
-"""The CUDA program, run whole without a GPU: real values, real device checks, no kernels."""
+"""Run the CUDA program without a GPU: real values and device checks, kernels on the CPU."""

@@ -25,7 +25,7 @@ exit code: 0 every rank finished and nothing was found; 1 otherwise; 2 this mach
 
 
 def main(argv: Sequence[str]) -> int:
-    """Rehearse one run and print what was seen; returns the exit code."""
+    """Rehearse one run and print its findings; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m moe_train.rehearsal",
         description="Run the CUDA program without a GPU and find mixed devices and host copies.",
@@ -36,9 +36,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--world", type=int, default=1, help="ranks, each with a GPU (default 1)")
     parser.add_argument("--memory-gb", type=float, default=8.0, help="of each GPU (default 8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports there")
-    asked = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory(prefix="moe_train-rehearsed-") as runs:
-        case = Case((f"run.dir={runs}", *asked.overrides), asked.world, asked.memory_gb)
+        case = Case((f"run.dir={runs}", *args.overrides), args.world, args.memory_gb)
         try:
             [ranks] = rehearse([case], log=sys.stderr)
         except ConfigError as unable:
@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
             return unable.exit_code
     for rank, report in enumerate(ranks):
         _show(rank, report)
-    if asked.json:
-        asked.json.write_text(to_json([ranks]) + "\n")
+    if args.json:
+        args.json.write_text(to_json([ranks]) + "\n")
     return EXIT_FINISHED if all(report.sound for report in ranks) else 1
 
 

@@ -1,4 +1,4 @@
-"""Where the state of a run lies: what a save writes has to come from the device."""
+"""Devices of a run's state: parameters, buffers, optimizer and random state must be on the GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StateAudit:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Take note inside the block."""
+        """Record modules and optimizers created inside the block."""
 
         def built(module: torch.nn.Module, *_: Any) -> None:
             self._modules.add(module)

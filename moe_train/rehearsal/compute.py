@@ -1,4 +1,4 @@
-"""CUDA tensors' operations on the host, over the same memory.
+"""Run operations on CUDA tensors with CPU kernels, over the same memory.
 
 Under ``runtime.c`` the memory of a CUDA tensor is host memory, so torch's CPU kernels can compute
 on it and write its values in place.

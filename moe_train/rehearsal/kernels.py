@@ -1,4 +1,4 @@
-"""CUDA tensors with values and without a device: every kernel is computed on the host.
+"""Dispatch mode that computes every CUDA kernel with CPU kernels.
 
 Under ``runtime.c`` the memory of a CUDA tensor is host memory. A dispatch mode sees each operation
 below autograd; what launches a kernel is run by torch's CPU kernel on CPU tensors over the same
@@ -34,7 +34,7 @@ class HostKernels(TorchDispatchMode):
     """Compute CUDA tensors' operations on the host while active in this thread.
 
     Args:
-        recorder: is told of copies to the host and of operations that a GPU would refuse.
+        recorder: counts copies to the host and operations that a GPU would refuse.
     """
 
     def __init__(self, recorder: Recorder) -> None:

@@ -1,4 +1,4 @@
-"""What stands for a driver: the CUDA runtime on host memory, built, and an ``nvidia-smi``."""
+"""Build the fake CUDA driver library (``runtime.c``) and an ``nvidia-smi`` script."""
 
 from __future__ import annotations
 

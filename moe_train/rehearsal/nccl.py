@@ -1,6 +1,6 @@
-"""NCCL's place in a rehearsal: its groups' collectives go through gloo, over the same memory.
+"""NCCL process groups of a rehearsal, backed by gloo over the same memory.
 
-torch's own ``nccl`` backend is created, asked and called as on GPUs (options, batches of
+torch's own ``nccl`` backend is created and called as on GPUs (options, batches of
 point-to-point operations, coalesced collectives); tensors of the host are refused.
 """
 

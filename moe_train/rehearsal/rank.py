@@ -1,4 +1,4 @@
-"""One rank of a rehearsal: the program's own entry, inside the stand-ins, and what was seen."""
+"""One rank of a rehearsal: the training program inside the fakes, and its report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Case:
 
 @dataclass
 class RankReport:
-    """What one rank did."""
+    """Exit code, failure, copies and findings of one rank."""
 
     code: int = -1
     """Exit code of the program; -1 where it did not end by itself."""

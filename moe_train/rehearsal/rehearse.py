@@ -37,12 +37,12 @@ def rehearse(
     """
     if (why := obstacle()) is not None:
         raise ConfigError("rehearsal", why, "use a torch with CUDA, and install cc, gcc or clang")
-    asked = [asdict(case) | {"overrides": [*ALWAYS, *case.overrides]} for case in cases]
+    args = [asdict(case) | {"overrides": [*ALWAYS, *case.overrides]} for case in cases]
     with tempfile.TemporaryDirectory(prefix="moe_train-rehearsal-") as name:
         folder = Path(name)
         build(folder)
         questions, answers = folder / "cases.json", folder / "reports.json"
-        questions.write_text(json.dumps(asked))
+        questions.write_text(json.dumps(args))
         subprocess.run(
             [sys.executable, "-m", "moe_train.rehearsal.server", str(questions), str(answers)],
             env=environment(folder, devices=1, memory_gb=1),

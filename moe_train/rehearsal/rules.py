@@ -1,4 +1,4 @@
-"""What a GPU would refuse of an operation, and what makes the host wait for it.
+"""Device rules of CUDA operations: mixed devices, host synchronisations.
 
 Fake or host tensors take operands that a GPU does not: operands of two devices, index tensors and
 optimizer steps on the host, host tensors in a collective of NCCL. The exceptions are torch's own:
@@ -80,7 +80,7 @@ PLACES = {
     "step end": ("moe_train/train",),
     "start": ("moe_train/run/", "moe_train/backend"),
 }  # fmt: skip
-"""Parts of the program by their files, the first that is found on the stack."""
+"""Parts of the program by their files; the first match on the stack counts."""
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Recorder:
                 misplaced = Event(f"{name} is not the device's", event.place, event.source)
                 self.findings[misplaced] += 1
 
-    def found(self, kind: str) -> None:
+    def add_finding(self, kind: str) -> None:
         """Count a finding."""
         self.findings[_event(kind)] += 1
 
@@ -158,7 +158,7 @@ def judge(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> N
         recorder.copied(name)
     own = torch.device("cuda", torch.cuda.current_device())
     if devices and devices != {own} and not func.is_view:
-        recorder.found(f"{own} is current, operands are on {devices.pop()}")
+        recorder.add_finding(f"{own} is current, operands are on {devices.pop()}")
     if any(tensor.device.type == "cpu" for tensor in tensors):
         _judge_host(recorder, func, args, tensors)
     for value in tree_iter((args, kwargs)):
@@ -191,7 +191,7 @@ def _judge_host(recorder: Recorder, func: Any, args: Any, tensors: list[torch.Te
         if any(one.dim() for one in others) or not args[0].is_cuda:
             raise MixedDevices.of(func, tensors, "values on the host")
         if any(index.device.type == "cpu" for index in indices):
-            recorder.found(f"{name} with an index on the host")
+            recorder.add_finding(f"{name} with an index on the host")
         return
     pointwise = torch.Tag.pointwise in func.tags or name in NUMBERS
     written = [

@@ -1,7 +1,7 @@
 """A process that imports everything once and forks the ranks of each case.
 
 ``python -m moe_train.rehearsal.server`` reads cases as JSON and writes reports as JSON. It has to
-be started in :func:`moe_train.rehearsal.library.environment`, and never asks for a device itself:
+be started in :func:`moe_train.rehearsal.library.environment`, and never opens a device itself:
 a process that has cannot fork ranks that do.
 """
 
@@ -98,9 +98,9 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(asked: Path, answered: Path) -> None:
+def serve(args: Path, answered: Path) -> None:
     """Run the cases of the first file, one after the other, and write their reports."""
-    cases = [Case(**fields) for fields in json.loads(asked.read_text())]
+    cases = [Case(**fields) for fields in json.loads(args.read_text())]
     prepare()
     reports: list[Sequence[RankReport]] = [run_case(case) for case in cases]
     answered.write_text(to_json(reports))

@@ -21,7 +21,7 @@ from moe_train.gpu_check.bench import Bench
 from moe_train.gpu_check.check import Check
 from moe_train.gpu_check.checks import CHECKS
 from moe_train.gpu_check.findings import Failed, Findings, Skip
-from moe_train.gpu_check.reference_curves import fresh, words_of
+from moe_train.gpu_check.reference_curves import fresh, overrides_of
 from moe_train.gpu_check.report import Report
 from moe_train.gpu_check.tasks import profile
 from moe_train.gpu_check.tokens import documents, write_tokens
@@ -292,7 +292,7 @@ def test_a_session_is_timed_profiled_saved_and_loaded(bench: Bench) -> None:
 def test_shipped_curves_are_this_programs(bench: Bench, dtype: str) -> None:
     """Bit by bit where they were made with the same versions on the same processor."""
     shipped = curves.reference(dtype)
-    assert shipped["overrides"] == words_of(dtype)
+    assert shipped["overrides"] == overrides_of(dtype)
     ours = fresh(dtype, bench, steps=4)
     findings = Findings()
     curves.judge(findings, "fresh", ours, shipped["steps"], dtype)

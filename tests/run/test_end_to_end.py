@@ -203,7 +203,8 @@ def test_faults_from_the_shell_have_their_exit_code_and_no_traceback(tmp_path: P
 @pytest.mark.world
 @pytest.mark.parametrize(
     # Each rank of these imports torch anew and trains the twin.
-    "world", [1, *(pytest.param(n, marks=pytest.mark.full) for n in (2, 4, 8))]
+    "world",
+    [1, *(pytest.param(n, marks=pytest.mark.full) for n in (2, 4, 8))],
 )
 def test_default_run(world: int, tmp_path: Path) -> None:
     """No override but the length: device, experiment and layout are chosen, and said."""

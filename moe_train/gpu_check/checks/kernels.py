@@ -1,4 +1,4 @@
-"""Single kernels: what the planner's efficiencies are made of."""
+"""Kernel throughput: attention, grouped products, zero rows; the planner's efficiencies."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def _kernels(bench: Bench, findings: Findings) -> None:
         any("backward_tflops" in row for row in rows), "no size of the grouped product ran"
     )
     sequences, heads, tokens, width = bench.sizes.attention
-    found = bench.do("attention", sequences=sequences, heads=heads, tokens=tokens, width=width)
-    findings.note(attention=found)
-    findings.require("backward_tflops" in found[0], f"attention did not run: {found[0]}")
+    result = bench.do("attention", sequences=sequences, heads=heads, tokens=tokens, width=width)
+    findings.note(attention=result)
+    findings.require("backward_tflops" in result[0], f"attention did not run: {result[0]}")
 
 
 def _zero_rows(bench: Bench, findings: Findings) -> None:
-    found = bench.te.call("zero_rows", bench.left, hidden=256, inner=512)
-    findings.note(**found)
-    for name, value in found.items():
+    result = bench.te.call("zero_rows", bench.left, hidden=256, inner=512)
+    findings.note(**result)
+    for name, value in result.items():
         # One bf16 rounding of the result is 2^-8 of its size.
         findings.require(value <= 2e-2, f"{name} is {value:.2e} from the reference")
 

@@ -1,4 +1,4 @@
-"""Several GPUs: every layout on the reference curve, and a rank that dies is named."""
+"""Several GPUs: loss curves of parallel layouts, all-to-all bandwidth, a lost rank."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ VICTIM = 1
 
 
 def _layout(ranks: int, sizes: tuple[str, ...], bench: Bench, findings: Findings) -> None:
-    words = [*SMALL, "dtype=fp32", f"train.steps={CURVE}", *sizes]
-    ended = bench.launch("run", words, ranks).finished()
+    overrides = [*SMALL, "dtype=fp32", f"train.steps={CURVE}", *sizes]
+    ended = bench.launch("run", overrides, ranks).finished()
     steps = ended.steps
     findings.note(step_seconds=[step["step_seconds"] for step in steps])
     judge(findings, "against the shipped CPU curve", steps, reference("fp32")["steps"], "fp32")
 
 
 def _lost_rank(bench: Bench, findings: Findings) -> None:
-    words = [*SMALL, "dtype=fp32", "train.steps=200", "parallel.expert=2",
+    overrides = [*SMALL, "dtype=fp32", "train.steps=200", "parallel.expert=2",
              "backend.timeout_seconds=40"]  # fmt: skip
-    ended = bench.launch("killed", words, 2, plant=["kill", "5", str(VICTIM)], spare=5)
+    ended = bench.launch("killed", overrides, 2, plant=["kill", "5", str(VICTIM)], spare=5)
     reason = str(ended.status.get("reason", ""))
     findings.note(exit_code=ended.code, status=ended.status)
     findings.require(ended.code != 0, "the run ended with exit code 0")
@@ -38,9 +38,9 @@ def _lost_rank(bench: Bench, findings: Findings) -> None:
 
 
 def _alltoall(bench: Bench, findings: Findings) -> None:
-    found = bench.exchange(bench.gpus if bench.device == "gpu" else 2)
-    findings.note(ranks=found.get("ranks"), exchanges=found.get("rows"))
-    findings.require(bool(found.get("rows")), "no size was measured")
+    result = bench.exchange(bench.gpus if bench.device == "gpu" else 2)
+    findings.note(ranks=result.get("ranks"), exchanges=result.get("rows"))
+    findings.require(bool(result.get("rows")), "no size was measured")
 
 
 def _checks(gpus: int, table: dict[str, tuple[str, tuple[str, ...]]]) -> list[Check]:

@@ -1,4 +1,4 @@
-"""Memory: is it what was planned, do saves and updates stay small, and is its end told as such?"""
+"""Memory: planned against measured, extra memory of saves and updates, out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _memory(bench: Bench, findings: Findings) -> None:
     )
     measured = {}
     for policy in POLICIES:
-        words = bench.words([*DEEP, f"recompute.layers={policy}", "run.name=memory",
+        overrides = bench.overrides_of([*DEEP, f"recompute.layers={policy}", "run.name=memory",
                              f"run.dir={bench.folder / 'runs'}"])  # fmt: skip
-        base = bench.do("open", overrides=words)["base_bytes"]
+        base = bench.do("open", overrides=overrides)["base_bytes"]
         result = bench.do("steps", count=3)
         measured[policy] = result["allocated_bytes"] - base
         findings.note(
@@ -37,7 +37,7 @@ def _memory(bench: Bench, findings: Findings) -> None:
                 / max(1, result["allocated_bytes"]),
             }
         )
-        plan = bench.do("plan", overrides=words, world=1)
+        plan = bench.do("plan", overrides=overrides, world=1)
         stage = plan.get("memory", {}).get("stages", [{}])[0]
         planned = stage.get("allocated_bytes")
         findings.compare(f"peak, recompute {policy}, plan", "bytes", planned, measured[policy])
@@ -61,18 +61,18 @@ def _storage(bench: Bench, findings: Findings) -> None:
         raise Skip(f"the disk has {free / 1e9:.0f} GB free, the state needs {need / 1e9:.0f} GB")
     updated = bench.do("update")
     findings.note(**{f"update_{key}": value for key, value in updated.items()})
-    found = bench.do("save_and_load")
+    result = bench.do("save_and_load")
     findings.note(
-        **found,
-        save_gb_per_second=found["bytes"] / found["save_seconds"] / 1e9,
-        load_gb_per_second=found["bytes"] / found["load_seconds"] / 1e9,
+        **result,
+        save_gb_per_second=result["bytes"] / result["save_seconds"] / 1e9,
+        load_gb_per_second=result["bytes"] / result["load_seconds"] / 1e9,
     )
-    findings.require(found["bytes"] > 2 * session["parameters"], "the checkpoint is too small")
+    findings.require(result["bytes"] > 2 * session["parameters"], "the checkpoint is too small")
     allowed = max(ADDED, session["largest_parameter_bytes"])
     for what, added in (
         ("update", updated.get("added_bytes")),
-        ("save", found.get("save_added_bytes")),
-        ("load", found.get("load_added_bytes")),
+        ("save", result.get("save_added_bytes")),
+        ("load", result.get("load_added_bytes")),
     ):
         if added is not None:
             findings.require(
@@ -96,7 +96,7 @@ def _oom(bench: Bench, findings: Findings) -> None:
     )
     findings.require(status.get("state") == "failed", f"status.json says {status}")
     findings.require("memory" in str(status.get("reason")), "status.json does not say memory")
-    findings.require("peer" not in ended.output, "it is told as a lost peer")
+    findings.require("peer" not in ended.output, "out of memory is reported as a lost peer")
 
 
 MEMORY = Check("memory", "is the allocator's peak what dry run and plan say?", 1, 150, _memory)
@@ -104,4 +104,4 @@ STORAGE = Check(
     "storage", "how fast are save and load, and do they and the update stay below 1 GB?", 1, 120,
     _storage, cpu=True,
 )  # fmt: skip
-OOM = Check("oom", "is the end of memory told as such?", 1, 90, _oom, cpu=True)
+OOM = Check("oom", "is out of memory reported as such?", 1, 90, _oom, cpu=True)

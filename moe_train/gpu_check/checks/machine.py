@@ -1,4 +1,4 @@
-"""Can anything run here at all?"""
+"""Environment: GPUs, driver, versions and importable packages."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from moe_train.gpu_check.findings import Findings
 
 def _environment(bench: Bench, findings: Findings) -> None:
     gpu = bench.device == "gpu"
-    found = bench.do("facts", gpu=gpu)
-    bench.machine = found["machine"]
-    findings.note(**found["machine"])
-    for name, why in found["missing"].items():
+    result = bench.do("facts", gpu=gpu)
+    bench.machine = result["machine"]
+    findings.note(**result["machine"])
+    for name, why in result["missing"].items():
         findings.fail(f"{name} does not import ({why}): put it on PYTHONPATH (docs/gpu-check.md)")
     if gpu:
         seen = bench.do("devices")

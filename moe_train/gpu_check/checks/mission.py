@@ -1,4 +1,4 @@
-"""Eight GPUs: the 30B itself, against its plan."""
+"""Eight GPUs: the 30B reference config against its plan."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CHECKPOINT_BYTES = 14 * 30.1e9
 def _span(bench: Bench, findings: Findings) -> None:
     room = shutil.disk_usage(bench.folder).free > 1.2 * CHECKPOINT_BYTES
     findings.note(saves=room)
-    words = [*MISSION, *(["checkpoint.every=5", "checkpoint.keep=1"] if room else [])]
-    _compare(bench.launch("span", words, 8), findings)
+    overrides = [*MISSION, *(["checkpoint.every=5", "checkpoint.keep=1"] if room else [])]
+    _compare(bench.launch("span", overrides, 8), findings)
     saved = bench.run_folder("span") / "checkpoints"
     if room and saved.exists():
         size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
@@ -29,7 +29,7 @@ def _span(bench: Bench, findings: Findings) -> None:
 
 
 def _fastest(bench: Bench, findings: Findings) -> None:
-    best = bench.do("fastest", overrides=bench.words(MISSION), world=8)
+    best = bench.do("fastest", overrides=bench.overrides_of(MISSION), world=8)
     findings.note(fastest=best["tag"])
     _compare(bench.launch("fastest", [*MISSION, *best["overrides"]], 8), findings)
 

@@ -1,4 +1,4 @@
-"""Are the numbers right? Initial values, loss curves, checkpoints that change devices."""
+"""Numerics: initial weights, loss curves, checkpoints that move between CPU and GPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from moe_train.gpu_check.sizes import CURVE, SMALL, STEPS
 
 
 def _initial(bench: Bench, findings: Findings) -> None:
-    words = [*SMALL, "dtype=fp32"]
-    bench.host.begin("weights", overrides=bench.host_words(words))
-    ours = bench.do("weights", overrides=bench.words(words))
+    overrides = [*SMALL, "dtype=fp32"]
+    bench.host.begin("weights", overrides=bench.cpu_overrides(overrides))
+    ours = bench.do("weights", overrides=bench.overrides_of(overrides))
     theirs = bench.host.finish(bench.left)
     findings.note(parameters=len(ours))
     findings.require(bool(ours), "the model has no parameters")
@@ -31,18 +31,18 @@ def _initial(bench: Bench, findings: Findings) -> None:
 
 
 def _curve(dtype: str, bench: Bench, findings: Findings) -> None:
-    words = [*SMALL, f"dtype={dtype}", f"train.steps={CURVE}"]
+    overrides = [*SMALL, f"dtype={dtype}", f"train.steps={CURVE}"]
     shipped = reference(dtype)["steps"]
     # Last on the host, so that its time is not the device's.
     bench.host.begin(
         "train",
-        overrides=[*bench.host_words(words), *_named(bench, f"{dtype}-host")],
+        overrides=[*bench.cpu_overrides(overrides), *_named(bench, f"{dtype}-host")],
     )
-    ours = curve(bench.train(dtype, words))
+    ours = curve(bench.train(dtype, overrides))
     findings.note(loss=f"{ours[0]['loss']:.4f} to {ours[-1]['loss']:.4f}")
     findings.require(ours[-1]["loss"] < ours[0]["loss"], "the loss does not fall within the curve")
     judge(findings, "against the shipped CPU curve", ours, shipped, dtype)
-    again = curve(bench.train(f"{dtype}-again", words))
+    again = curve(bench.train(f"{dtype}-again", overrides))
     judge(findings, "the same run again", again, ours, dtype)
     code = bench.host.finish(bench.left)
     if code != 0:
@@ -59,13 +59,13 @@ def _named(bench: Bench, name: str) -> list[str]:
 
 def _checkpoint(bench: Bench, findings: Findings) -> None:
     """CPU to step 10, device to step 20, CPU to step 30: one curve."""
-    words = [*SMALL, "dtype=fp32", "checkpoint.keep=1"]
+    overrides = [*SMALL, "dtype=fp32", "checkpoint.keep=1"]
     saving = "checkpoint.every=10"
-    first = bench.train_on_host("first", [*words, saving, "train.steps=10"])
+    first = bench.train_on_cpu("first", [*overrides, saving, "train.steps=10"])
     handed = f"checkpoint.resume={first}/checkpoints/step_00000010"
-    second = bench.train("second", [*words, saving, f"train.steps={CURVE}", handed])
+    second = bench.train("second", [*overrides, saving, f"train.steps={CURVE}", handed])
     handed = f"checkpoint.resume={second}/checkpoints/step_000000{CURVE}"
-    third = bench.train_on_host("third", [*words, f"train.steps={STEPS}", handed])
+    third = bench.train_on_cpu("third", [*overrides, f"train.steps={STEPS}", handed])
     shipped = reference("fp32")["steps"]
     for name, folder, start in (("to the device", second, 10), ("back to the CPU", third, CURVE)):
         steps = curve(folder)
@@ -78,9 +78,9 @@ def _checkpoint(bench: Bench, findings: Findings) -> None:
 def _te(bench: Bench, findings: Findings) -> None:
     _need_te(bench)
     for dtype in ("fp32", "bf16"):
-        words = [*SMALL, f"dtype={dtype}", f"train.steps={CURVE}"]
-        ours = curve(bench.train(f"{dtype}-te", words, kernels="te"))
-        theirs = curve(bench.train(f"{dtype}-torch", words))
+        overrides = [*SMALL, f"dtype={dtype}", f"train.steps={CURVE}"]
+        ours = curve(bench.train(f"{dtype}-te", overrides, kernels="te"))
+        theirs = curve(bench.train(f"{dtype}-torch", overrides))
         judge(findings, f"te against torch, {dtype}", ours, theirs, dtype)
 
 
@@ -89,8 +89,8 @@ def _fp8(bench: Bench, findings: Findings) -> None:
     capability = str(bench.machine.get("capability"))
     if tuple(map(int, capability.split("."))) < (8, 9):
         raise Skip(f"compute capability {capability} has no fp8; 8.9 and newer have")
-    words = [*SMALL, "dtype=fp8", f"train.steps={CURVE}"]
-    ours = curve(bench.train("fp8", words, kernels="te"))
+    overrides = [*SMALL, "dtype=fp8", f"train.steps={CURVE}"]
+    ours = curve(bench.train("fp8", overrides, kernels="te"))
     judge(findings, "against the shipped bf16 curve", ours, reference("bf16")["steps"], "fp8")
 
 

@@ -1,4 +1,4 @@
-"""How fast is a step, how busy is the device, and who makes the host wait?"""
+"""Speed: step time, GPU utilisation and synchronisations with the host."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ STEPS = 8
 def opened(bench: Bench) -> tuple[list[str], dict[str, Any]]:
     """The session of the timings, open: its overrides and facts."""
     folder = bench.folder / "runs"
-    words = [*bench.words(bench.sizes.large), f"run.dir={folder}", "run.name=session",
+    overrides = [*bench.overrides_of(bench.sizes.large), f"run.dir={folder}", "run.name=session",
              "checkpoint.keep=1"]  # fmt: skip
-    return words, bench.do("open", overrides=words)
+    return overrides, bench.do("open", overrides=overrides)
 
 
 def _speed(bench: Bench, findings: Findings) -> None:
-    words, session = opened(bench)
+    overrides, session = opened(bench)
     findings.note(parameters=session["parameters"], open_seconds=session["seconds"])
     result = bench.do("steps", count=STEPS)
     seconds = statistics.median(result["seconds"][2:])
@@ -34,7 +34,7 @@ def _speed(bench: Bench, findings: Findings) -> None:
         model_tflops=rate * session["flops_per_token"] / 1e12,
         hardware_profile=session["hardware"],
     )
-    plan = bench.do("plan", overrides=words, world=1)
+    plan = bench.do("plan", overrides=overrides, world=1)
     time = plan.get("time", {})
     findings.compare("step", "s", time.get("step_seconds"), seconds)
     findings.compare("tokens", "1/s", time.get("tokens_per_second"), rate)
@@ -46,11 +46,11 @@ def _speed(bench: Bench, findings: Findings) -> None:
 
 def _profile(bench: Bench, findings: Findings) -> None:
     opened(bench)
-    found = bench.do("profile")
-    findings.note(**found)
-    findings.require("profiled_error" not in found, f"no profile: {found.get('profiled_error')}")
-    if bench.device == "gpu" and "profiled_error" not in found:
-        findings.require("kernels" in found, "the profile has no device events")
+    result = bench.do("profile")
+    findings.note(**result)
+    findings.require("profiled_error" not in result, f"no profile: {result.get('profiled_error')}")
+    if bench.device == "gpu" and "profiled_error" not in result:
+        findings.require("kernels" in result, "the profile has no device events")
 
 
 SPEED = Check(

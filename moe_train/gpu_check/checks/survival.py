@@ -1,4 +1,4 @@
-"""Does a run that was killed go on as if nothing had happened?"""
+"""Fault tolerance: a killed run resumes bitwise."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ KILLED_AT = 13
 
 
 def _resume(bench: Bench, findings: Findings) -> None:
-    words = [*SMALL, "dtype=bf16", f"train.steps={CURVE}"]
-    saving = [*words, "checkpoint.every=5"]
+    overrides = [*SMALL, "dtype=bf16", f"train.steps={CURVE}"]
+    saving = [*overrides, "checkpoint.every=5"]
     killed = bench.launch("killed", saving, plant=["kill", str(KILLED_AT), "0"])
     findings.require(
         killed.code == -signal.SIGKILL, f"the run was to die of SIGKILL, and ended {killed.code}"
@@ -25,7 +25,7 @@ def _resume(bench: Bench, findings: Findings) -> None:
         f"the killed run has {len(killed.steps)} steps, not {KILLED_AT - 1}",
     )
     bench.launch("killed", saving).finished()
-    whole = curve(bench.train("whole", words))
+    whole = curve(bench.train("whole", overrides))
     steps = curve(bench.run_folder("killed"))
     findings.require(
         [step["step"] for step in steps] == list(range(1, CURVE + 1)),

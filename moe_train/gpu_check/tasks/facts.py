@@ -53,7 +53,7 @@ def facts(gpu: bool) -> dict[str, Any]:
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     if not _there("megatron.core"):
         missing["megatron.core"] = "no such module on the path"
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "host": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -61,15 +61,15 @@ def facts(gpu: bool) -> dict[str, Any]:
         "python": platform.python_version(),
     }
     for name in ("torch", "megatron-core", "triton", "transformer-engine", "numpy"):
-        found[name] = _try(partial(importlib.metadata.version, name))
+        result[name] = _try(partial(importlib.metadata.version, name))
     if "torch" not in missing:
         import torch
 
-        found["cpu_capability"] = _try(torch.backends.cpu.get_cpu_capability)
-        found["cuda_of_torch"] = torch.version.cuda
+        result["cpu_capability"] = _try(torch.backends.cpu.get_cpu_capability)
+        result["cuda_of_torch"] = torch.version.cuda
         if gpu:
-            found |= _devices()
-    return {"machine": found, "missing": missing}
+            result |= _devices()
+    return {"machine": result, "missing": missing}
 
 
 def _there(name: str) -> bool:
@@ -83,7 +83,7 @@ def _there(name: str) -> bool:
 def _devices() -> dict[str, Any]:
     import torch
 
-    found: dict[str, Any] = {"gpus": _try(torch.cuda.device_count)}
+    result: dict[str, Any] = {"gpus": _try(torch.cuda.device_count)}
     for key, read in {
         "gpu": lambda: torch.cuda.get_device_name(0),
         "gpu_memory_gb": lambda: round(torch.cuda.get_device_properties(0).total_memory / 1e9, 2),
@@ -97,8 +97,8 @@ def _devices() -> dict[str, Any]:
         "mig": lambda: _smi("mig.mode.current"),
         "peer_access": _peers,
     }.items():
-        found[key] = _try(read)
-    return found
+        result[key] = _try(read)
+    return result
 
 
 def _peers() -> str:

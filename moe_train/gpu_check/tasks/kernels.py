@@ -63,7 +63,7 @@ def grouped(experts: int, hidden: int, inner: int, rows: list[int]) -> list[dict
     device = _device()
     weight = torch.randn(experts, 2 * inner, hidden, device=device, dtype=torch.bfloat16)
     weight = (weight * 0.02).requires_grad_()
-    found = []
+    results = []
     for count in rows:
         total = count * experts
         x = torch.randn(total, hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -86,8 +86,8 @@ def grouped(experts: int, hidden: int, inner: int, rows: list[int]) -> list[dict
         # One size that this card or this torch does not take leaves the others.
         except RuntimeError as error:
             row["error"] = str(error).splitlines()[0][:200]
-        found.append(row)
-    return found
+        results.append(row)
+    return results
 
 
 def attention(sequences: int, heads: int, tokens: int, width: int) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ def attention(sequences: int, heads: int, tokens: int, width: int) -> list[dict[
     )
     work = 2 * 2 * sequences * heads * tokens**2 * width / 2 / 1e12
     choices = {"chosen by torch": None, **dict(SDPBackend.__members__)}
-    found = []
+    results = []
     for name, backend in choices.items():
         if name in ("ERROR", "OVERRIDEABLE"):
             continue
@@ -128,8 +128,8 @@ def attention(sequences: int, heads: int, tokens: int, width: int) -> list[dict[
         # A backend that does not take these shapes says so.
         except RuntimeError as error:
             row["error"] = str(error).splitlines()[0][:200]
-        found.append(row)
-    return found
+        results.append(row)
+    return results
 
 
 def _rate(what: str, took: float, tflop: float) -> dict[str, float]:

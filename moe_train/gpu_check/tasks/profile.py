@@ -22,14 +22,14 @@ def profile(top: int = 15) -> dict[str, Any]:
     from moe_train.gpu_check.tasks.session import take_step
 
     take_step()
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for part in (_profiled, _synchronising):
         try:
-            found |= part(top)
+            result |= part(top)
         # A profiler that is not there or is busy costs its own figures alone.
         except Exception as error:  # noqa: BLE001
-            found[f"{part.__name__.lstrip('_')}_error"] = f"{type(error).__name__}: {error}"[:300]
-    return found
+            result[f"{part.__name__.lstrip('_')}_error"] = f"{type(error).__name__}: {error}"[:300]
+    return result
 
 
 def _profiled(top: int) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def summary(events: list[Any], on_device: bool, top: int) -> dict[str, Any]:
     device = [event for event in events if _is_device(event)]
     copies = Counter(event.name for event in device if event.name.startswith("Memcpy"))
     kernels = [event for event in device if not event.name.startswith(("Memcpy", "Memset"))]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "host_waits": {name: counts[name] for name in WAITS if counts[name]},
         "host_reads": {name: counts[name] for name in READS if counts[name]},
         "copies_to_host": sum(count for name, count in copies.items() if "DtoH" in name),
@@ -71,14 +71,14 @@ def summary(events: list[Any], on_device: bool, top: int) -> dict[str, Any]:
     if on_device and device:
         spans = [(event.time_range.start, event.time_range.end) for event in device]
         busy, window = union(spans), max(b for _, b in spans) - min(a for a, _ in spans)
-        found |= {
+        result |= {
             "kernels": len(kernels),
             "device_busy_ms": busy / 1e3,
             "device_window_ms": window / 1e3,
             "device_idle_share": 1 - busy / window if window else None,
         }
-    found["longest"] = _ranked(ranked, top)
-    return found
+    result["longest"] = _ranked(ranked, top)
+    return result
 
 
 def _is_device(event: Any) -> bool:

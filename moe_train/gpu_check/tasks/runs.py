@@ -34,9 +34,9 @@ def _planned(overrides: list[str], world: int) -> tuple[Any, Any]:
     from moe_train.planner.machine.decision import Place, RankTable
     from moe_train.run.planning import plan_for
 
-    found = Devices() if "device=cpu" in overrides else read_devices()
+    result = Devices() if "device=cpu" in overrides else read_devices()
     places = [Place(rank, world, rank, world) for rank in range(world)]
-    made = plan_for(overrides, [RankTable(place, found.gpus, found.problem) for place in places])
+    made = plan_for(overrides, [RankTable(place, result.gpus, result.problem) for place in places])
     return made.config, made.layout
 
 
@@ -72,10 +72,10 @@ def dry_run(overrides: list[str], policies: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = Path(folder) / "dryrun.json"
-        words = ["--world", "1", "--device-like", "--json", str(path)]
-        dryrun_main([*overrides, *words, "--recompute", ",".join(policies)])
-        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["ranks"]
-    return found
+        arguments = ["--world", "1", "--device-like", "--json", str(path)]
+        dryrun_main([*overrides, *arguments, "--recompute", ",".join(policies)])
+        result: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["ranks"]
+    return result
 
 
 def fastest(overrides: list[str], world: int) -> dict[str, Any]:

@@ -138,14 +138,14 @@ def update() -> dict[str, Any]:
     """Device memory and seconds that the optimizer's update adds to a step's state."""
     optimizer = _open.session.engine.optimizer
     plain = optimizer.step_with_ready_grads
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def watched(*args: Any, **how: Any) -> Any:
         _open.session.engine.backend.synchronize()
         watch, begun = DeviceMemory(), time.perf_counter()
         result = plain(*args, **how)
         _open.session.engine.backend.synchronize()
-        found.update(seconds=time.perf_counter() - begun, **watch.added())
+        results.update(seconds=time.perf_counter() - begun, **watch.added())
         return result
 
     # The first update makes the optimizer's state.
@@ -155,7 +155,7 @@ def update() -> dict[str, Any]:
         take_step()
     finally:
         del optimizer.step_with_ready_grads
-    return found
+    return results
 
 
 def save_and_load() -> dict[str, Any]:
@@ -172,17 +172,17 @@ def save_and_load() -> dict[str, Any]:
     watch, begun = DeviceMemory(), time.perf_counter()
     saver.begin(_open.step)
     saver.finish()
-    found: dict[str, Any] = {"save_seconds": time.perf_counter() - begun}
-    found |= {f"save_{key}": value for key, value in watch.added().items()}
-    found["bytes"] = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    result: dict[str, Any] = {"save_seconds": time.perf_counter() - begun}
+    result |= {f"save_{key}": value for key, value in watch.added().items()}
+    result["bytes"] = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     watch, begun = DeviceMemory(), time.perf_counter()
     folder, _ = restore(session, root, "auto")
-    found["load_seconds"] = time.perf_counter() - begun
-    found |= {f"load_{key}": value for key, value in watch.added().items()}
+    result["load_seconds"] = time.perf_counter() - begun
+    result |= {f"load_{key}": value for key, value in watch.added().items()}
     take_step()
     if folder is not None:
         shutil.rmtree(folder)
-    return found
+    return result
 
 
 def hold(leave_gb: float) -> float:

@@ -1,4 +1,4 @@
-"""Time of gloo's collectives between processes of this machine, between pieces of computing.
+"""Latency and bandwidth of gloo's collectives between processes of this machine.
 
 A collective that follows computing costs more than one that follows another, and the more the
 longer that took: the others arrive at their own time, threads that wait have to be woken, and what
@@ -57,11 +57,11 @@ def measure(worlds: tuple[int, ...] = (2, 4)) -> Links:
     cores = len(os.sched_getaffinity(0))
     for world in sorted({min(world, max(cores, 2)) for world in worlds}):
         with tempfile.TemporaryDirectory() as folder:
-            found = Path(folder) / "seconds.npy"
-            torch.multiprocessing.spawn(_rank, (world, f"{folder}/store", found), nprocs=world)
-            if not found.exists():
+            result = Path(folder) / "seconds.npy"
+            torch.multiprocessing.spawn(_rank, (world, f"{folder}/store", result), nprocs=world)
+            if not result.exists():
                 raise ConfigError("--calibrate", "the ranks ended without a result", "run it again")
-            for turns, sent, seconds, work in np.load(found, allow_pickle=False):
+            for turns, sent, seconds, work in np.load(result, allow_pickle=False):
                 rows.append([1.0, turns, sent])
                 wanted.append(seconds)
                 busy.append(work)
@@ -110,7 +110,7 @@ def _layer(compute: _Compute, call: Callable[[], object] = lambda: None) -> tupl
 
 
 class _Compute:
-    """What lies between two collectives of a layer: small products of ever new weights."""
+    """Computation between two collectives of a layer: small products with fresh weights."""
 
     def __init__(self) -> None:
         self._weights = torch.full((WEIGHTS, 256, 256), 1e-3)

@@ -1,4 +1,4 @@
-"""Rates of one thread: matrix products, grouped products, attention; memory with all cores busy."""
+"""Kernel rates of one thread (GEMM, grouped GEMM, attention) and memory bandwidth."""
 
 from __future__ import annotations
 

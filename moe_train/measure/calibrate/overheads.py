@@ -1,4 +1,4 @@
-"""What a step costs beside arithmetic and traffic: measured on tiny models, where it is nearly all.
+"""Per-operator overhead of a step, fitted to steps of tiny models.
 
 Eager operators cost their launch however small their tensors are. A step of L layers, E experts
 and M micro-batches is fitted by
@@ -56,8 +56,9 @@ def measure() -> Overheads:
 
 def _step_seconds(layers: int, experts: int, count: int) -> float:
     """Median step of one tiny model on this process."""
-    words = [*TINY, f"model.layers={layers}", f"model.experts={experts}", f"batch.global={count}"]
-    config, layout = prepare(words, 1)
+    sizes = [f"model.layers={layers}", f"model.experts={experts}", f"batch.global={count}"]
+    overrides = [*TINY, *sizes]
+    config, layout = prepare(overrides, 1)
     backend = select_backend(config.device, config.backend)
     backend.prepare()
     from moe_train.train.engine import build_engine

@@ -1,4 +1,4 @@
-"""docs/dryrun.md: closed form against dry run for the 30 B, in every layout of the mission."""
+"""docs/dryrun.md: the planner's closed form against dry runs of the 30B reference config."""
 
 from __future__ import annotations
 
@@ -69,27 +69,27 @@ class Row(NamedTuple):
 
 def rows(reading: str, policy: str) -> list[Row]:
     """Every stage of a layout, by tag, under a recomputation."""
-    words, world = READINGS[reading]
-    config, layout = prepare([*words, f"recompute.layers={policy}"], world)
+    overrides, world = READINGS[reading]
+    config, layout = prepare([*overrides, f"recompute.layers={policy}"], world)
     vocab, _ = vocabulary(config)
     backend = host_backend(config)
 
     # Megatron's modules come only after the host is prepared for them.
     from moe_train.measure.dryrun.rank import dry_run
 
-    found = []
+    results = []
     for rank in first_of_stages(layout):
         count = enough_microbatches(layout)
         run = dry_run(config, layout, backend, vocab, rank, microbatches=count)
         plan = planned(config, layout, vocab, run.stage, 1.0)
-        found.append(
+        results.append(
             Row(
                 layout.tag, policy, run.stage, run.peak.bytes, plan.allocated,
                 difference(run, plan), run.peak.bytes - run.state,
                 activation_difference(run, plan), f"{run.peak.phase}, {run.peak.module}",
             )
         )  # fmt: skip
-    return found
+    return results
 
 
 def write_document(workers: int, console: Console) -> str:
@@ -97,8 +97,8 @@ def write_document(workers: int, console: Console) -> str:
     lines, worst = [], (0.0, 0.0)
     tasks = [(reading, policy) for reading in READINGS for policy in POLICIES]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(rows, *zip(*tasks, strict=True)):
-            for row in found:
+        for result in pool.map(rows, *zip(*tasks, strict=True)):
+            for row in result:
                 lines.append(
                     f"| {row.layout} | {row.recompute} | {row.stage} | {row.dry / GB:.3f} "
                     f"| {row.planned / GB:.3f} | {row.difference:+.2%} "

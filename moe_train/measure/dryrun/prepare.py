@@ -1,4 +1,4 @@
-"""Before a dry run: which ranks are to be looked at, and a process that can run Megatron."""
+"""Set-up of a dry run: the CPU backend, one rank per stage, enough micro-batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def host_backend(config: Config) -> HostBackend:
-    """The host's backend, prepared: a dry run needs no device, whatever the machine has."""
+    """The CPU backend, prepared: a dry run needs no device."""
     from moe_train.backend.cpu.backend import HostBackend
 
     backend = HostBackend(config.backend)

@@ -1,4 +1,4 @@
-"""Routing with known counts: what a fake tensor cannot tell is put in its place.
+"""Known token counts per expert, which fake tensors cannot provide.
 
 All shapes of a step follow from the configuration but one: how many rows each expert gets. Here
 every rank sends its rows evenly, and a rank's experts receive ``imbalance`` times the average,

@@ -39,7 +39,7 @@ class Watched:
 
 
 def own_state(tracker: MemoryTracker, engine: Engine) -> None:
-    """Tell the tracker which storages are weights, gradient buffers and optimizer state."""
+    """Mark the storages of weights, gradient buffers and optimizer state."""
     inner = list(optimizers(engine.optimizer))
     tracker.own(state_tensors(inner), OPTIMIZER)
     for chunk in engine.chunks:
@@ -77,7 +77,7 @@ def state_tensors(inner: Sequence[Any]) -> Iterator[torch.Tensor]:
 def watched_step(engine: Engine, batches: Sequence[MicroBatch], tracker: MemoryTracker) -> Watched:
     """Run all micro-batches forward and backward, in the engine's schedule, then the update.
 
-    Call inside the tracker, with :func:`own_state` told.
+    Call inside the tracker, after :func:`own_state`.
     """
     for chunk in engine.chunks:
         chunk.train()

@@ -1,4 +1,4 @@
-"""The dry run on a terminal: per stage, by category, by module."""
+"""Terminal tables of a dry run: per stage, by category, by module."""
 
 from __future__ import annotations
 

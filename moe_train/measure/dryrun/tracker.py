@@ -1,4 +1,4 @@
-"""Live bytes of tensors, storage by storage, while a rank works: how much, of what, when.
+"""Memory tracker: live bytes of tensor storages by category, module and phase.
 
 Every operation's results pass through a dispatch mode, on fake tensors as on real ones: a
 storage counts from the operation that made it until its release. What operations use inside
@@ -102,7 +102,7 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     def own(self, tensors: Iterable[torch.Tensor], category: str) -> None:
-        """Say what ``tensors`` are, known or not."""
+        """Assign a category to ``tensors``."""
         for tensor in tensors:
             self._note(tensor, category)
             key = tensor.untyped_storage()._cdata
