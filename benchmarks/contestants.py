@@ -14,8 +14,7 @@ import torch
 from benchmarks.cases import TOKENS, VOCAB, Case
 from moe_train.backend.groups import open_groups, open_world
 from moe_train.backend.select import select_backend
-from moe_train.parallel.batch import microbatches_per_step
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 
 type Step = Callable[[], float]
 """One optimizer step; returns its loss."""
@@ -80,7 +79,7 @@ def _mixtral(case: Case, experts: str) -> Step:
 
     from moe_train.convert.mixtral import mixtral_config
 
-    config, _ = prepare(case.words, 1)
+    config = resolve_run(case.words, 1).config
     config.model.router.balancing = "none"
     settings = mixtral_config(config.model, VOCAB, config.data.sequence)
     made = transformers.MixtralConfig(
@@ -107,12 +106,13 @@ CONTESTANTS = {
 
 
 def _opened(case: Case) -> tuple[Any, Any, Any, int]:
-    config, layout = prepare(case.words, 1)
+    run = resolve_run(case.words, 1)
+    config, layout = run.config, run.layout
     backend = select_backend(config.device, config.backend)
     backend.prepare()
     open_world(backend, 0, 1, 60)
     groups = open_groups(layout, timeout_seconds=60)
-    return config, backend, groups, microbatches_per_step(config, layout.data)
+    return config, backend, groups, run.microbatches
 
 
 def _batches(case: Case, sequence: int, count: int) -> list[dict[str, torch.Tensor]]:

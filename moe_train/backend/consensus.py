@@ -1,52 +1,55 @@
-"""One answer for all ranks, through the launcher's store, before any process group exists."""
+"""Compare a value of all ranks through the launcher's store, before process groups exist."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
+from typing import Any
 
 import torch.distributed as dist
 
 from moe_train.backend.groups import launcher_store
 from moe_train.backend.rendezvous import missing
 
-_QUESTIONS = count(1)
+_CALLS = count(1)
 
 
-def settle(
+def reduce_through_store(
     name: str,
-    mine: str,
-    answer: Callable[[Sequence[str]], str],
+    value: Any,
+    reduce: Callable[[list[Any]], Any],
     rank: int,
     world: int,
     seconds: float,
-) -> str:
-    """Rank 0's `answer` to the values of all ranks, on every rank; call on every rank.
+) -> Any:
+    """`reduce` of all ranks' values, computed on rank 0, on every rank; call on every rank.
+
+    Values and the result travel as JSON.
 
     Args:
-        name: what is settled, for the store's keys and messages.
-        mine: this rank's value.
-        answer: called on rank 0 with every rank's value, in rank order.
+        name: what is compared, for the store's keys.
+        reduce: called on rank 0 with every rank's value, in rank order.
         seconds: to wait for the slowest rank.
 
     Raises:
         HungError: a rank did not come in time.
     """
     if world == 1:
-        return answer([mine])
-    # A process that runs several jobs of a sweep settles each by itself.
-    store = dist.PrefixStore(f"{name}{next(_QUESTIONS)}", launcher_store(rank, world, int(seconds)))
-    store.set(f"from/{rank}", mine)
+        return reduce([value])
+    # Each job of a sweep calls this again in the same process.
+    store = dist.PrefixStore(f"{name}{next(_CALLS)}", launcher_store(rank, world, int(seconds)))
+    store.set(f"from/{rank}", json.dumps(value))
     if rank == 0:
         _wait(store, [f"from/{other}" for other in range(world)], seconds)
-        result = answer([store.get(f"from/{other}").decode() for other in range(world)])
-        store.set("answer", result)
+        result = reduce([json.loads(store.get(f"from/{other}")) for other in range(world)])
+        store.set("result", json.dumps(result))
         # Rank 0 may hold the store, and may end as soon as this returns.
         _wait(store, [f"seen/{other}" for other in range(1, world)], seconds)
         return result
-    _wait(store, ["answer"], seconds)
-    result = store.get("answer").decode()
+    _wait(store, ["result"], seconds)
+    result = json.loads(store.get("result"))
     store.set(f"seen/{rank}", "")
     return result
 

@@ -15,7 +15,7 @@ from moe_train.planner.claims.report import as_data, as_markdown, explanation
 from moe_train.planner.claims.subject import Subject
 from moe_train.planner.claims.verdicts import Verdict, judge
 from moe_train.planner.memory.fit import assumptions_of
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 
 
 def open_subject(
@@ -33,7 +33,8 @@ def open_subject(
         more = [word for word in more if not word.startswith("world=")]
         changed = {word.partition("=")[0] for word in more}
         kept = [word for word in words if word.partition("=")[0] not in changed]
-        config, layout = prepare([*kept, *more], asked[0] if asked else world)
+        run = resolve_run([*kept, *more], asked[0] if asked else world)
+        config, layout = run.config, run.layout
         return Subject(config, layout, assumptions_of(config, taken.imbalance, taken.fragmentation))
 
     subject = replan([])

@@ -62,8 +62,7 @@ def dryrun_main(argv: Sequence[str]) -> int:
 
     from moe_train.commands.plan import DEFAULT_WORLD, natural_world
     from moe_train.config.compose import collect
-    from moe_train.parallel.vocabulary import vocabulary
-    from moe_train.planner.prepare import prepare
+    from moe_train.planner.resolution import resolve_run
 
     world = asked.world
     if world is None:
@@ -73,15 +72,15 @@ def dryrun_main(argv: Sequence[str]) -> int:
         raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
     policies = asked.recompute.split(",") if asked.recompute else [None]
     plans = [
-        prepare([*asked.overrides, *([f"recompute.layers={one}"] if one else [])], world)
+        resolve_run([*asked.overrides, *([f"recompute.layers={one}"] if one else [])], world)
         for one in policies
     ]
     from moe_train.measure.dryrun.prepare import first_of_stages, host_backend
     from moe_train.measure.dryrun.report import VERSION, planned, rank_report
     from moe_train.measure.dryrun.tables import print_modules, print_stages
 
-    layout = plans[0][1]
-    if plans[0][0].parallel.overlap_expert_comm:
+    layout = plans[0].layout
+    if plans[0].config.parallel.overlap_expert_comm:
         raise ConfigError(
             "parallel.overlap_expert_comm",
             "the dry run follows one pass at a time, and overlap runs two side by side",
@@ -89,13 +88,13 @@ def dryrun_main(argv: Sequence[str]) -> int:
         )
     ranks = _ranks(asked.ranks, layout) if asked.ranks else first_of_stages(layout)
     # Megatron's modules come only after the host is prepared for them.
-    backend = host_backend(plans[0][0])
+    backend = host_backend(plans[0].config)
 
     from moe_train.measure.dryrun.rank import dry_run
 
     rows = []
-    for config, layout in plans:
-        vocab, _ = vocabulary(config)
+    for resolved in plans:
+        config, vocab = resolved.config, resolved.vocab
         for rank in ranks:
             run = dry_run(
                 config,
@@ -117,7 +116,7 @@ def dryrun_main(argv: Sequence[str]) -> int:
     if asked.json:
         report = {
             "version": VERSION,
-            "layout": plans[0][1].tag,
+            "layout": layout.tag,
             "world": world,
             "imbalance": asked.imbalance,
             "block_bytes": BLOCK if asked.device_like else 1,

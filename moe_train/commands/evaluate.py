@@ -16,7 +16,7 @@ from moe_train.config.compose import collect, group_options
 from moe_train.config.files import read_yaml
 from moe_train.errors import EXIT_FINISHED, CheckpointError, ConfigError, MoeTrainError
 from moe_train.run.failure import diagnose, report_error
-from moe_train.run.planning import planned
+from moe_train.run.resolution import resolve_on_all_ranks
 from moe_train.run.state import RunState
 from moe_train.run.torchelastic import world_of_process
 from moe_train.run_folder.files import write_atomically
@@ -156,13 +156,15 @@ def _planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout, Path
     inherited = _inherited(RunFolder(run), overrides) if run else []
     # Nothing is differentiated, so nothing is recomputed.
     words = [*inherited, *overrides, "recompute=none"]
-    config, layout = planned(words, world)
+    resolved = resolve_on_all_ranks(words, world)
     if run is None:
-        run = Path(config.run.dir) / default_run_name(config.experiment, layout.tag)
+        run = Path(resolved.config.run.dir) / default_run_name(
+            resolved.config.experiment, resolved.layout.tag
+        )
         again = _inherited(RunFolder(run), overrides)
         if again:
-            config, layout = planned([*again, *words], world)
-    return config, layout, RunFolder(run).checkpoints
+            resolved = resolve_on_all_ranks([*again, *words], world)
+    return resolved.config, resolved.layout, RunFolder(run).checkpoints
 
 
 def _inherited(folder: RunFolder, overrides: Sequence[str]) -> list[str]:

@@ -92,9 +92,9 @@ def plan_main(argv: Sequence[str]) -> int:
     from moe_train.parallel.vocabulary import vocabulary
     from moe_train.planner.machine.decision import facts_here
     from moe_train.planner.memory.fit import assumptions_of, memory_fault
-    from moe_train.planner.prepare import dtype_faults, prepare
     from moe_train.planner.report.plan_report import plan_report
     from moe_train.planner.report.tables import print_plan
+    from moe_train.planner.resolution import dtype_faults, resolve_run
 
     if not (1 <= asked.imbalance < inf and 0 <= asked.fragmentation < 1):
         raise ConfigError(
@@ -123,7 +123,8 @@ def plan_main(argv: Sequence[str]) -> int:
     if world < 1:
         raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
     facts = facts_here(here, world) if here is not None else None
-    config, layout = prepare(asked.overrides, world, facts)
+    run = resolve_run(asked.overrides, world, facts)
+    config, layout = run.config, run.layout
     if unfit := dtype_faults(config):
         raise unfit[0]
     assumptions = assumptions_of(config, asked.imbalance, asked.fragmentation)

@@ -45,9 +45,8 @@ def schedule_main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from moe_train.config.compose import collect
-    from moe_train.parallel.vocabulary import vocabulary
     from moe_train.planner.memory.fit import assumptions_of
-    from moe_train.planner.prepare import prepare
+    from moe_train.planner.resolution import resolve_run
     from moe_train.planner.schedule.schedule import build_schedule
 
     world = asked.world
@@ -60,9 +59,9 @@ def schedule_main(argv: Sequence[str]) -> int:
         raise ConfigError("--imbalance", f"{asked.imbalance:g} makes no sense", "give 1 or more")
     if asked.beside and not asked.trace:
         raise ConfigError("--beside", "goes into the file of --trace", "add --trace FILE")
-    config, layout = prepare(asked.overrides, world)
+    run = resolve_run(asked.overrides, world)
+    config, layout, vocab = run.config, run.layout, run.vocab
     assumptions = assumptions_of(config, asked.imbalance)
-    vocab, _ = vocabulary(config)
     schedule = build_schedule(config, layout, vocab, assumptions, asked.kind, asked.detail)
     report = schedule_report(schedule)
     cores = config.hardware.cores

@@ -29,7 +29,7 @@ from moe_train.run.failure import (
     report_once,
     write_final_status,
 )
-from moe_train.run.planning import planned
+from moe_train.run.resolution import resolve_on_all_ranks
 from moe_train.run.signals import SignalHandler, terminate_with_launcher
 from moe_train.run.state import RunState
 from moe_train.run.torchelastic import restarts, world_of_process, write_error_file
@@ -111,9 +111,10 @@ def run(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> i
     rank, world = world_of_process()
     state = RunState()
     try:
-        config, layout = planned(
-            overrides, world, lambda config, layout: exit_if_preempted(config, layout, suffix)
+        resolved = resolve_on_all_ranks(
+            overrides, world, lambda run: exit_if_preempted(run.config, run.layout, suffix)
         )
+        config, layout = resolved.config, resolved.layout
         fault: MoeTrainError | None = None
         if rank == 0:
             try:

@@ -18,7 +18,7 @@ from moe_train.backend import local_group
 from moe_train.backend.cuda.backend import CudaBackend
 from moe_train.parallel.communicators import OPTIMIZER, WORLD, communicators, used_kinds
 from moe_train.parallel.layout import GROUP_KINDS
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 from moe_train.testing.world import run_world
 from tests.support.engines import micro_batches, open_engine
 
@@ -92,7 +92,8 @@ LAYOUTS = {
 )
 def test_groups_are_used_as_the_plan_says(name: str) -> None:
     words = [*SMALL, *LAYOUTS[name]]
-    config, layout = prepare(words, 4)
+    run = resolve_run(words, 4)
+    config, layout = run.config, run.layout
     everybody = [list(range(4))]
     planned = {
         kind: everybody if kind in (WORLD, OPTIMIZER) else layout.groups(kind)
@@ -283,7 +284,8 @@ def test_what_a_group_of_one_cannot_do_is_refused() -> None:
 
 
 def test_the_plan_counts_what_the_literal_layout_opens() -> None:
-    config, layout = prepare(["experiment=moe_30b_8x64gb"], 8)
+    run = resolve_run(["experiment=moe_30b_8x64gb"], 8)
+    config, layout = run.config, run.layout
     groups = {kind: layout.groups(kind) for kind in GROUP_KINDS}
     assert communicators(config, layout, groups) == {
         "world": 8,
@@ -293,5 +295,6 @@ def test_the_plan_counts_what_the_literal_layout_opens() -> None:
         "optimizer": 8,
         "tp_cp": 2,
     }
-    config, alone = prepare(SMALL, 1)
+    run = resolve_run(SMALL, 1)
+    config, alone = run.config, run.layout
     assert communicators(config, alone, {kind: alone.groups(kind) for kind in GROUP_KINDS}) == {}

@@ -12,7 +12,7 @@ from moe_train.commands.plan import plan_main
 from moe_train.config.environment import ALLOCATORS, CONNECTIONS, EXPANDABLE, variables
 from moe_train.config.training import BackendConfig
 from moe_train.errors import ConfigFaults
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 
 SPAN = ["parallel.placement=span", "parallel.expert=4"]
 SINGLE = ["experiment=twin", "parallel=single", "recompute=none", "dtype=bf16"]
@@ -50,7 +50,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_connections_follow_the_layout(words: list[str], world: int, expected: int | None) -> None:
-    config, _ = prepare([*SINGLE, *words], world)
+    config = resolve_run([*SINGLE, *words], world).config
     assert config.backend.cuda_device_max_connections == expected
     told = variables(config)[0]
     assert told.value == (None if expected is None else str(expected))
@@ -69,7 +69,7 @@ def test_connections_follow_the_layout(words: list[str], world: int, expected: i
     ],
 )
 def test_segments_grow_unless_something_forbids_it(words: list[str], expected: bool) -> None:
-    config, _ = prepare([*SINGLE, *words], 1)
+    config = resolve_run([*SINGLE, *words], 1).config
     assert config.backend.expandable_segments is expected
     set_environment(config.backend)
     values = {one.name: one.value for one in variables(config)}
@@ -78,7 +78,7 @@ def test_segments_grow_unless_something_forbids_it(words: list[str], expected: b
 
 def test_segments_and_user_buffers_exclude_each_other() -> None:
     with pytest.raises(ConfigFaults, match="nccl_ub"):
-        prepare([*SINGLE, "+megatron.ddp.nccl_ub=true", "backend.expandable_segments=true"], 1)
+        resolve_run([*SINGLE, "+megatron.ddp.nccl_ub=true", "backend.expandable_segments=true"], 1)
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)

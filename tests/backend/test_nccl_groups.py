@@ -14,7 +14,7 @@ from moe_train.backend import groups
 from moe_train.config.nccl import GROUPS, NcclGroup
 from moe_train.errors import ConfigError
 from moe_train.parallel.layout import Layout
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 
 WORDS = ["device=cpu", "experiment=twin", "parallel=single"]
 
@@ -27,9 +27,10 @@ def test_every_name_is_one_that_megatron_asks_for() -> None:
 
 @pytest.mark.skipif(not hasattr(dist, "ProcessGroupNCCL"), reason="torch is built without NCCL")
 def test_the_settings_reach_nccls_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, layout = prepare(
+    run = resolve_run(
         [*WORDS, "+backend.nccl_groups={ep: {max_ctas: 16, net_name: IB}, tp: {min_ctas: 4}}"], 1
     )
+    config, layout = run.config, run.layout
     made = {}
 
     def initialize(nccl_communicator_config_path: str, **_: object) -> None:
@@ -65,11 +66,13 @@ def test_the_settings_reach_nccls_options(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_what_nccl_would_refuse_is_refused_first(given: str, field: str, word: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        prepare([*WORDS, f"+backend.nccl_groups={given}"], 1)
+        resolve_run([*WORDS, f"+backend.nccl_groups={given}"], 1)
     assert f"backend.nccl_groups.{field}" in str(refused.value)
     assert word in str(refused.value)
 
 
 def test_group_settings_are_the_configs_dataclass() -> None:
-    config, _ = prepare([*WORDS, "+backend.nccl_groups={dp: {is_high_priority_stream: true}}"], 1)
+    config = resolve_run(
+        [*WORDS, "+backend.nccl_groups={dp: {is_high_priority_stream: true}}"], 1
+    ).config
     assert config.backend.nccl_groups == {"dp": NcclGroup(is_high_priority_stream=True)}

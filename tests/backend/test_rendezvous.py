@@ -46,24 +46,26 @@ def test_half_a_start_leaves_nothing_behind() -> None:
         assert all(one.get("x") == b"y" for one in found)
 
 
-def test_a_question_waits_for_every_rank_and_names_the_missing(
+def test_a_comparison_waits_for_every_rank_and_names_the_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(consensus, "launcher_store", lambda *place: dist.HashStore())
     with pytest.raises(HungError, match="rank 1, 2 did not come"):
-        consensus.settle("plan", "mine", max, 0, WORLD, 0.2)
+        consensus.reduce_through_store("plan", "mine", max, 0, WORLD, 0.2)
     with pytest.raises(HungError, match="rank 0 did not come"):
-        consensus.settle("plan", "mine", max, 2, WORLD, 0.2)
+        consensus.reduce_through_store("plan", "mine", max, 2, WORLD, 0.2)
 
 
-def test_all_ranks_have_rank_0s_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_have_rank_0s_result(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
     monkeypatch.setattr(consensus, "launcher_store", lambda *place: store)
-    monkeypatch.setattr(consensus, "_QUESTIONS", repeat(1))
+    monkeypatch.setattr(consensus, "_CALLS", repeat(1))
     with ThreadPoolExecutor(WORLD) as pool:
         asked = [
-            pool.submit(consensus.settle, "plan", str(rank), "+".join, rank, WORLD, 20.0)
+            pool.submit(
+                consensus.reduce_through_store, "plan", str(rank), "+".join, rank, WORLD, 20.0
+            )
             for rank in (2, 0, 1)
         ]
         assert {one.result(20) for one in asked} == {"0+1+2"}
-    assert consensus.settle("plan", "7", "+".join, 0, 1, 20.0) == "7"
+    assert consensus.reduce_through_store("plan", "7", "+".join, 0, 1, 20.0) == "7"

@@ -14,7 +14,7 @@ from moe_train.measure.dryrun.prepare import enough_microbatches
 from moe_train.measure.dryrun.report import ALLOWED
 from moe_train.parallel.shapes import Assumptions
 from moe_train.planner.memory.stages import stage_memory
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 from moe_train.testing.layouts import (
     DP2,
     EP2,
@@ -63,7 +63,8 @@ def fake_ranks(rank: int, one: int, words: list[str], world: int, **options: Any
     """The same of every rank on fake tensors."""
     from moe_train.measure.dryrun.prepare import host_backend
 
-    config, layout = prepare(words, world)
+    run = resolve_run(words, world)
+    config, layout = run.config, run.layout
     backend = host_backend(config)
 
     from moe_train.measure.dryrun.rank import dry_run
@@ -77,7 +78,8 @@ def fake_ranks(rank: int, one: int, words: list[str], world: int, **options: Any
 def hold_to_real(words: list[str], world: int) -> None:
     real = run_world(real_rank, world, words)
     [fake] = run_world(fake_ranks, 1, words, world)
-    config, layout = prepare(words, world)
+    run = resolve_run(words, world)
+    config, layout = run.config, run.layout
     for rank, (ours, theirs) in enumerate(zip(fake, real, strict=True)):
         assert ours[:3] == theirs[:3], f"state of rank {rank}"
         state = sum(ours[:3])
@@ -121,7 +123,8 @@ def test_state_is_planned_to_the_byte(layout: Layout) -> None:
     for name, optimizer in OPTIMIZERS.items():
         words = [*LONG, *layout.overrides, *optimizer]
         [ranks] = run_world(fake_ranks, 1, words, layout.world)
-        config, sizes = prepare(words, layout.world)
+        run = resolve_run(words, layout.world)
+        config, sizes = run.config, run.layout
         for rank, built in enumerate(ranks):
             state = rank_state(config, sizes, rank)
             assert built[:3] == state, f"{name}, rank {rank}"
@@ -144,7 +147,7 @@ def test_peers_are_alike_and_a_steady_schedule_repeats_itself() -> None:
         assert whole[one][3] == pytest.approx(whole[peer][3], abs=SCALARS)
     assert abs(whole[0][3] - whole[2][3]) > SCALARS
 
-    enough = enough_microbatches(prepare(words, 4)[1])
+    enough = enough_microbatches(resolve_run(words, 4).layout)
     [short] = run_world(short_ranks, 1, words, 4, enough)
     for few, many in zip(short, whole, strict=True):
         assert few[:3] == many[:3]
@@ -179,7 +182,8 @@ def updates(rank: int, one: int) -> list[list[int]]:
 
     found = []
     for placement in PLACEMENTS:
-        config, layout = prepare(["experiment=moe_30b_8x64gb", *placement], 8)
+        run = resolve_run(["experiment=moe_30b_8x64gb", *placement], 8)
+        config, layout = run.config, run.layout
         backend = host_backend(config)
         with fake_world(rank, 8), MemoryTracker() as tracker:
             engine = fake_engine(config, layout, backend, 50257, 1)
@@ -215,7 +219,8 @@ def test_gradients_that_are_copied_whole_are_the_peak() -> None:
              "recompute=all", "model.hidden=512", "data.sequence=64"]  # fmt: skip
     [[rank]] = run_world(fake_ranks, 1, words, 1)
     assert rank[4] == "optimizer update"
-    config, layout = prepare(words, 1)
+    run = resolve_run(words, 1)
+    config, layout = run.config, run.layout
     plan = stage_memory(config, layout, VOCAB, 0, Assumptions(fused=False, fragmentation=0.0))
     assert plan.peak.name == "optimizer update"
     assert plan.allocated == pytest.approx(rank[3], rel=0.05)

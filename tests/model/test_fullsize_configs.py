@@ -65,10 +65,10 @@ def built(request: pytest.FixtureRequest) -> tuple[str, Configs]:
 def host_configs(rank: int, one: int, overrides: list[str], world: int) -> Configs:
     from moe_train.backend.cpu.backend import HostBackend
     from moe_train.model.transformer_config import ddp_config, optimizer_config, transformer_config
-    from moe_train.planner.prepare import prepare
+    from moe_train.planner.resolution import resolve_run
     from tests.support.cuda_configs import fields
 
-    config, _ = prepare(overrides, world)
+    config = resolve_run(overrides, world).config
     backend = HostBackend(config.backend)
     return {
         "transformer": fields(transformer_config(config, backend)),

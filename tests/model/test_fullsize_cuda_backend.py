@@ -18,7 +18,7 @@ from moe_train.backend.cuda.devices import Devices
 from moe_train.config.kernels import TORCH
 from moe_train.config.training import BackendConfig
 from moe_train.errors import EXIT_CONFIG, ConfigError
-from moe_train.run import planning
+from moe_train.run import resolution
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +92,7 @@ def test_torch_is_asked_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch)
     """So that CUDA has not started here before its environment is written."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(probe, "cuda_facts", lambda: pytest.fail("asked here"))
-    found = planning._complete(Devices(complete=False, problem="nvidia-smi failed: x"))
+    found = resolution._complete(Devices(complete=False, problem="nvidia-smi failed: x"))
     assert not found.gpus and found.complete
     assert found.problem.startswith("nvidia-smi failed: x; ")
     monkeypatch.setattr(probe.sys, "executable", "/nowhere/python")

@@ -34,10 +34,11 @@ def count_ranks(
     from moe_train.backend.cpu.backend import HostBackend
     from moe_train.measure.dryrun.world import fake_chunks, fake_world, parameter_count
     from moe_train.parallel.parameters import rank_parameters
-    from moe_train.planner.prepare import prepare
+    from moe_train.planner.resolution import resolve_run
     from tests.support.shards import matrices, whole_model
 
-    config, layout = prepare(words, world)
+    run = resolve_run(words, world)
+    config, layout = run.config, run.layout
     backend = HostBackend(config.backend)
     counts, parts = [], []
     for each in range(world):

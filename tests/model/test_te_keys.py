@@ -57,10 +57,11 @@ def matrix(row: Sequence[Any]) -> Matrix:
 def host_ranks(rank: int, one: int, words: list[str], world: int) -> list[set[Matrix]]:
     from moe_train.backend.cpu.backend import HostBackend
     from moe_train.measure.dryrun.world import fake_chunks, fake_world
-    from moe_train.planner.prepare import prepare
+    from moe_train.planner.resolution import resolve_run
     from tests.support.shards import matrices
 
-    config, layout = prepare(words, world)
+    run = resolve_run(words, world)
+    config, layout = run.config, run.layout
     ranks = []
     for each in range(world):
         with fake_world(each, world):

@@ -29,7 +29,7 @@ from moe_train.planner.claims.verdicts import (
     Verdict,
     judge,
 )
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 
 CONFIRMED_IDS = [
     "1.1", "1.2", "1.3", "1.4", "2.1", "2.3", "2.4", "2.5", "2.7", "2.8", "2.9", "3.2", "3.3",
@@ -126,7 +126,8 @@ def test_solved_conditions_hold_at_their_edges_and_not_beyond(
     for sequence, holds in ((low, True), (high, True), (low - 2, False), (high + 2, False)):
         micro = max(round(4096 / sequence), 1) if verdict.claim.hold_tokens else 1
         overrides = [*document.overrides, f"data.sequence={sequence}", f"batch.micro={micro}"]
-        config, layout = prepare(overrides, 8)
+        run = resolve_run(overrides, 8)
+        config, layout = run.config, run.layout
         value = QUANTITIES[verdict.claim.quantity].compute(Subject(config, layout, Assumptions()))
         assert verdict.claim.holds(value) == holds, (sequence, value)
 
@@ -162,7 +163,8 @@ def test_the_faster_layout_is_named_and_is_faster(
     subject, by_id = judged
     words = by_id["8.6"].reason.partition("(")[2].partition(")")[0].split()
     assert len(words) == 5
-    config, layout = prepare([*document.overrides, *words], 8)
+    run = resolve_run([*document.overrides, *words], 8)
+    config, layout = run.config, run.layout
     faster = Subject(config, layout, subject.assumptions)
     assert faster.fullest.total <= 64e9
     assert faster.time.sequences == subject.time.sequences
@@ -248,11 +250,13 @@ def _document(*claims: Claim) -> Document:
 
 
 def _judge(*claims: Claim) -> list[Verdict]:
-    config, layout = prepare(["experiment=moe_30b_8x64gb"], 8)
+    run = resolve_run(["experiment=moe_30b_8x64gb"], 8)
+    config, layout = run.config, run.layout
     subject = Subject(config, layout, Assumptions())
 
     def replan(words: Sequence[str]) -> Subject:
-        changed, one = prepare(["experiment=moe_30b_8x64gb", *words], 8)
+        run = resolve_run(["experiment=moe_30b_8x64gb", *words], 8)
+        changed, one = run.config, run.layout
         return Subject(changed, one, Assumptions())
 
     return judge(_document(*claims), subject, replan)

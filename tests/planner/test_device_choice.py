@@ -12,11 +12,12 @@ from moe_train.cli import main
 from moe_train.config.compose import compose, config_dir, group_options
 from moe_train.config.experiment import MachineFacts
 from moe_train.errors import ConfigError
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.planner.machine.choice import CANDIDATES, SHARE, choose
 from moe_train.planner.machine.profiles import UNKNOWN, profile_of
 from moe_train.planner.report.plan_report import plan_report
-from moe_train.run.planning import Plan, plan_for
 from moe_train.run.records import device_peak
+from moe_train.run.resolution import resolve_on_devices
 from tests.support.devices import A100, H100, node, on, outcome, sensible, tables
 
 
@@ -51,47 +52,48 @@ def test_profiles_by_name(device: str, memory_gb: float, profile: str | None) ->
 
 def test_a_profile_by_name_of_the_user_wins() -> None:
     seen = tables((8, node(8)))
-    named = plan_for(["hardware=a100_64gb"], seen).config.hardware
+    named = resolve_on_devices(["hardware=a100_64gb"], seen).config.hardware
     assert (named.name, named.memory_gb, named.device) == ("a100_64gb", 64.0, "")
-    part = plan_for(["hardware.memory_gb=70"], seen).config.hardware
+    part = resolve_on_devices(["hardware.memory_gb=70"], seen).config.hardware
     assert (part.name, part.memory_gb, part.device) == ("h100_80gb", 70.0, H100[0])
 
 
 def test_an_unknown_gpu_has_no_peak_and_is_told_once() -> None:
     seen = tables((1, node(1, ("NVIDIA Z9", 90.0))))
-    plan = plan_for([], seen)
+    plan = resolve_on_devices([], seen)
     assert plan.config.hardware.name == UNKNOWN
     assert not plan.config.hardware.peak_known
     assert [note for note in plan.notes if "no MFU" in note and "Z9" in note]
-    assert not any("no MFU" in note for note in plan_for([], tables((1, node(1)))).notes)
+    assert not any("no MFU" in note for note in resolve_on_devices([], tables((1, node(1)))).notes)
 
 
 def test_bf16_is_refused_where_the_device_has_none() -> None:
     seen = tables((1, node(1, ("Tesla V100-SXM2-32GB", 34.4))))
-    assert plan_for([], seen).config.dtype == "fp32"
+    assert resolve_on_devices([], seen).config.dtype == "fp32"
     with pytest.raises(ConfigError, match="v100_32gb has no bf16"):
-        plan_for(["experiment=gpu_1b"], seen)
+        resolve_on_devices(["experiment=gpu_1b"], seen)
 
 
 def test_mfu_is_of_the_device_s_own_profile() -> None:
-    h100 = plan_for(["experiment=twin", "dtype=bf16"], tables((8, node(8)))).config
+    h100 = resolve_on_devices(["experiment=twin", "dtype=bf16"], tables((8, node(8)))).config
     assert device_peak(h100) == 989e12
-    a100 = plan_for([], tables((4, node(4, A100)))).config
+    a100 = resolve_on_devices([], tables((4, node(4, A100)))).config
     assert device_peak(a100) == 312e12
-    unknown, layout, _ = plan_for([], tables((1, node(1, ("NVIDIA Z9", 90.0)))))
+    run = resolve_on_devices([], tables((1, node(1, ("NVIDIA Z9", 90.0)))))
+    unknown, layout = run.config, run.layout
     assert device_peak(unknown) == 0
     report = plan_report(unknown, layout)
     assert report["time"]["mfu"] is None and report["hardware"]["device"] == "NVIDIA Z9"
-    cpu = plan_for(["device=cpu"], tables((1, ()))).config
+    cpu = resolve_on_devices(["device=cpu"], tables((1, ()))).config
     assert device_peak(cpu) == 1e12 * cpu.hardware.peak_tflops["fp32"]
     # A CPU that runs a plan for GPUs is not measured by them.
-    planned = plan_for(["device=cpu", "hardware=a100_64gb"], tables((1, ()))).config
+    planned = resolve_on_devices(["device=cpu", "hardware=a100_64gb"], tables((1, ()))).config
     assert device_peak(planned) == 0
 
 
 @pytest.mark.parametrize("memory_gb", [4, 8.6, 17.1, 25.7, 48.3, 68.2, 150.8])
 def test_one_gpu_gets_the_largest_model_that_it_holds(memory_gb: float) -> None:
-    plan = plan_for([], tables((1, node(1, ("", memory_gb)))))
+    plan = resolve_on_devices([], tables((1, node(1, ("", memory_gb)))))
     sensible(plan, 1, "cuda")
     largest = {8.6: "gpu_300m", 25.7: "gpu_1b", 68.2: "gpu_3b"}
     want = [name for least, name in largest.items() if memory_gb >= least][-1:] or ["twin"]
@@ -105,12 +107,12 @@ def test_one_gpu_gets_the_largest_model_that_it_holds(memory_gb: float) -> None:
 )
 def test_a_few_gpus_share_the_batch(ranks: int, layout: str, sequences: int) -> None:
     plan = outcome(tables((ranks, node(ranks))))
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, ResolvedRun)
     assert (plan.layout.tag, plan.config.batch.global_) == (layout, sequences)
 
 
 def test_a_batch_of_the_user_stands() -> None:
-    own = plan_for(["batch.global=84", "batch.micro=1"], tables((7, node(7))))
+    own = resolve_on_devices(["batch.global=84", "batch.micro=1"], tables((7, node(7))))
     assert own.config.batch.global_ == 84
 
 

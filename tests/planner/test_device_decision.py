@@ -15,10 +15,11 @@ from moe_train.backend.cuda.devices import Devices, Gpu, parse_table, read_devic
 from moe_train.backend.cuda.probe import disagreement
 from moe_train.config import kernels as kernel_sets
 from moe_train.errors import ConfigError
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.planner.machine.decision import Place, decide
 from moe_train.planner.machine.profiles import UNKNOWN
 from moe_train.planner.report.plan_report import plan_report
-from moe_train.run.planning import Plan, _unusable, plan_for
+from moe_train.run.resolution import _unusable, resolve_on_devices
 from tests.support.devices import A100, H100, RTX, node, outcome, sensible, tables
 
 GPUS = (0, 1, 2, 4, 7, 8)
@@ -34,7 +35,7 @@ def test_one_node(gpus: int, ranks: int) -> None:
         assert f"has {gpus} GPU" in found and f"for {ranks} ranks" in found
         assert f"--nproc-per-node {gpus}" in found and "device=cpu" in found
         return
-    assert isinstance(found, Plan), found
+    assert isinstance(found, ResolvedRun), found
     sensible(found, ranks, "cuda" if gpus else "cpu")
     config = found.config
     if not gpus:
@@ -57,7 +58,7 @@ def test_cuda_by_name_is_refused_without_a_gpu_on_any_node() -> None:
     found = outcome(tables((2, ())), "device=cuda")
     assert isinstance(found, str) and "shows no usable GPU" in found
     assert isinstance(outcome(tables((2, node(2)), (2, ())), "device=cuda"), str)
-    sensible(plan_for(["device=cuda"], tables((2, node(2)))), 2, "cuda")
+    sensible(resolve_on_devices(["device=cuda"], tables((2, node(2)))), 2, "cuda")
 
 
 @pytest.mark.parametrize("first", GPUS)
@@ -66,10 +67,10 @@ def test_cuda_by_name_is_refused_without_a_gpu_on_any_node() -> None:
 def test_two_nodes(first: int, second: int, ranks: int) -> None:
     found = outcome(tables((ranks, node(first)), (ranks, node(second, name="b"))))
     if first == second == 0:
-        assert isinstance(found, Plan)
+        assert isinstance(found, ResolvedRun)
         sensible(found, 2 * ranks, "cpu")
     elif min(first, second) >= ranks:
-        assert isinstance(found, Plan), found
+        assert isinstance(found, ResolvedRun), found
         sensible(found, 2 * ranks, "cuda")
         assert found.config.hardware.devices_per_node == ranks
     else:
@@ -82,20 +83,20 @@ def test_two_nodes(first: int, second: int, ranks: int) -> None:
 def test_nodes_of_different_kinds_go_by_the_weaker() -> None:
     for order in ((H100, A100), (A100, H100)):
         seen = tables((4, node(4, order[0])), (4, node(4, order[1], "b")))
-        found = plan_for([], seen)
+        found = resolve_on_devices([], seen)
         hardware = found.config.hardware
         assert (hardware.name, hardware.memory_gb) == ("a100_64gb", A100[1])
         assert any("different kinds" in note for note in found.notes)
         assert any("68.2 to 85.5 GB" in note for note in found.notes)
     # One of them unknown: nothing is known of the run.
     seen = tables((4, node(4)), (4, node(4, ("NVIDIA Z9", 90.0), "b")))
-    assert plan_for([], seen).config.hardware.name == UNKNOWN
+    assert resolve_on_devices([], seen).config.hardware.name == UNKNOWN
 
 
 def test_the_smallest_memory_decides() -> None:
     large, small = ("", 85.0), ("", 40.0)
-    alike = plan_for([], tables((8, node(8, large))))
-    mixed = plan_for([], tables((8, (*node(7, large), Gpu("GPU-b", *small)))))
+    alike = resolve_on_devices([], tables((8, node(8, large))))
+    mixed = resolve_on_devices([], tables((8, (*node(7, large), Gpu("GPU-b", *small)))))
     assert alike.config.experiment == "moe_30b_8x64gb"
     assert mixed.config.experiment == "gpu_3b"
     assert mixed.config.hardware.memory_gb == 40.0
@@ -104,7 +105,7 @@ def test_the_smallest_memory_decides() -> None:
 def test_ranks_that_the_launcher_shows_one_gpu_each() -> None:
     gpus = node(4)
     seen = [replace(table, gpus=(gpus[n],)) for n, table in enumerate(tables((4, gpus)))]
-    sensible(plan_for([], seen), 4, "cuda")
+    sensible(resolve_on_devices([], seen), 4, "cuda")
     seen[3] = replace(seen[3], gpus=(gpus[0],))
     found = outcome(seen)
     assert isinstance(found, str) and "different GPUs" in found
@@ -114,10 +115,10 @@ def test_ranks_that_the_launcher_shows_one_gpu_each() -> None:
 
 
 def test_idle_gpus_and_doubts_are_told() -> None:
-    notes = plan_for([], tables((1, node(8)))).notes
+    notes = resolve_on_devices([], tables((1, node(8)))).notes
     assert any("7 GPUs" in note for note in notes)
     seen = [replace(table, problem="nvidia-smi failed: x") for table in tables((2, ()))]
-    assert plan_for([], seen).notes == ("training on the CPU: nvidia-smi failed: x",)
+    assert resolve_on_devices([], seen).notes == ("training on the CPU: nvidia-smi failed: x",)
 
 
 @settings(max_examples=150, deadline=None)
@@ -231,7 +232,7 @@ def test_entries_that_name_no_gpu_are_reported(
     assert said in found.problem and bool(said) == bool(found.problem)
     if shown and said:
         seen = [replace(table, problem=found.problem) for table in tables((1, found.gpus))]
-        assert any(said in note for note in plan_for([], seen).notes)
+        assert any(said in note for note in resolve_on_devices([], seen).notes)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_torch_has_to_see_what_the_plan_was_made_from(
 
 def test_a_gpu_that_cannot_be_taken_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's own errors are no ConfigError, and the peers wait for this rank's answer."""
-    plan = plan_for([], tables((1, tuple(parse_table(LINES)))))
+    plan = resolve_on_devices([], tables((1, tuple(parse_table(LINES)))))
 
     def prepare() -> None:
         raise RuntimeError("CUDA error: out of memory\nmore")
@@ -272,8 +273,8 @@ def test_a_plan_prices_the_kernels_that_would_run(monkeypatch: pytest.MonkeyPatc
     for kernels, installed in (("te", False), ("torch", True), ("auto", True), ("auto", False)):
         monkeypatch.setattr(kernel_sets, "transformer_engine_installed", lambda i=installed: i)
         words = ["experiment=gpu_3b", f"backend.kernels={kernels}"]
-        config, layout, _ = plan_for(words, seen)
-        report = plan_report(config, layout)
+        run = resolve_on_devices(words, seen)
+        report = plan_report(run.config, run.layout)
         need[kernels, installed] = max(s["total_bytes"] for s in report["memory"]["stages"])
         taken = {"auto": "te" if installed else "torch"}.get(kernels, kernels)
         assert report["kernels"]["name"] == taken

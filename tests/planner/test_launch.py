@@ -15,7 +15,7 @@ from moe_train.cli import main
 from moe_train.config import kernels
 from moe_train.errors import EXIT_CONFIG, ConfigError, ConfigFaults
 from moe_train.planner.machine.decision import Place, RankTable
-from moe_train.run.planning import plan_for
+from moe_train.run.resolution import resolve_on_devices
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = [
@@ -64,27 +64,27 @@ def test_one_rank_is_refused_before_torch(tmp_path: Path) -> None:
 
 
 def test_the_same_model_starts_with_the_precision_aware_optimizer() -> None:
-    assert plan_for(PRECISION, seen(8, 64.0)).layout.world == 8
+    assert resolve_on_devices(PRECISION, seen(8, 64.0)).layout.world == 8
     with pytest.raises(ConfigError, match="memory: stage 0 needs 7"):
-        plan_for(PLAIN, seen(8, 64.0))
+        resolve_on_devices(PLAIN, seen(8, 64.0))
     # A larger device takes both, whatever profile the user plans with.
-    plan = plan_for([*PLAIN, "hardware=a100_64gb"], seen(8, 80.0))
+    plan = resolve_on_devices([*PLAIN, "hardware=a100_64gb"], seen(8, 80.0))
     assert plan.config.hardware.memory_gb == 64.0
 
 
 def test_what_megatron_is_told_directly_is_the_users_to_judge() -> None:
-    plan = plan_for([*PLAIN, "megatron.transformer.fp8_param=false"], seen(8, 64.0))
+    plan = resolve_on_devices([*PLAIN, "megatron.transformer.fp8_param=false"], seen(8, 64.0))
     warning = next(note for note in plan.notes if note.startswith("memory"))
     assert "does not cover megatron.transformer.fp8_param" in warning
 
 
 def test_a_cpu_is_never_refused_for_memory() -> None:
-    assert plan_for([], seen(8, 0.0)).config.experiment == "twin"
-    assert plan_for([*PLAIN, "device=cpu"], seen(8, 0.0)).layout.world == 8
+    assert resolve_on_devices([], seen(8, 0.0)).config.experiment == "twin"
+    assert resolve_on_devices([*PLAIN, "device=cpu"], seen(8, 0.0)).layout.world == 8
 
 
 def test_the_twin_fits_a_small_gpu() -> None:
-    assert plan_for([], seen(8, 3.0)).config.experiment == "twin"
+    assert resolve_on_devices([], seen(8, 3.0)).config.experiment == "twin"
 
 
 @pytest.mark.parametrize("word", ["dtype=fp8", "parallel.context=2", "parallel.dispatcher=flex"])
@@ -92,7 +92,7 @@ def test_a_machine_without_gpus_refuses_what_only_gpus_do(word: str) -> None:
     words = ["experiment=single", word]
     for asked in (words, [*words, "device=cpu"]):
         with pytest.raises(ConfigFaults) as refused:
-            plan_for(asked, seen(2, 0.0))
+            resolve_on_devices(asked, seen(2, 0.0))
         assert word.partition("=")[0] in {fault.field for fault in refused.value.faults}
 
 
@@ -123,10 +123,10 @@ def test_a_run_plans_with_the_kernels_that_are_here(
     words = ["experiment=twin", "dtype=fp8", "model.expert_hidden=64", "parallel=single"]
     words += ["model.hidden=64", "data.sequence=128"]
     if installed:
-        plan_for(words, seen(1, 64.0))
+        resolve_on_devices(words, seen(1, 64.0))
         return
     with pytest.raises(ConfigFaults, match="fp8 needs TransformerEngine"):
-        plan_for(words, seen(1, 64.0))
+        resolve_on_devices(words, seen(1, 64.0))
 
 
 def test_the_plan_shows_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,13 @@ from moe_train.config.compose import compose
 from moe_train.errors import ConfigFaults
 from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
 from moe_train.planner.legality import check
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 from moe_train.planner.search import legal_layouts, planned, resolve
 
 
 def faults(overrides: list[str], world: int) -> dict[str, str]:
     with pytest.raises(ConfigFaults) as refused:
-        prepare(overrides, world)
+        resolve_run(overrides, world)
     return {fault.field: f"{fault.problem} {fault.fix}" for fault in refused.value.faults}
 
 
@@ -133,7 +133,7 @@ def test_named_layouts_are_legal_when_pasted() -> None:
     lines = [line.split() for line in found["world size"].splitlines()[1:]]
     assert lines
     for line in lines:
-        _, layout = prepare(line, 8)
+        layout = resolve_run(line, 8).layout
         assert layout.world == 8
 
 
@@ -162,21 +162,22 @@ def test_automatic_layouts(overrides: list[str], world: int, tag: str) -> None:
         # Two stages on two ranks leave one rank a stage: EP2 has nowhere to go.
         assert "world size" in faults(overrides, world)
         return
-    config, layout = prepare(overrides, world)
+    run = resolve_run(overrides, world)
+    config, layout = run.config, run.layout
     assert layout.tag == tag
     assert None not in vars(config.parallel).values()
     assert resolve(config, world) == config
 
 
 def test_interleaved_overlap_is_legal_when_its_conditions_hold() -> None:
-    _, layout = prepare(
+    layout = resolve_run(
         [
             "parallel.overlap_expert_comm=true", "recompute=none", "dtype=bf16",
             "parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2",
             "parallel.expert=2",
         ],
         4,
-    )  # fmt: skip
+    ).layout  # fmt: skip
     assert layout.tag == "PP2.VPP2.EP2"
 
 
@@ -199,5 +200,5 @@ def test_global_batch_fixes_the_product_for_every_data_size() -> None:
 
 
 def test_large_worlds_are_searched() -> None:
-    _, layout = prepare(["experiment=moe_30b_8x64gb", "parallel=auto"], 16384)
+    layout = resolve_run(["experiment=moe_30b_8x64gb", "parallel=auto"], 16384).layout
     assert layout.world == 16384

@@ -16,7 +16,7 @@ from moe_train.config.hardware import HardwareConfig
 from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.cost.timing import step_time
 from moe_train.planner.memory.fit import assumptions_of
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 from moe_train.testing import layouts
 from moe_train.testing.layouts import TWIN, Layout, Runs
 from tests.support.document import document
@@ -81,7 +81,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Times]:
 
 def predicted(layout: Layout, hardware: Any) -> float:
     """Seconds of a step, with ``hardware`` in place of the shipped profile."""
-    config, plan = prepare(["device=cpu", *TWIN, *layout.overrides], layout.world)
+    run = resolve_run(["device=cpu", *TWIN, *layout.overrides], layout.world)
+    config, plan = run.config, run.layout
     config.hardware = hardware
     assumptions = assumptions_of(config, 1.0, 0.0)
     return step_time(config, plan, vocabulary(config)[0], assumptions).step

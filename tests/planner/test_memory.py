@@ -19,7 +19,7 @@ from moe_train.planner.memory.fit import assumptions_of, memory_fault, memory_ro
 from moe_train.planner.memory.layers import INPUT_TWICE, whole_layer
 from moe_train.planner.memory.optimizer_bytes import bytes_per_parameter, state_bytes, variants
 from moe_train.planner.memory.stages import StageMemory, plan_memory, worst
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 from moe_train.planner.terms import total
 from moe_train.testing.world import run_world
 
@@ -40,7 +40,8 @@ VOCAB = 50304
     [("plain Adam", 18), ("distributed", 18), ("precision-aware", 12), ("offloaded", 16)],
 )
 def test_bytes_of_a_parameter(name: str, each: int) -> None:
-    config, layout = prepare(MISSION, 8)
+    run = resolve_run(MISSION, 8)
+    config, layout = run.config, run.layout
     changed, _ = variants(config)[name]
     assert bytes_per_parameter("bf16", changed.optim).total == each
     held = rank_parameters(config.model, layout, 0, VOCAB)
@@ -49,7 +50,7 @@ def test_bytes_of_a_parameter(name: str, each: int) -> None:
 
 
 def test_variants_are_what_their_overrides_compose() -> None:
-    config, _ = prepare(MISSION, 8)
+    config = resolve_run(MISSION, 8).config
     for changed, words in variants(config).values():
         pasted = compose([*MISSION, *words.split()]).optim
         kept = ("distributed", "precision_aware", "moment_dtype", "offload")
@@ -58,7 +59,8 @@ def test_variants_are_what_their_overrides_compose() -> None:
 
 def test_the_two_figures_of_the_document() -> None:
     """About 17 GB without optimizer state, about 45 GB of state with it; plain Adam is too much."""
-    config, layout = prepare(READINGS["EP2"][0], 8)
+    run = resolve_run(READINGS["EP2"][0], 8)
+    config, layout = run.config, run.layout
     rows = {row["optimizer"]: row for row in memory_rows(config, layout, VOCAB, Assumptions())}
     need = worst(plan_memory(config, layout, VOCAB, Assumptions()))
     assert 16e9 < need.without_optimizer < 18.5e9
@@ -72,7 +74,8 @@ def test_the_two_figures_of_the_document() -> None:
 
 
 def test_distribution_divides_dense_and_expert_state_by_their_own_replicas() -> None:
-    config, layout = prepare(READINGS["EP8"][0], 8)
+    run = resolve_run(READINGS["EP8"][0], 8)
+    config, layout = run.config, run.layout
     held = rank_parameters(config.model, layout, 0, VOCAB)
     state = state_bytes(config, layout, held)
     assert (layout.data, layout.expert_data) == (4, 1)
@@ -85,7 +88,8 @@ def test_recomputation_orders_memory(name: str, fused: bool) -> None:
     words, world = READINGS[name]
     needs: list[list[StageMemory]] = []
     for layers in ("none", "2-15", "all"):
-        config, layout = prepare([*words, f"recompute.layers={layers}"], world)
+        run = resolve_run([*words, f"recompute.layers={layers}"], world)
+        config, layout = run.config, run.layout
         needs.append(plan_memory(config, layout, VOCAB, Assumptions(fused=fused)))
     for stages in zip(*needs, strict=True):
         none, mission, every = (one.activations for one in stages)
@@ -137,12 +141,14 @@ _CACHE: list[tuple[Config, Layout]] = []
 
 def _mission() -> tuple[Config, Layout]:
     if not _CACHE:
-        _CACHE.append(prepare(MISSION, 8))
+        run = resolve_run(MISSION, 8)
+        _CACHE.append((run.config, run.layout))
     return _CACHE[0]
 
 
 def test_capacity_bounds_what_imbalance_adds() -> None:
-    config, layout = prepare([*MISSION, "model.router.capacity_factor=1.25"], 8)
+    run = resolve_run([*MISSION, "model.router.capacity_factor=1.25"], 8)
+    config, layout = run.config, run.layout
     free, _ = _mission()
     wild = Assumptions(imbalance=4.0)
     unbounded = shapes(free, layout, VOCAB, wild).R
@@ -161,12 +167,14 @@ def test_a_plan_that_does_not_fit_is_refused(
 
 
 def test_named_remedies_fit_when_pasted() -> None:
-    config, layout = prepare([*MISSION, "optim=adam"], 8)
+    run = resolve_run([*MISSION, "optim=adam"], 8)
+    config, layout = run.config, run.layout
     fault = memory_fault(config, layout, VOCAB, assumptions_of(config))
     assert fault is not None and fault.exit_code == 2
     for line in fault.fix.split("\n"):
         words = line.strip().removeprefix("or ").partition(" (")[0].split()
-        fixed, one = prepare([*MISSION, "optim=adam", *words], 8)
+        run = resolve_run([*MISSION, "optim=adam", *words], 8)
+        fixed, one = run.config, run.layout
         assert memory_fault(fixed, one, VOCAB, assumptions_of(fixed)) is None, words
 
 
@@ -199,7 +207,8 @@ def test_saved_bytes_equal_a_real_steps(words: list[str], world: int) -> None:
     """What autograd really keeps at its peak, distinct storages counted."""
     from tests.support.activations import peak_saved_bytes
 
-    config, layout = prepare([*SMALL, *words], world)
+    run = resolve_run([*SMALL, *words], world)
+    config, layout = run.config, run.layout
     real = run_world(peak_saved_bytes, world, [*SMALL, *words])
     taken = Assumptions(fused=False)
     z = shapes(config, layout, 128, taken)

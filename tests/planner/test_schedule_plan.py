@@ -16,7 +16,7 @@ from moe_train.parallel.layout import Layout
 from moe_train.parallel.shapes import shapes
 from moe_train.planner.cost.timing import layer_time
 from moe_train.planner.memory.fit import assumptions_of
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 from moe_train.planner.schedule.export import write_graph
 from moe_train.planner.schedule.pieces import LayerPieces
 from moe_train.planner.schedule.schedule import Schedule, build_schedule, choose_kind
@@ -31,7 +31,8 @@ _BUILT: dict[tuple[str, ...], Schedule] = {}
 def built(*words: str, detail: str = "stage", kind: str = "auto", world: int = 8) -> Schedule:
     key = (*words, detail, kind, str(world))
     if key not in _BUILT:
-        config, layout = prepare(list(words), world)
+        run = resolve_run(list(words), world)
+        config, layout = run.config, run.layout
         taken = assumptions_of(config)
         _BUILT[key] = build_schedule(config, layout, VOCAB, taken, kind, detail)
     return _BUILT[key]
@@ -69,7 +70,8 @@ def test_node_counts(words: list[str], world: int, pieces: int, dense: int, agai
 
 @pytest.mark.parametrize("words", [STAGE, MISSION, V2])
 def test_pieces_add_up_to_the_planners_layer(words: list[str]) -> None:
-    config, layout = prepare(words, 8)
+    run = resolve_run(words, 8)
+    config, layout = run.config, run.layout
     z = shapes(config, layout, VOCAB, assumptions_of(config))
     layer = layer_time(config, layout, z)
     pieces = LayerPieces(config, layout, z, layer)
@@ -102,7 +104,8 @@ def test_nodes_and_edges_say_who_and_how_much() -> None:
     graph = built(*STAGE, *FEW, detail="layer").graph
     experts = graph.nodes["F3@1/L6/experts"]
     assert (experts["ranks"], experts["experts"], experts["layers"]) == ("2-3", "0-63", "6")
-    config, layout = prepare([*STAGE, *FEW], 8)
+    run = resolve_run([*STAGE, *FEW], 8)
+    config, layout = run.config, run.layout
     z = shapes(config, layout, VOCAB, assumptions_of(config))
     sent = graph.edges["F3@1/send", "F3@2/L9/gather"]
     assert sent == {"kind": "activation", "bytes": z.N * z.H * z.b}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from moe_train.config.root import Config
 from moe_train.planner.memory.fit import assumptions_of
-from moe_train.planner.prepare import prepare
 from moe_train.planner.report.plan_report import plan_report
+from moe_train.planner.resolution import resolve_run
 from tests.support.document import WRITE_DOCS
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "span.md"
@@ -33,9 +33,10 @@ COUNTS = (8, 16, 32)
 
 def seconds(machine: str, words: list[str], sequences: int) -> float:
     """Predicted step time of the 30B on 8 devices, `sequences` of 4096 tokens a step."""
-    config, layout = prepare(
+    run = resolve_run(
         ["experiment=moe_30b_8x64gb", f"hardware={machine}", f"batch.global={sequences}", *words], 8
     )
+    config, layout = run.config, run.layout
     assert isinstance(config, Config)
     report = plan_report(config, layout, assumptions_of(config, 1.0, 0.05))
     return float(report["time"]["step_seconds"])

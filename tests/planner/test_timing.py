@@ -29,7 +29,7 @@ from moe_train.planner.cost.links import (
 )
 from moe_train.planner.cost.timing import end_times, passes_of, step_time
 from moe_train.planner.memory.fit import assumptions_of
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 from moe_train.planner.search import legal_layouts, ranked
 
 MISSION = ["experiment=moe_30b_8x64gb"]
@@ -41,7 +41,8 @@ _PLANS: dict[tuple[str, ...], tuple[Config, Layout]] = {}
 def plan(*words: str, world: int = 8) -> tuple[Config, Layout]:
     key = (*words, str(world))
     if key not in _PLANS:
-        _PLANS[key] = prepare(list(words), world)
+        run = resolve_run(list(words), world)
+        _PLANS[key] = run.config, run.layout
     return _PLANS[key]
 
 
@@ -290,7 +291,8 @@ def test_automatic_layouts_of_large_worlds_fit(world: int) -> None:
     from moe_train.planner.memory.fit import memory_fault
 
     words = ["experiment=moe_30b_8x64gb", "parallel=auto", "parallel.placement=stage"]
-    config, layout = prepare(words, world)
+    run = resolve_run(words, world)
+    config, layout = run.config, run.layout
     assert layout.world == world
     assert memory_fault(config, layout, VOCAB, assumptions_of(config)) is None
 

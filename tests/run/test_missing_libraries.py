@@ -14,7 +14,7 @@ import pytest
 from moe_train.callbacks.wandb import Mirror, installed
 from moe_train.data.sources import Source, read
 from moe_train.errors import ConfigFaults, DataError
-from moe_train.run import main as runtime
+from moe_train.run.resolution import resolve_on_all_ranks
 from tests.support.survival import FAULTY
 
 ABSENT = ("wandb", "pyarrow", "zstandard", "pydantic", "scipy", "matplotlib", "transformers",
@@ -46,8 +46,8 @@ def test_training_does_without_them_and_says_one_line(tmp_path: Path) -> None:
 def test_a_mirror_that_was_named_is_refused(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     absent(monkeypatch, "wandb")
     with pytest.raises(ConfigFaults, match=r"log\.wandb: .* not installed"):
-        runtime.planned(["experiment=single", "device=cpu", f"log.wandb={mode}"], 1)
-    runtime.planned(["experiment=single", "device=cpu"], 1)
+        resolve_on_all_ranks(["experiment=single", "device=cpu", f"log.wandb={mode}"], 1)
+    resolve_on_all_ranks(["experiment=single", "device=cpu"], 1)
 
 
 def test_a_mirror_without_its_library_takes_records_and_ends(

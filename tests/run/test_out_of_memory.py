@@ -25,7 +25,7 @@ from moe_train.errors import (
     HostMemoryError,
     HungError,
 )
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 from moe_train.run.memory import explain
 from moe_train.run_folder.status import read_status
 from moe_train.testing.world import run_world
@@ -108,7 +108,8 @@ def test_other_errors_are_no_memory(error: Exception) -> None:
 
 
 def test_the_plan_of_the_ranks_own_stage_and_what_needs_less() -> None:
-    config, layout = prepare(["experiment=moe_30b_8x64gb", "batch.micro=2", "recompute=none"], 8)
+    run = resolve_run(["experiment=moe_30b_8x64gb", "batch.micro=2", "recompute=none"], 8)
+    config, layout = run.config, run.layout
     fault = DeviceMemoryError("rank 6", "out of device memory: asked for 1.00 GB", "x")
     told = explain(fault, config, layout)
     assert "for stage 3 at its peak" in told.problem and "weights, gradients" in told.problem

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 
 TRANSFORMER_ENGINE = "2.20.2"
 """Version that the answers below are those of; the one in constraints.txt."""
@@ -79,7 +79,7 @@ def cuda_configs(overrides: Sequence[str], world: int) -> dict[str, dict[str, st
         transformer_config,
     )
 
-    config, _ = prepare(overrides, world)
+    config = resolve_run(overrides, world).config
     backend = CudaBackend(0, config.backend)
     with transformer_engine_answers():
         built = {

@@ -39,9 +39,10 @@ def pretend_gpu(config: BackendConfig) -> CudaBackend:
 
 def cuda_ranks(overrides: Sequence[str], world: int) -> list[dict[str, Any]]:
     """``parameters`` and sorted ``matrices`` of every rank, built by the CUDA backend."""
-    from moe_train.planner.prepare import prepare
+    from moe_train.planner.resolution import resolve_run
 
-    config, layout = prepare(overrides, world)
+    run = resolve_run(overrides, world)
+    config, layout = run.config, run.layout
     backend = pretend_gpu(config.backend)
 
     from moe_train.measure.dryrun.world import fake_chunks, fake_world, parameter_count

@@ -232,9 +232,10 @@ def added(
     from moe_train.measure.dryrun.prepare import host_backend
     from moe_train.measure.dryrun.step import initialise_state
     from moe_train.measure.dryrun.world import fake_engine, fake_world
-    from moe_train.planner.prepare import prepare
+    from moe_train.planner.resolution import resolve_run
 
-    config, layout = prepare(list(overrides), world)
+    run = resolve_run(list(overrides), world)
+    config, layout = run.config, run.layout
     backend = host_backend(config)
     with fake_world(rank, world), DeviceTracker() as tracker:
         engine = fake_engine(config, layout, backend, vocab or config.model.vocab or 0, 1)

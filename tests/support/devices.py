@@ -10,12 +10,12 @@ from functools import cache
 from moe_train.backend.cuda.devices import Gpu
 from moe_train.config.experiment import MachineFacts
 from moe_train.errors import EXIT_CONFIG, ConfigError
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.legality import check
 from moe_train.planner.machine.decision import Place, RankTable, decide
 from moe_train.planner.memory.fit import assumptions_of, fits
-from moe_train.planner.prepare import prepare
-from moe_train.run.planning import Plan
+from moe_train.planner.resolution import resolve_run
 
 H100 = ("NVIDIA H100 80GB HBM3", 85.5)
 A100 = ("NVIDIA A100-SXM-64GB", 68.2)
@@ -39,9 +39,9 @@ def tables(*nodes: tuple[int, tuple[Gpu, ...]]) -> list[RankTable]:
     return ranked
 
 
-def outcome(seen: Sequence[RankTable], *overrides: str) -> Plan | str:
+def outcome(seen: Sequence[RankTable], *overrides: str) -> ResolvedRun | str:
     """The plan from tables that went through the store, or the refusal's text."""
-    texts = [table.to_json() for table in seen]
+    texts = [json.dumps(table.to_mapping()) for table in seen]
     copies = [RankTable.from_mapping(json.loads(text)) for text in texts]
     assert copies == list(seen), "a table changes on its way through the store"
     wanted = next((word[7:] for word in overrides if word.startswith("device=")), "auto")
@@ -54,12 +54,12 @@ def outcome(seen: Sequence[RankTable], *overrides: str) -> Plan | str:
 
 
 @cache
-def on(facts: MachineFacts, overrides: tuple[str, ...]) -> Plan:
+def on(facts: MachineFacts, overrides: tuple[str, ...]) -> ResolvedRun:
     """The plan of a run is a function of these two alone."""
-    return Plan(*prepare(overrides, facts.count, facts))
+    return resolve_run(overrides, facts.count, facts)
 
 
-def sensible(plan: Plan, world: int, device: str) -> None:
+def sensible(plan: ResolvedRun, world: int, device: str) -> None:
     """A plan that can run as it stands."""
     config, layout = plan.config, plan.layout
     assert config.device == device

@@ -36,21 +36,21 @@ def open_engine(rank: int, world: int, overrides: Sequence[str], vocab: int = 12
     """Build the engine of a run with ``overrides``, without data; call on every rank."""
     from moe_train.backend.groups import open_groups, open_world
     from moe_train.backend.select import select_backend
-    from moe_train.parallel.batch import microbatches_per_step
-    from moe_train.run.main import planned
+    from moe_train.run.resolution import resolve_on_all_ranks
     from moe_train.train.engine import build_engine
 
-    config, layout = planned(["device=cpu", *overrides], world)
+    run = resolve_on_all_ranks(["device=cpu", *overrides], world)
+    config = run.config
     backend = select_backend(config.device, config.backend)
     backend.prepare()
     open_world(backend, rank, world, 120)
-    groups = open_groups(layout, timeout_seconds=120)
+    groups = open_groups(run.layout, timeout_seconds=120)
     return build_engine(
         config,
         backend,
         groups,
         vocab=vocab,
-        microbatches=microbatches_per_step(config, layout.data),
+        microbatches=run.microbatches,
     )
 
 

@@ -51,7 +51,7 @@ class _Place:
 
 
 POINTS = {
-    "plan": _Place("moe_train.run.main", "planned"),
+    "plan": _Place("moe_train.run.main", "resolve_on_all_ranks"),
     "build": _Place("moe_train.train.engine", "build_model"),
     "open": _Place("moe_train.run.training", "restore"),
     "load": _Place("moe_train.run.restore", "load_checkpoint"),

@@ -9,7 +9,10 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_train.parallel.resolved import ResolvedRun
 
 
 def train(overrides: list[str]) -> int:
@@ -25,31 +28,32 @@ def plan(overrides: list[str], world: int) -> dict[str, Any]:
     """``plan.json`` of a configuration, as a run on this machine would write it."""
     from moe_train.planner.report.plan_report import plan_report
 
-    return plan_report(*_planned(overrides, world))
+    run = _resolved(overrides, world)
+    return plan_report(run.config, run.layout)
 
 
-def _planned(overrides: list[str], world: int) -> tuple[Any, Any]:
-    """Config and layout of ``world`` ranks on this node, without having them here."""
+def _resolved(overrides: list[str], world: int) -> ResolvedRun:
+    """The run of ``world`` ranks on this node, without having them here."""
     from moe_train.backend.cuda.devices import Devices, read_devices
     from moe_train.planner.machine.decision import Place, RankTable
-    from moe_train.run.planning import plan_for
+    from moe_train.run.resolution import resolve_on_devices
 
     result = Devices() if "device=cpu" in overrides else read_devices()
     places = [Place(rank, world, rank, world) for rank in range(world)]
-    made = plan_for(overrides, [RankTable(place, result.gpus, result.problem) for place in places])
-    return made.config, made.layout
+    tables = [RankTable(place, result.gpus, result.problem) for place in places]
+    return resolve_on_devices(overrides, tables)
 
 
 def weights(overrides: list[str]) -> dict[str, str]:
     """SHA-256 of every parameter's initial value, by name."""
     from moe_train.gpu_check.tasks.session import close
     from moe_train.run.opening import open_session
-    from moe_train.run.planning import planned
+    from moe_train.run.resolution import resolve_on_all_ranks
 
     close()
-    config, layout = planned(overrides, 1)
+    run = resolve_on_all_ranks(overrides, 1)
     with ExitStack() as stack:
-        session = open_session(config, layout, 0, 1, stack)
+        session = open_session(run.config, run.layout, 0, 1, stack)
         return {
             name: digest(parameter.detach())
             for chunk in session.engine.chunks
@@ -84,11 +88,10 @@ def fastest(overrides: list[str], world: int) -> dict[str, Any]:
     Returns:
         ``tag`` and ``overrides`` of the layout.
     """
-    from moe_train.parallel.batch import sequences_per_step
     from moe_train.planner.search import legal_layouts, ranked
 
-    config, layout = _planned(overrides, world)
-    sequences = sequences_per_step(config, layout.data)
+    run = _resolved(overrides, world)
+    config, sequences = run.config, run.sequences
     config = replace(config, batch=replace(config.batch, global_=sequences))
     candidates = []
     for placement in ("stage", "span"):

@@ -69,14 +69,15 @@ def open(overrides: list[str]) -> dict[str, Any]:
 
 def _start(overrides: list[str]) -> None:
     from moe_train.run.opening import open_session
-    from moe_train.run.planning import planned
+    from moe_train.run.resolution import resolve_on_all_ranks
     from moe_train.run_folder.folder import create_run_folder
 
-    config, layout = planned(overrides, 1)
+    run = resolve_on_all_ranks(overrides, 1)
+    config = run.config
     folder = create_run_folder(config.run.dir, config.run.name, default_name="session")
     stack = ExitStack()
     try:
-        session = open_session(config, layout, 0, 1, stack, folder=folder)
+        session = open_session(config, run.layout, 0, 1, stack, folder=folder)
         # Only now: they import Megatron, which the backend had to prepare for.
         from moe_train.data.batches import BatchSource
         from moe_train.data.datasets import build_datasets

@@ -20,8 +20,7 @@ from scipy.optimize import nnls
 
 from moe_train.backend.groups import close_world, open_groups, open_world
 from moe_train.backend.select import select_backend
-from moe_train.parallel.batch import microbatches_per_step
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 
 VOCABULARY, SEQUENCE = 64, 64
 TINY = [
@@ -57,8 +56,8 @@ def measure() -> Overheads:
 def _step_seconds(layers: int, experts: int, count: int) -> float:
     """Median step of one tiny model on this process."""
     sizes = [f"model.layers={layers}", f"model.experts={experts}", f"batch.global={count}"]
-    overrides = [*TINY, *sizes]
-    config, layout = prepare(overrides, 1)
+    run = resolve_run([*TINY, *sizes], 1)
+    config = run.config
     backend = select_backend(config.device, config.backend)
     backend.prepare()
     from moe_train.train.engine import build_engine
@@ -66,13 +65,13 @@ def _step_seconds(layers: int, experts: int, count: int) -> float:
 
     open_world(backend, 0, 1, 60)
     try:
-        groups = open_groups(layout, timeout_seconds=60)
+        groups = open_groups(run.layout, timeout_seconds=60)
         engine = build_engine(
             config,
             backend,
             groups,
             vocab=VOCABULARY,
-            microbatches=microbatches_per_step(config, layout.data),
+            microbatches=run.microbatches,
         )
         batch = {
             "tokens": torch.randint(0, VOCABULARY, (1, SEQUENCE)),

@@ -10,9 +10,8 @@ from rich.console import Console
 
 from moe_train.measure.dryrun.prepare import enough_microbatches, first_of_stages, host_backend
 from moe_train.measure.dryrun.report import activation_difference, difference, planned
-from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.memory.stages import GB
-from moe_train.planner.prepare import prepare
+from moe_train.planner.resolution import resolve_run
 
 STAGE = "parallel.placement=stage"
 READINGS: dict[str, tuple[list[str], int]] = {
@@ -70,8 +69,8 @@ class Row(NamedTuple):
 def rows(reading: str, policy: str) -> list[Row]:
     """Every stage of a layout, by tag, under a recomputation."""
     overrides, world = READINGS[reading]
-    config, layout = prepare([*overrides, f"recompute.layers={policy}"], world)
-    vocab, _ = vocabulary(config)
+    resolved = resolve_run([*overrides, f"recompute.layers={policy}"], world)
+    config, layout, vocab = resolved.config, resolved.layout, resolved.vocab
     backend = host_backend(config)
 
     # Megatron's modules come only after the host is prepared for them.

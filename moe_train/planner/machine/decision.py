@@ -7,7 +7,6 @@ since a run that goes on beside idle GPUs, or in part on the CPU, is what nobody
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -62,13 +61,13 @@ class RankTable:
         """Lowest rank of the rank's node: launchers number a node's ranks in a row."""
         return self.place.rank - self.place.local_rank
 
-    def to_json(self) -> str:
-        """As a value of the launcher's store."""
-        return json.dumps(asdict(self))
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data, to be exchanged as JSON."""
+        return asdict(self)
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any]) -> RankTable:
-        """A rank's table from its JSON."""
+        """The table that `to_mapping` gave."""
         gpus = tuple(Gpu(**gpu) for gpu in content["gpus"])
         return cls(Place(**content["place"]), gpus, content["problem"])
 

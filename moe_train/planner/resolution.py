@@ -1,4 +1,4 @@
-"""From overrides to a config that is known to be legal on a world, or every fault of it."""
+"""Resolve overrides into a `ResolvedRun` for a number of ranks, or refuse them with every fault."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from moe_train.config.ranges import sizes_refused
 from moe_train.config.root import Config
 from moe_train.config.validate import single_faults, validate
 from moe_train.errors import ConfigError, ConfigFaults
-from moe_train.parallel.layout import Layout
+from moe_train.parallel.resolved import ResolvedRun, resolved_run
 from moe_train.planner.legality import check
 from moe_train.planner.machine.choice import batch_is_open, collect_on, resolve_with_batch
-from moe_train.planner.search import planned, resolve
+from moe_train.planner.machine.profiles import profile_note
+from moe_train.planner.memory.fit import launch_fault, unpriced
+from moe_train.planner.search import resolve
+
+Composed = tuple[Config, list[ConfigError]]
+"""Result of `moe_train.config.compose.collect`: a config, and the faults of form."""
 
 
-def prepare(
+def resolve_run(
     overrides: Sequence[str],
     world: int,
     facts: MachineFacts | None = None,
-    first: tuple[Config, list[ConfigError]] | None = None,
-) -> tuple[Config, Layout]:
-    """Compose, choose device, profile and experiment, and check them for `world` ranks.
+    composed: Composed | None = None,
+) -> ResolvedRun:
+    """Compose the config, choose device, hardware profile, experiment and layout, check them all.
 
     Args:
         overrides: Hydra overrides.
@@ -31,19 +36,16 @@ def prepare(
         facts: the machine, from which device=auto, experiment=auto and the hardware profile are
             decided; None leaves them as configured (auto then has the twin's values). A CPU
             brings its own rules, as ``device=cpu`` does.
-        first: ``collect(overrides)``, where it is there already.
-
-    Returns:
-        The config with every parallel size and environment setting filled in, and its layout.
+        composed: ``collect(overrides)``, if the caller has it already.
 
     Raises:
         ConfigFaults: every fault of form, value, layout and machine together.
     """
     chosen = False
     if facts is None:
-        config, faults = collect(overrides)
+        config, faults = composed or collect(overrides)
     else:
-        config, faults, chosen = collect_on(overrides, facts, first)
+        config, faults, chosen = collect_on(overrides, facts, composed)
     refused = {fault.field for fault in faults}
     if not sizes_refused([*faults, *validate(config)]):
         open_batch = chosen and batch_is_open(overrides)
@@ -51,17 +53,44 @@ def prepare(
     # A refused value stands at its default, which is not the user's to answer for.
     # The GPUs that a run is chosen for are this machine's, and so are its kernels.
     here = facts is not None and facts.kind != "cpu"
-    found = check(config, world, here=here)
-    faults.extend(fault for fault in found if fault.field not in refused)
+    layout_faults = check(config, world, here=here)
+    faults.extend(fault for fault in layout_faults if fault.field not in refused)
     if config.hardware.device and "dtype" not in refused:
         faults.extend(dtype_faults(config))
     if faults:
         raise ConfigFaults(faults)
-    return config, planned(config, world)
+    return resolved_run(config, world)
+
+
+def resolve_launch(
+    overrides: Sequence[str],
+    world: int,
+    facts: MachineFacts,
+    composed: Composed | None = None,
+) -> ResolvedRun:
+    """As `resolve_run`, for a run that is to start on these devices now: it must fit them.
+
+    Raises:
+        ConfigFaults: as `resolve_run`.
+        ConfigError: the plan does not fit the GPUs' memory.
+    """
+    run = resolve_run(overrides, world, facts, composed)
+    notes = [*facts.notes]
+    if facts.kind != "cpu":
+        notes += filter(None, [profile_note(run.config.hardware)])
+        fault = launch_fault(run.config, run.layout, facts)
+        if fault is not None:
+            if not (uncounted := unpriced(run.config)):
+                raise fault
+            notes.append(
+                f"{fault}\n    continuing: the memory estimate does not cover "
+                f"{', '.join(uncounted)}"
+            )
+    return run.with_notes(notes)
 
 
 def certain_faults(overrides: Sequence[str], world: int) -> list[ConfigError]:
-    """Faults that stand whatever the devices of the ranks are; empty where there may be none.
+    """Faults that do not depend on the devices of the ranks; empty where there may be none.
 
     With experiment=auto these are faults of form and of single values, since the devices choose
     the rest.
@@ -72,16 +101,16 @@ def certain_faults(overrides: Sequence[str], world: int) -> list[ConfigError]:
     config, faults = collect(overrides)
     refused = {fault.field for fault in faults}
     if config.experiment == AUTO:
-        found = single_faults(config)
+        others = single_faults(config)
     else:
         if not sizes_refused([*faults, *validate(config)]):
             config = resolve(config, world)
-        found = check(config, world)
-    return [*faults, *(fault for fault in found if fault.field not in refused)]
+        others = check(config, world)
+    return [*faults, *(fault for fault in others if fault.field not in refused)]
 
 
 def dtype_faults(config: Config) -> list[ConfigError]:
-    """What an accelerator's profile says against the compute dtype."""
+    """A compute dtype that the accelerator's hardware profile has no peak for."""
     hardware = config.hardware
     if hardware.kind != "accelerator" or config.dtype in hardware.peak_tflops:
         return []
