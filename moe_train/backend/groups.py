@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from moe_train.backend.protocol import Backend
-    from moe_train.config.nccl import NcclGroup
+    from moe_train.config.nccl import GroupName, NcclGroup
 
 
 def open_world(
@@ -94,7 +94,7 @@ class Sizes(Protocol):
 
 
 def open_groups(
-    sizes: Sizes, *, timeout_seconds: int, nccl: Mapping[str, NcclGroup] | None = None
+    sizes: Sizes, *, timeout_seconds: int, nccl: Mapping[GroupName, NcclGroup] | None = None
 ) -> ProcessGroupCollection:
     """Create every process group of a layout; the world must be open.
 
@@ -126,7 +126,7 @@ def warm_up(group: dist.ProcessGroup) -> None:
 
 
 @contextmanager
-def _settings_file(nccl: Mapping[str, NcclGroup]) -> Iterator[str | None]:
+def _settings_file(nccl: Mapping[GroupName, NcclGroup]) -> Iterator[str | None]:
     """Megatron takes these settings from a YAML file, and an absent key for NCCL's choice."""
     if not nccl:
         yield None

@@ -12,9 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_train.config.convert import dotted_keys, from_mapping, nearest
 from moe_train.config.megatron_fields import check_megatron
 from moe_train.config.root import Config
+from moe_train.config.schema import dotted_keys, from_mapping, nearest
 from moe_train.config.secrets import refuse_secrets
 from moe_train.config.validate import validate
 from moe_train.errors import ConfigError, ConfigFaults

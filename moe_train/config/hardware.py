@@ -3,65 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moe_train.config.types import (
+    Bool,
+    Fraction,
+    NonNegativeInteger,
+    NonNegativeNumber,
+    PositiveInteger,
+    PositiveNumber,
+    Text,
+)
 
 
 @dataclass
 class HardwareConfig:
     """A hardware profile, data only. Every number has a source or says assumed."""
 
-    name: str = "cpu"
+    name: Text = "cpu"
     """Profile name."""
-    kind: str = "cpu"
+    kind: Literal["cpu", "accelerator"] = "cpu"
     """cpu | accelerator. A plan that does not fit an accelerator's memory is refused."""
-    devices_per_node: int = 8
+    devices_per_node: PositiveInteger = 8
     """Devices that share a node's fast links."""
-    memory_gb: float = 24.0
+    memory_gb: PositiveNumber = 24.0
     """Memory of one device in GB (1e9 bytes)."""
-    reserved_gb: float = 0.0
+    reserved_gb: NonNegativeNumber = 0.0
     """Memory that the driver, its context and communication buffers take, in GB."""
-    peak_tflops: dict[str, float] = field(default_factory=dict)
+    peak_tflops: dict[Text, PositiveNumber] = field(default_factory=dict)
     """Dense peak per dtype (fp32, bf16, fp8) in TFLOP/s."""
-    memory_gbps: float = 0.0
+    memory_gbps: NonNegativeNumber = 0.0
     """Device memory bandwidth in GB/s."""
-    intra_node_gbps: float = 0.0
+    intra_node_gbps: NonNegativeNumber = 0.0
     """Bandwidth between two devices of a node, one direction, GB/s."""
-    inter_node_gbps: float = 0.0
+    inter_node_gbps: NonNegativeNumber = 0.0
     """Bandwidth per device between nodes, one direction, GB/s."""
-    gemm_efficiency: float = 0.7
+    gemm_efficiency: Fraction = 0.7
     """Share of the peak that large matrix products reach, 0 to 1."""
-    grouped_efficiency: float = 0.6
+    grouped_efficiency: Fraction = 0.6
     """The same for grouped expert products."""
-    attention_efficiency: float = 0.5
+    attention_efficiency: Fraction = 0.5
     """The same for fused attention; with ``attention_exp_gops``, of its products alone."""
-    attention_exp_gops: float = 0.0
+    attention_exp_gops: NonNegativeNumber = 0.0
     """Exponentials per second (1e9) of fused attention's softmax, one after the other with its
     products; 0: part of attention_efficiency."""
-    memory_efficiency: float = 0.8
+    memory_efficiency: Fraction = 0.8
     """Share of the memory bandwidth that elementwise kernels reach."""
-    link_efficiency: float = 0.8
+    link_efficiency: Fraction = 0.8
     """Share of a link's bandwidth that a collective reaches."""
-    latency_us: float = 15.0
+    latency_us: NonNegativeNumber = 15.0
     """Time that a collective takes however small it is, in microseconds."""
-    message_us: float = 0.0
+    message_us: NonNegativeNumber = 0.0
     """Time that a collective takes for each of its turns, in microseconds: n - 1 turns among n
     ranks, twice as many for an all-reduce."""
-    layer_overhead_us: float = 0.0
+    layer_overhead_us: NonNegativeNumber = 0.0
     """Time of a layer's forward pass that is neither arithmetic nor traffic (launches), in
     microseconds; a backward pass has it twice."""
-    expert_overhead_us: float = 0.0
+    expert_overhead_us: NonNegativeNumber = 0.0
     """The same for each expert that a rank runs, in microseconds."""
-    microbatch_overhead_us: float = 0.0
+    microbatch_overhead_us: NonNegativeNumber = 0.0
     """Time of a micro-batch's both passes outside the layers that is launches, in microseconds."""
-    collective_work: float = 0.0
+    collective_work: Annotated[NonNegativeNumber, Field(le=1)] = 0.0
     """Share of a collective's time in which it keeps a core busy, 0 to 1; the rest is waiting, in
     which another rank on that core computes. Counts where ranks are more than ``cores``."""
-    cores: int = 0
+    cores: NonNegativeInteger = 0
     """Cores that all ranks share, each with one thread; 0: every rank has a device of its own."""
-    devices: list[str] = field(default_factory=list)
+    devices: list[Text] = field(default_factory=list)
     """Regular expressions of the whole names that drivers give devices with this profile."""
-    device: str = ""
+    device: Text = ""
     """Name of the devices of this run, where the profile was chosen by it."""
-    peak_known: bool = True
+    peak_known: Bool = True
     """Whether peak_tflops is the device's: without it a run has no MFU."""
-    sources: dict[str, str] = field(default_factory=dict)
+    sources: dict[Text, Text] = field(default_factory=dict)
     """Where each number comes from, or the word assumed."""

@@ -12,7 +12,6 @@ from typing import Any
 
 from moe_train.config.hardware import HardwareConfig
 
-CHOICES = ("auto", "te", "torch")
 TRANSFORMER_ENGINE = "transformer_engine"
 """Top-level package of TransformerEngine."""
 

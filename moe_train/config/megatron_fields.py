@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moe_train.config.convert import unknown_key
+from moe_train.config.schema import unknown_key
 from moe_train.errors import ConfigError
 
 _TRANSFORMER = "transformer/transformer_config.py"

@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moe_train.config.types import (
+    Bool,
+    Count,
+    NonNegativeInteger,
+    NonNegativeNumber,
+    PositiveInteger,
+    PositiveNumber,
+    Text,
+    Tokens,
+    Width,
+)
 
 
 @dataclass
 class RouterConfig:
     """Top-k routing of tokens to experts (Megatron's ``TopKRouter``)."""
 
-    score: str = "softmax"
+    score: Literal["softmax", "sigmoid"] = "softmax"
     """Score function over expert logits: softmax | sigmoid."""
-    balancing: str = "aux"
+    balancing: Literal["aux", "seq_aux", "global_aux", "sinkhorn", "none"] = "aux"
     """Load balancing: aux | seq_aux | global_aux | sinkhorn | none."""
-    aux_coeff: float = 1e-2
+    aux_coeff: NonNegativeNumber = 1e-2
     """Weight of the auxiliary load-balancing loss (unused by sinkhorn and none)."""
-    z_coeff: float = 0.0
+    z_coeff: NonNegativeNumber = 0.0
     """Weight of the router z-loss (ST-MoE, arXiv:2202.08906); 0 switches it off."""
-    expert_bias: bool = False
+    expert_bias: Bool = False
     """Auxiliary-loss-free balancing bias (arXiv:2408.15664); needs score=sigmoid."""
-    expert_bias_rate: float = 1e-3
+    expert_bias_rate: NonNegativeNumber = 1e-3
     """Update rate of the expert bias per optimizer step."""
-    capacity_factor: float | None = None
+    capacity_factor: PositiveNumber | None = None
     """Tokens an expert accepts, as a multiple of its even share; None never drops."""
-    drop_policy: str = "probs"
+    drop_policy: Literal["probs", "position"] = "probs"
     """Which tokens over capacity are dropped: probs (least probable) | position (last)."""
-    pad_to_capacity: bool = False
+    pad_to_capacity: Bool = False
     """Pad every expert to its capacity: static shapes, for graphs and dry runs."""
-    groups: int | None = None
+    groups: PositiveInteger | None = None
     """Expert groups for group-limited routing (DeepSeek-V2/V3); None is off."""
-    groups_per_token: int | None = None
+    groups_per_token: PositiveInteger | None = None
     """Groups each token may reach when `groups` is set."""
-    pre_softmax: bool = False
+    pre_softmax: Bool = False
     """Softmax over all experts before the top-k, instead of over the chosen k."""
-    scaling_factor: float | None = None
+    scaling_factor: PositiveNumber | None = None
     """Factor on the chosen probabilities (DeepSeek-V3); None leaves them as they are."""
-    force_balance: bool = False
+    force_balance: Bool = False
     """Random, even routing for benchmarks; such runs are labelled in their metrics."""
 
 
@@ -43,36 +58,36 @@ class RouterConfig:
 class ModelConfig:
     """A decoder-only transformer with a Mixture-of-Experts layer in every block."""
 
-    name: str = "custom"
+    name: Text = "custom"
     """Label used in reports and in the default run name."""
-    layers: int = 16
+    layers: Annotated[PositiveInteger, Field(le=1024)] = 16
     """Transformer layers."""
-    hidden: int = 64
+    hidden: Width = 64
     """Width of the residual stream."""
-    heads: int = 16
+    heads: Count = 16
     """Attention (query) heads."""
-    kv_heads: int | None = None
+    kv_heads: PositiveInteger | None = None
     """Key/value heads (grouped-query attention); None means one per query head."""
-    head_dim: int | None = None
+    head_dim: Width | None = None
     """Width of a head; None means hidden / heads."""
-    experts: int = 64
+    experts: Count = 64
     """Routed experts per layer."""
-    experts_per_token: int = 2
+    experts_per_token: PositiveInteger = 2
     """Experts each token is sent to (top-k)."""
-    expert_hidden: int = 32
+    expert_hidden: Width = 32
     """Inner width of a SwiGLU expert."""
-    shared_expert_hidden: int = 0
+    shared_expert_hidden: Annotated[NonNegativeInteger, Field(le=2**24)] = 0
     """Inner width of the always-active shared expert; 0 means none."""
-    vocab: int | None = None
+    vocab: Tokens | None = None
     """Vocabulary size; None takes the tokenizer's. Rows are padded as Megatron does."""
-    vocab_multiple: int = 128
+    vocab_multiple: Tokens = 128
     """The vocabulary is padded to a multiple of this, the same for every layout."""
-    tied_embeddings: bool = False
+    tied_embeddings: Bool = False
     """Share the input embedding with the output head."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: PositiveNumber = 1e-5
     """Epsilon of RMSNorm."""
-    rope_base: float = 10000.0
+    rope_base: PositiveNumber = 10000.0
     """Base of the rotary position embedding."""
-    init_std: float = 0.02
+    init_std: PositiveNumber = 0.02
     """Standard deviation of the initial weights."""
     router: RouterConfig = field(default_factory=RouterConfig)

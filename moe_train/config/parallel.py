@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_train.config.types import Batch, Bool, Placement, PositiveInteger, Text
 
 
 @dataclass
 class ParallelConfig:
     """Sizes of the parallel dimensions; data parallelism is what the world leaves."""
 
-    auto: bool = False
+    auto: Bool = False
     """Choose every size below from the world size; sizes given explicitly are kept."""
-    tensor: int | None = None
+    tensor: PositiveInteger | None = None
     """Tensor-parallel ranks of the dense parts; above 1, sequence parallelism is on."""
-    pipeline: int | None = None
+    pipeline: PositiveInteger | None = None
     """Pipeline stages."""
-    virtual_pipeline: int | None = None
+    virtual_pipeline: PositiveInteger | None = None
     """Model chunks per stage (interleaved 1F1B); None or 1 is plain 1F1B."""
-    context: int | None = None
+    context: PositiveInteger | None = None
     """Context-parallel ranks: each holds part of every sequence."""
-    expert: int | None = None
+    expert: PositiveInteger | None = None
     """Expert-parallel ranks: each hosts experts/expert of a layer's experts."""
-    expert_tensor: int | None = None
+    expert_tensor: PositiveInteger | None = None
     """Tensor-parallel ranks inside each expert."""
-    placement: str | None = None
+    placement: Placement | None = None
     """Where experts live: stage (inside their pipeline stage) | span (over all stages)."""
-    dispatcher: str = "alltoall"
+    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """Token dispatcher: alltoall | allgather | flex (DeepEP, CUDA only)."""
-    overlap_expert_comm: bool = False
+    overlap_expert_comm: Bool = False
     """Hide expert all-to-all behind compute (stage: Megatron's combined 1F1B, bf16; span: a tick's
     two halves take turns)."""
-    overlap_grad_reduce: bool = True
+    overlap_grad_reduce: Bool = True
     """Reduce gradients while the backward pass still runs."""
-    overlap_param_gather: bool = False
+    overlap_param_gather: Bool = False
     """Gather updated parameters while the next forward pass runs (optim.distributed)."""
+
+
+RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts"]
 
 
 @dataclass
 class RecomputeConfig:
     """Which activations are recomputed in the backward pass instead of kept."""
 
-    layers: str = "none"
+    layers: Text = "none"
     """Layers recomputed whole: none | all | 1-based ranges such as 2-15 or 1,4-6."""
-    modules: list[str] = field(default_factory=list)
+    modules: list[RecomputeModule] = field(default_factory=list)
     """Megatron's selective modules: core_attn, moe_act, layernorm, mlp, moe, shared_experts."""
 
 
@@ -50,11 +56,11 @@ class RecomputeConfig:
 class BatchConfig:
     """How many sequences make a micro-batch and an optimizer step."""
 
-    micro: int = 1
+    micro: Batch = 1
     """Sequences per micro-batch and data-parallel replica."""
-    microbatches: int = 8
+    microbatches: Batch = 8
     """Micro-batches in flight per accumulation round and replica."""
-    accumulation: int = 1
+    accumulation: Batch = 1
     """Rounds per optimizer step; micro-batches per step = microbatches x accumulation."""
-    global_: int | None = field(default=None, metadata={"key": "global"})
+    global_: Batch | None = None
     """Sequences per optimizer step over all replicas; when set it fixes the product."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from moe_train.config.hardware import HardwareConfig
 from moe_train.config.model import ModelConfig
@@ -17,17 +17,18 @@ from moe_train.config.training import (
     RunConfig,
     TrainConfig,
 )
+from moe_train.config.types import Dtype, Text
 
 
 @dataclass
 class MegatronConfig:
     """Fields of Megatron's own dataclasses, set verbatim over what we derive."""
 
-    transformer: dict[str, Any] = field(default_factory=dict)
+    transformer: dict[Text, Any] = field(default_factory=dict)
     """Fields of megatron.core TransformerConfig."""
-    ddp: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[Text, Any] = field(default_factory=dict)
     """Fields of megatron.core DistributedDataParallelConfig."""
-    optimizer: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[Text, Any] = field(default_factory=dict)
     """Fields of megatron.core OptimizerConfig."""
 
 
@@ -35,13 +36,13 @@ class MegatronConfig:
 class Config:
     """Root of the configuration; one attribute per Hydra group."""
 
-    experiment: str = "custom"
+    experiment: Text = "custom"
     """Name of the experiment file that this config came from."""
-    experiment_reason: str = ""
+    experiment_reason: Text = ""
     """Why that experiment was chosen, when experiment=auto chose it."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto | cpu | cuda."""
-    dtype: str = "fp32"
+    dtype: Dtype = "fp32"
     """Compute dtype: fp32 | bf16 | fp8 (CUDA with TransformerEngine)."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from moe_train.config.nccl import NcclGroup
+from pydantic import Field
+
+from moe_train.config.nccl import GroupName, NcclGroup
+from moe_train.config.types import (
+    Bool,
+    GradientDtype,
+    NonNegativeInteger,
+    NonNegativeNumber,
+    OptimizerName,
+    PositiveInteger,
+    PositiveNumber,
+    Text,
+    Tokens,
+)
 
 
 @dataclass
 class RunConfig:
     """Identity of a run; its folder is ``<dir>/<name>``."""
 
-    name: str | None = None
+    name: Text | None = None
     """Folder name; None derives it from experiment and layout."""
-    dir: str = "runs"
+    dir: Text = "runs"
     """Parent folder of all runs."""
-    seed: int = 1234
+    seed: NonNegativeInteger = 1234
     """Seed of weights, data order and dropout, whatever the layout."""
 
 
@@ -23,17 +37,17 @@ class RunConfig:
 class DataConfig:
     """Tokens: prepared Megatron indexed datasets, blended and packed."""
 
-    train: list[str] = field(default_factory=list)
+    train: list[Text] = field(default_factory=list)
     """Prepared dataset prefixes, each `path` or `weight:path`; empty is the embedded corpus."""
-    valid: list[str] = field(default_factory=list)
+    valid: list[Text] = field(default_factory=list)
     """Prepared prefixes for validation; empty takes the split's second part of `train`."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """Tokenizer: byte, or a tokenizer.json file; None takes what the data was prepared with."""
-    sequence: int = 128
+    sequence: Tokens = 128
     """Tokens per training sequence."""
-    split: str = "98,2,0"
+    split: Text = "98,2,0"
     """Train, valid and test shares when `valid` is empty."""
-    cache: str | None = None
+    cache: Text | None = None
     """Folder of prepared corpora and index caches; None is the user's cache folder."""
 
 
@@ -41,43 +55,43 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
-    name: str = "adamw"
+    name: OptimizerName = "adamw"
     """Optimizer: adamw | adam (L2 regularisation) | sgd (with momentum)."""
-    lr: float = 3e-3
+    lr: NonNegativeNumber = 3e-3
     """Peak learning rate."""
-    embedding_lr: float | None = None
+    embedding_lr: NonNegativeNumber | None = None
     """Peak learning rate of embedding and output head (Megatron's decoupled_lr); None is lr."""
-    min_lr: float = 0.0
+    min_lr: NonNegativeNumber = 0.0
     """Learning rate at the end of the decay."""
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Decay shape: cosine | linear | wsd | constant."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInteger = 0
     """Steps of linear warm-up from 0."""
-    decay_steps: int | None = None
+    decay_steps: PositiveInteger | None = None
     """Step at which min_lr is reached; None is train.steps."""
-    wsd_decay_steps: int | None = None
+    wsd_decay_steps: PositiveInteger | None = None
     """Length of WSD's final decay; None is a tenth of decay_steps."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeNumber = 0.1
     """Weight decay on matrices (norms, biases: none)."""
-    beta1: float = 0.9
+    beta1: Annotated[NonNegativeNumber, Field(lt=1)] = 0.9
     """Adam's first-moment decay."""
-    beta2: float = 0.95
+    beta2: Annotated[NonNegativeNumber, Field(lt=1)] = 0.95
     """Adam's second-moment decay."""
-    eps: float = 1e-8
+    eps: PositiveNumber = 1e-8
     """Adam's epsilon."""
-    momentum: float = 0.9
+    momentum: Annotated[NonNegativeNumber, Field(lt=1)] = 0.9
     """Momentum of sgd."""
-    clip: float = 1.0
+    clip: NonNegativeNumber = 1.0
     """Global gradient-norm clip; 0 switches it off."""
-    distributed: bool = False
+    distributed: Bool = False
     """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
-    precision_aware: bool = False
+    precision_aware: Bool = False
     """Keep moments in `moment_dtype` and gradients in `dtype` (needs distributed)."""
-    moment_dtype: str = "fp32"
+    moment_dtype: GradientDtype = "fp32"
     """Dtype of Adam's moments when precision_aware: fp32 | bf16."""
-    grad_dtype: str = "fp32"
+    grad_dtype: GradientDtype = "fp32"
     """Dtype in which gradients are accumulated and reduced: fp32 | bf16."""
-    offload: bool = False
+    offload: Bool = False
     """Keep optimizer state and its step on the host CPU (CUDA only)."""
 
 
@@ -85,22 +99,22 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: int = 100
+    steps: PositiveInteger = 100
     """Optimizer steps."""
-    eval_every: int = 0
+    eval_every: NonNegativeInteger = 0
     """Validate every so many steps, and at the end; 0 switches validation off."""
-    eval_batches: int = 4
+    eval_batches: PositiveInteger = 4
     """Global batches per validation."""
-    log_every: int = 1
+    log_every: PositiveInteger = 1
     """Console line every so many steps (metrics.jsonl has every step)."""
-    non_finite: str = "stop"
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
     """On a non-finite loss or gradient: stop | skip (leave the update out) | rollback (to the
     last checkpoint). No such step ever changes a weight."""
-    non_finite_limit: int = 3
+    non_finite_limit: NonNegativeInteger = 3
     """Steps that may be skipped or rolled back in one start of the run; one more stops it."""
-    trace: bool = False
+    trace: Bool = False
     """Write the second step after a start to the run folder's trace.json, for Perfetto."""
-    gc_every: int = 50
+    gc_every: NonNegativeInteger = 50
     """Run Python's garbage collector after every so many steps, on all ranks at once; 0 leaves it
     to Python, which pauses each rank at a time of its own."""
 
@@ -109,13 +123,13 @@ class TrainConfig:
 class CheckpointConfig:
     """Where the run can be taken up again."""
 
-    every: int = 0
+    every: NonNegativeInteger = 0
     """Save every so many steps, and at the end; 0 switches saving off."""
-    keep: int = 2
+    keep: PositiveInteger = 2
     """Committed checkpoints kept; older ones are deleted."""
-    resume: str = "auto"
+    resume: Text = "auto"
     """auto (newest in the run folder) | never | PATH of a checkpoint."""
-    asynchronous: bool = False
+    asynchronous: Bool = False
     """Write beside the training that goes on, from a copy of the state in host memory. A
     checkpoint still counts only when it is whole and on the disk; the last one is waited for."""
 
@@ -124,11 +138,11 @@ class CheckpointConfig:
 class LogConfig:
     """Who hears about the run; metrics.jsonl is always written."""
 
-    wandb: str = "auto"
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases: auto (online with a key, else offline) | online | offline | disabled."""
-    wandb_project: str = "moe_train"
+    wandb_project: Text = "moe_train"
     """Weights & Biases project."""
-    console: str = "auto"
+    console: Literal["auto", "bar", "lines", "none"] = "auto"
     """Progress: auto (bar on a terminal, else lines) | bar | lines | none."""
 
 
@@ -136,25 +150,25 @@ class LogConfig:
 class BackendConfig:
     """The machine's kernels, communication and threads."""
 
-    kernels: str = "auto"
+    kernels: Literal["auto", "te", "torch"] = "auto"
     """Kernels on GPUs: auto (TransformerEngine's where it imports, else torch's) | te | torch.
     A CPU has torch's alone."""
-    compile: bool | None = None
+    compile: Bool | None = None
     """Let Megatron compile its small functions with torch.compile, which needs Triton and a C
     compiler on every node; None is as Megatron ships it with te, and off with torch."""
 
-    timeout_seconds: int = 600
+    timeout_seconds: PositiveInteger = 600
     """A step, validation or save that takes longer counts as hung: its rank writes its stacks to
     logs/, names who is to blame and ends with exit code 6."""
-    host_threads: int = 1
+    host_threads: PositiveInteger = 1
     """CPU threads per rank on the host backend; 1 is bitwise reproducible."""
-    cuda_device_max_connections: int | None = None
+    cuda_device_max_connections: PositiveInteger | None = None
     """CUDA_DEVICE_MAX_CONNECTIONS; null is by rule: 32 where the expert exchange overlaps, else 1
     under tensor or context parallelism, else unset."""
-    expandable_segments: bool | None = None
+    expandable_segments: Bool | None = None
     """Let torch's allocator grow its segments (PYTORCH_ALLOC_CONF); null is by rule: on, except
     with NCCL user buffers or CUDA graphs. A setting that the environment has is kept."""
-    nccl: dict[str, str] = field(default_factory=dict)
+    nccl: dict[Text, Text] = field(default_factory=dict)
     """NCCL_* environment settings by their short name, e.g. {IB_QPS_PER_CONNECTION: 2}."""
-    nccl_groups: dict[str, NcclGroup] = field(default_factory=dict)
+    nccl_groups: dict[GroupName, NcclGroup] = field(default_factory=dict)
     """NCCL's settings of single process groups, e.g. {ep: {max_ctas: 16}}; on CUDA."""

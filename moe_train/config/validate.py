@@ -2,52 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
-from moe_train.config import environment, kernels, nccl
-from moe_train.config.convert import nearest
+from moe_train.config import environment, nccl
 from moe_train.config.layers import parse_layers
-from moe_train.config.ranges import range_faults, value_at
 from moe_train.config.root import Config
+from moe_train.config.schema import keys
 from moe_train.errors import ConfigError
 from moe_train.features.optimizers import OPTIMIZERS
 
-DTYPES = ("fp32", "bf16", "fp8")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "hardware.kind": ("cpu", "accelerator"),
-    "device": ("auto", "cpu", "cuda"),
-    "dtype": DTYPES,
-    "model.router.score": ("softmax", "sigmoid"),
-    "model.router.balancing": ("aux", "seq_aux", "global_aux", "sinkhorn", "none"),
-    "model.router.drop_policy": ("probs", "position"),
-    "parallel.dispatcher": ("alltoall", "allgather", "flex"),
-    "optim.name": tuple(OPTIMIZERS),
-    "optim.schedule": ("cosine", "linear", "wsd", "constant"),
-    "optim.moment_dtype": ("fp32", "bf16"),
-    "optim.grad_dtype": ("fp32", "bf16"),
-    "train.non_finite": ("stop", "skip", "rollback"),
-    "backend.kernels": kernels.CHOICES,
-    "log.wandb": ("auto", "online", "offline", "disabled"),
-    "log.console": ("auto", "bar", "lines", "none"),
-}
-OPTIONAL_CHOICES: dict[str, tuple[str, ...]] = {"parallel.placement": ("stage", "span")}
-RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
-
-
-def choice_fault(key: str, value: Any, choices: Sequence[str]) -> ConfigError | None:
-    """The fault of a value that is not one of `choices`, or None."""
-    if value in choices:
-        return None
-    close = nearest(str(value), list(choices), 1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return ConfigError(key, f"{value!r} is not a choice", hint + "choices: " + ", ".join(choices))
+_SIZES = ("model.", "parallel.", "batch.", "data.sequence")
 
 
 def validate(config: Config) -> list[ConfigError]:
-    """Every fault that does not depend on layout, world size or machine."""
+    """Every contradiction between values that does not depend on layout, world size or machine.
+
+    Types and ranges were checked before, by `moe_train.config.schema.from_mapping`.
+    """
     return [
-        *single_faults(config),
+        *_hardware(config),
         *_model(config),
         *_router(config),
         *_recompute(config),
@@ -59,28 +32,23 @@ def validate(config: Config) -> list[ConfigError]:
     ]
 
 
-def single_faults(config: Config) -> list[ConfigError]:
-    """Every value that is a fault by itself, whatever the others are."""
-    return [*_choices(config), *range_faults(config)]
+def sizes_refused(faults: Iterable[ConfigError]) -> bool:
+    """Whether arithmetic on layout and model sizes would be meaningless after `faults`."""
+    sizes = {key.name for key in keys(Config) if key.name.startswith(_SIZES) and key.is_number}
+    sizes |= {"recompute.layers", "dtype"}
+    return any(fault.field in sizes or fault.field.startswith("hardware.") for fault in faults)
 
 
-def _choices(config: Config) -> Iterable[ConfigError]:
-    for key, choices in CHOICES.items():
-        if fault := choice_fault(key, value_at(config, key), choices):
-            yield fault
-    for key, choices in OPTIONAL_CHOICES.items():
-        value = value_at(config, key)
-        if value is not None and (fault := choice_fault(key, value, choices)):
-            yield fault
-    for module in config.recompute.modules:
-        if fault := choice_fault("recompute.modules", module, RECOMPUTE_MODULES):
-            yield fault
+def _hardware(config: Config) -> Iterable[ConfigError]:
+    for name in ("peak_tflops", "memory_gbps", "intra_node_gbps", "inter_node_gbps"):
+        if not getattr(config.hardware, name):
+            yield ConfigError(
+                f"hardware.{name}", "has no default", "choose hardware=PROFILE, or set it"
+            )
 
 
 def _model(config: Config) -> Iterable[ConfigError]:
     model = config.model
-    if min(model.hidden, model.heads, model.experts, model.experts_per_token) < 1:
-        return
     if model.head_dim is None and model.hidden % model.heads:
         legal = [h for h in range(1, model.hidden + 1) if model.hidden % h == 0]
         legal.sort(key=lambda h: abs(h - model.heads))
@@ -93,7 +61,7 @@ def _model(config: Config) -> Iterable[ConfigError]:
         yield ConfigError(
             "model.head_dim", "is odd, while rotary embedding turns pairs", "use an even width"
         )
-    if model.kv_heads is not None and (model.kv_heads < 1 or model.heads % model.kv_heads):
+    if model.kv_heads is not None and model.heads % model.kv_heads:
         legal = [h for h in range(1, model.heads + 1) if model.heads % h == 0]
         yield ConfigError(
             "model.kv_heads",
@@ -155,7 +123,7 @@ def _router_groups(config: Config) -> Iterable[ConfigError]:
             "set both or neither",
         )
         return
-    if groups is None or reach is None or groups < 1 or reach < 1:
+    if groups is None or reach is None:
         return
     if model.experts % groups:
         legal = [g for g in range(1, model.experts + 1) if model.experts % g == 0]
@@ -191,19 +159,19 @@ def _recompute(config: Config) -> Iterable[ConfigError]:
 
 def _optimizer(config: Config) -> Iterable[ConfigError]:
     optim = config.optim
-    if optim.min_lr > optim.lr >= 0:
+    if optim.min_lr > optim.lr:
         yield ConfigError(
             "optim.min_lr", f"{optim.min_lr} exceeds optim.lr={optim.lr}", f"at most {optim.lr}"
         )
-    if optim.decay_steps is not None and 0 < optim.decay_steps <= optim.warmup_steps:
+    if optim.decay_steps is not None and optim.decay_steps <= optim.warmup_steps:
         yield ConfigError(
             "optim.decay_steps",
             f"{optim.decay_steps} ends before the warm-up of {optim.warmup_steps} steps",
             f"at least {optim.warmup_steps + 1}",
         )
-    descriptor = OPTIMIZERS.get(optim.name)
+    descriptor = OPTIMIZERS[optim.name]
     for name in ("precision_aware", "offload"):
-        if descriptor and getattr(optim, name) and not getattr(descriptor, name):
+        if getattr(optim, name) and not getattr(descriptor, name):
             yield ConfigError(
                 f"optim.{name}", f"{optim.name} has none", f"optim.{name}=false or optim.name=adamw"
             )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from moe_train.config.types import Placement
+
 DENSE_GROUPS: dict[str, tuple[str, ...]] = {
     "tp": ("tp",),
     "cp": ("cp",),
@@ -77,7 +79,7 @@ class Layout:
     context: int = 1
     expert: int = 1
     expert_tensor: int = 1
-    placement: str = "stage"
+    placement: Placement = "stage"
     layers: int = 0
     experts: int = 0
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from moe_train.config.convert import to_mapping
 from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
+from moe_train.config.schema import to_mapping
 from moe_train.parallel.batch import microbatches_per_step
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.parameters import padded_vocab

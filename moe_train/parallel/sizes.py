@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_train.config.root import Config
+from moe_train.config.types import Placement
 from moe_train.parallel.layout import Layout
 
 
@@ -33,7 +34,8 @@ def layout_of(config: Config, world: int) -> Layout:
     """
     parallel, model = config.parallel, config.model
     tensor, pipeline = parallel.tensor or 1, parallel.pipeline or 1
-    placement, expert_tensor = parallel.placement or "stage", parallel.expert_tensor or 1
+    placement: Placement = parallel.placement or "stage"
+    expert_tensor = parallel.expert_tensor or 1
     expert = parallel.expert or default_expert(
         placement, world, tensor, pipeline, expert_tensor, model.experts
     )

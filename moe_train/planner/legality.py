@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from moe_train.config.kernels import planned_kernels
-from moe_train.config.ranges import sizes_refused
 from moe_train.config.root import Config
-from moe_train.config.validate import validate
+from moe_train.config.validate import sizes_refused, validate
 from moe_train.errors import ConfigError
 from moe_train.parallel.kernel_rules import fp8_faults, kernel_options, kernel_sizes
 from moe_train.parallel.layout import Layout

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from moe_train.config.compose import collect
 from moe_train.config.environment import settled
 from moe_train.config.experiment import AUTO, MachineFacts
-from moe_train.config.ranges import sizes_refused
 from moe_train.config.root import Config
-from moe_train.config.validate import single_faults, validate
+from moe_train.config.validate import sizes_refused, validate
 from moe_train.errors import ConfigError, ConfigFaults
 from moe_train.parallel.resolved import ResolvedRun, resolved_run
 from moe_train.planner.legality import check
@@ -101,7 +100,7 @@ def certain_faults(overrides: Sequence[str], world: int) -> list[ConfigError]:
     config, faults = collect(overrides)
     refused = {fault.field for fault in faults}
     if config.experiment == AUTO:
-        others = single_faults(config)
+        others = []
     else:
         if not sizes_refused([*faults, *validate(config)]):
             config = resolve(config, world)

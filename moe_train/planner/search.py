@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from moe_train.config.root import Config
+from moe_train.config.types import Placement
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.rules import layout_faults
 from moe_train.parallel.sizes import default_expert, divisors, layout_of
@@ -136,7 +137,7 @@ def _mission(config: Config, world: int) -> Layout:
     )
 
 
-def with_placement(config: Config, placement: str) -> Config:
+def with_placement(config: Config, placement: Placement) -> Config:
     """A copy of `config` with `placement`."""
     return dataclasses.replace(
         config, parallel=dataclasses.replace(config.parallel, placement=placement)

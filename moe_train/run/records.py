@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from moe_train.config.convert import to_mapping
+from moe_train.config.schema import to_mapping
 from moe_train.planner.cost.compute import peak_flops
 from moe_train.planner.report.plan_report import plan_report
 from moe_train.run_folder.files import write_atomically

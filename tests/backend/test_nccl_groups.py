@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 import re
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from moe_train.backend import groups
-from moe_train.config.nccl import GROUPS, NcclGroup
+from moe_train.config.nccl import GroupName, NcclGroup
 from moe_train.errors import ConfigError
 from moe_train.parallel.layout import Layout
 from moe_train.planner.resolution import resolve_run
 
+GROUPS = get_args(GroupName)
 WORDS = ["device=cpu", "experiment=twin", "parallel=single"]
 
 
@@ -58,9 +60,9 @@ def test_the_settings_reach_nccls_options(monkeypatch: pytest.MonkeyPatch) -> No
     ("given", "field", "word"),
     [
         ("{expp_tp: {max_ctas: 16}}", "expp_tp", "did you mean ep_tp?"),
-        ("{ep: {max_ctas: 0}}", "ep.max_ctas", "1 to 64"),
+        ("{ep: {max_ctas: 0}}", "ep.max_ctas", ">= 1 and <= 64"),
         ("{ep: {min_ctas: 9, max_ctas: 8}}", "ep.min_ctas", "at most 8"),
-        ("{ep: {net_name: tcp}}", "ep.net_name", "IB or socket"),
+        ("{ep: {net_name: tcp}}", "ep.net_name", "one of IB, socket"),
         ("{ep: {maxctas: 8}}", "ep.maxctas", ""),
     ],
 )

@@ -20,8 +20,8 @@ from moe_train.checkpoint.digests import file_facts
 from moe_train.checkpoint.index import read_index
 from moe_train.checkpoint.manifest import Manifest, read_manifest, verify
 from moe_train.config.compose import collect, compose_mapping, typed
-from moe_train.config.convert import dotted_keys
 from moe_train.config.root import Config
+from moe_train.config.schema import dotted_keys
 from moe_train.data.manifest import beside
 from moe_train.data.manifest import read_manifest as read_data_manifest
 from moe_train.data.prepare import Request, prepare

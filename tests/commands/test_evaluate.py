@@ -10,7 +10,7 @@ import pytest
 
 from moe_train.commands import evaluate
 from moe_train.config.compose import compose
-from moe_train.config.convert import to_mapping
+from moe_train.config.schema import to_mapping
 from moe_train.config.sweep import LONGEST, suffixes
 from moe_train.errors import EXIT_CHECKPOINT, EXIT_CONFIG
 from moe_train.testing.runs import train_run

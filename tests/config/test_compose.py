@@ -16,7 +16,7 @@ from moe_train.config.compose import (
     group_options,
     typed,
 )
-from moe_train.config.convert import to_mapping
+from moe_train.config.schema import to_mapping
 from moe_train.errors import EXIT_CONFIG, ConfigFaults
 
 GROUPS = [

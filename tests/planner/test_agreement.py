@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moe_train.config.convert import to_mapping
+from moe_train.config.schema import to_mapping
 from moe_train.errors import ConfigError
 from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.legality import check

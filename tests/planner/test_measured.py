@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from moe_train.commands.calibrate import measure, medians
-from moe_train.config.convert import from_mapping
 from moe_train.config.hardware import HardwareConfig
+from moe_train.config.schema import from_mapping
 from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.cost.timing import step_time
 from moe_train.planner.memory.fit import assumptions_of

@@ -6,8 +6,8 @@ import random
 from typing import Any
 
 from moe_train.config.compose import compose
-from moe_train.config.convert import from_mapping, to_mapping
 from moe_train.config.root import Config
+from moe_train.config.schema import from_mapping, to_mapping
 
 BASE = [
     "experiment=single", "model.hidden=64", "model.head_dim=8", "model.heads=8", "model.experts=8",

@@ -14,8 +14,8 @@ from unittest import mock
 
 import torch
 
-from moe_train.config.convert import from_mapping
 from moe_train.config.root import Config
+from moe_train.config.schema import from_mapping
 from moe_train.errors import ConfigError
 from moe_train.measure.dryrun.world import fake_engine, fake_world
 from tests.support.cuda_configs import transformer_engine_answers

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config.compose import config_dir
-from moe_train.config.convert import nearest
 from moe_train.config.files import read_yaml
+from moe_train.config.schema import nearest
 from moe_train.errors import ConfigError
 from moe_train.planner.claims import features, judgements, quantities  # noqa: F401  (register)
 from moe_train.planner.claims.subject import QUANTITIES

@@ -7,9 +7,8 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from moe_train.config.convert import dotted_keys
-from moe_train.config.ranges import value_at
 from moe_train.config.root import Config
+from moe_train.config.schema import dotted_keys, value_at
 from moe_train.config.training import BackendConfig
 from moe_train.parallel.deployment import PATTERN, deployment
 from moe_train.parallel.layout import Layout

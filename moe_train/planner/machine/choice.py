@@ -33,8 +33,9 @@ and fragments of the allocator, which the formulas leave out, take the rest."""
 
 def on_device(config: Config, facts: MachineFacts) -> Config:
     """`config` with its device decided."""
-    device = "cpu" if facts.kind == "cpu" else "cuda"
-    return dataclasses.replace(config, device=device if config.device == "auto" else config.device)
+    if config.device != "auto":
+        return config
+    return dataclasses.replace(config, device="cpu" if facts.kind == "cpu" else "cuda")
 
 
 def needed_gb(name: str, facts: MachineFacts) -> float | None:

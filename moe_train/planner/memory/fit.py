@@ -6,10 +6,10 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 
-from moe_train.config.convert import to_mapping
 from moe_train.config.experiment import MachineFacts
 from moe_train.config.kernels import TE, run_kernels
 from moe_train.config.root import Config
+from moe_train.config.schema import to_mapping
 from moe_train.errors import ConfigError
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.shapes import Assumptions

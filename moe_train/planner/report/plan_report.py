@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from moe_train.config.convert import to_mapping
 from moe_train.config.environment import variables
 from moe_train.config.kernels import KernelChoice, planned_kernels, run_kernels
 from moe_train.config.root import Config
+from moe_train.config.schema import to_mapping
 from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
 from moe_train.parallel.communicators import communicators
 from moe_train.parallel.deployment import deployment
