@@ -1,4 +1,4 @@
-"""What the console shows while a run goes on: a bar on a terminal, plain lines elsewhere."""
+"""Console progress of a run: a bar on a terminal, plain lines elsewhere (``log.console``)."""
 
 from __future__ import annotations
 
@@ -10,23 +10,38 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from moe_train.callbacks.summary import RunSummary, render_summary
+from moe_train.callbacks.recorders import MetricsRecorder
+from moe_train.callbacks.summary import render_summary
+from moe_train.train.callback import (
+    Callback,
+    EndEvent,
+    StartEvent,
+    StepEvent,
+    ValidationEvent,
+)
 
 SMOOTHING = 0.1
 """Weight of the newest step in the running mean behind the remaining time."""
 
 
-class ConsoleProgress:
-    """The console of rank 0; other ranks have none.
+class ConsoleProgress(Callback):
+    """Losses and speed on the console while the run goes on, a summary at its end (rank 0).
 
     Args:
         mode: ``log.console``: auto (bar on a terminal, else lines) | bar | lines | none.
         log_every: steps between two lines; the bar moves at every step.
+        metrics: gives the summary, and comes before this one in the list.
         stream: where to write; standard output by default.
     """
 
-    def __init__(self, mode: str, log_every: int = 1, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stdout
+    def __init__(
+        self,
+        mode: str,
+        log_every: int = 1,
+        metrics: MetricsRecorder | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._stream, self.metrics = stream or sys.stdout, metrics
         if mode == "auto":
             mode = "bar" if self._stream.isatty() else "lines"
         self.mode = mode
@@ -37,48 +52,45 @@ class ConsoleProgress:
         self._steps = 0
         self._seconds = 0.0
 
-    def start(self, total: int, done: int = 0) -> None:
-        """Begin: `total` optimizer steps, of which `done` were made before a resume."""
-        self._total = total
+    def on_start(self, event: StartEvent) -> None:
+        """Show the bar."""
+        self._total = event.steps
         if self.mode != "bar":
             return
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[figures]}"),
             console=self._console,
             expand=True,
         )
-        self._task = self._bar.add_task("train", total=total, completed=done, facts="")
+        self._task = self._bar.add_task(
+            "train", total=event.steps, completed=event.step, figures=""
+        )
         self._bar.start()
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Show a training record (fields of metrics.jsonl)."""
-        seconds = record.get("step_seconds")
-        if seconds is not None:
-            self._steps += 1
-            # The first step warms caches and allocators up: the second replaces it.
-            if self._steps <= 2:
-                self._seconds = seconds
-            else:
-                self._seconds += SMOOTHING * (seconds - self._seconds)
-        done = record["step"]
-        facts = step_facts(record)
-        if self._steps:
-            left = timedelta(seconds=round(self._seconds * (self._total - done)))
-            facts += f"  left {left}"
+    def on_step(self, event: StepEvent) -> None:
+        """Show the step's figures and the remaining time."""
+        step, seconds = event.step, event.record["step_seconds"]
+        self._steps += 1
+        # The first step warms caches and allocators up: the second replaces it.
+        if self._steps <= 2:
+            self._seconds = seconds
+        else:
+            self._seconds += SMOOTHING * (seconds - self._seconds)
+        left = timedelta(seconds=round(self._seconds * (self._total - step)))
+        figures = f"{step_figures(event.record)}  left {left}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, facts=facts)
-        elif done % self._every == 0 or done == self._total:
-            self._line(f"step {done}/{self._total}  {facts}")
+            self._bar.update(self._task, completed=step, figures=figures)
+        elif step % self._every == 0 or step == self._total:
+            self._line(f"step {step}/{self._total}  {figures}")
 
-    def validation(self, record: Mapping[str, Any]) -> None:
-        """Show a validation record: ``step``, ``valid_loss`` and, where known, the unigram entropy
-        of the same tokens, which is what a model without context reaches (nats per token)."""
-        text = f"step {record['step']}  validation loss {record['valid_loss']:.4f}"
-        entropy = record.get("unigram_entropy")
-        if entropy is not None:
+    def on_validation(self, event: ValidationEvent) -> None:
+        """Show the validation loss and, where known, the unigram entropy of the same tokens, which
+        is what a model without context reaches (nats per token)."""
+        text = f"step {event.step}  validation loss {event.record['valid_loss']:.4f}"
+        if (entropy := event.record.get("unigram_entropy")) is not None:
             text += f"  (unigram entropy {entropy:.4f})"
         self.message(text)
 
@@ -89,11 +101,12 @@ class ConsoleProgress:
         else:
             self._line(text)
 
-    def finish(self, summary: RunSummary | None = None) -> None:
-        """Close the bar and show the summary; safe to call twice and after an error."""
+    def on_end(self, event: EndEvent) -> None:
+        """Close the bar and show the summary of a finished run."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        summary = self.metrics.summary if self.metrics else None
         if summary is not None and self.mode != "none":
             render_summary(summary, self._console)
             self._stream.flush()
@@ -103,9 +116,9 @@ class ConsoleProgress:
             print(text, file=self._stream, flush=True)
 
 
-def step_facts(record: Mapping[str, Any]) -> str:
-    """The facts of a training record on one line; those that it lacks are left out."""
-    facts = [f"loss {record['loss']:.4f}"]
+def step_figures(record: Mapping[str, Any]) -> str:
+    """The figures of a step on one line; those that its record lacks are left out."""
+    figures = [f"loss {record['loss']:.4f}"]
     for name, label, form in (
         ("grad_norm", "grad", ".3f"),
         ("lr", "lr", ".2e"),
@@ -115,7 +128,7 @@ def step_facts(record: Mapping[str, Any]) -> str:
     ):
         value = record.get(name)
         if value is not None:
-            facts.append(f"{label} {value:{form}}")
+            figures.append(f"{label} {value:{form}}")
     if record.get("force_balance"):
-        facts.append("[routing forced even]")
-    return "  ".join(facts)
+        figures.append("[routing forced even]")
+    return "  ".join(figures)

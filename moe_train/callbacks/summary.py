@@ -1,4 +1,4 @@
-"""The last words of a run: what it learned, how fast, and where everything is."""
+"""The summary of a run: losses, speed, wall time and run folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RunSummary:
             reaches; below it the model uses context.
         tokens_per_second, mfu: medians over the steps, the first left out as warm-up.
         wall_seconds: of this process, start-up included.
-        run_folder: where everything lies.
+        run_folder: its path.
     """
 
     state: str
@@ -47,19 +47,18 @@ def summarise(
     state: str,
     wall_seconds: float,
     run_folder: Path,
-    unigram_entropy: float | None = None,
 ) -> RunSummary:
     """Build the summary from the records of metrics.jsonl, in order."""
     records = list(records)
     train = [record for record in records if "loss" in record]
-    valid = [record["valid_loss"] for record in records if "valid_loss" in record]
+    valid = [record for record in records if "valid_loss" in record]
     return RunSummary(
         state=state,
         step=train[-1]["step"] if train else 0,
         first_loss=train[0]["loss"] if train else None,
         last_loss=train[-1]["loss"] if train else None,
-        valid_loss=valid[-1] if valid else None,
-        unigram_entropy=unigram_entropy,
+        valid_loss=valid[-1]["valid_loss"] if valid else None,
+        unigram_entropy=valid[-1].get("unigram_entropy") if valid else None,
         tokens_per_second=_median(train, "tokens_per_second"),
         mfu=_median(train, "mfu"),
         wall_seconds=wall_seconds,
@@ -68,7 +67,7 @@ def summarise(
 
 
 def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
-    """The summary as (label, value) in words; unmeasured figures are left out."""
+    """The summary as (label, text); figures that were not measured are left out."""
     rows = [("run", f"{summary.state} after {summary.step} steps")]
     if summary.first_loss is not None and summary.last_loss is not None:
         rows.append(("training loss", f"{summary.first_loss:.4f} -> {summary.last_loss:.4f}"))

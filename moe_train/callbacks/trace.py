@@ -1,4 +1,4 @@
-"""``trace.json`` of a run: one step of every rank, in the format of ``moe-train schedule``."""
+"""trace.json: one step of all ranks in the Trace Event Format (``train.trace=true``)."""
 
 from __future__ import annotations
 
@@ -7,29 +7,69 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from moe_train.planner.schedule.chrome import Event, process, trace_text
 from moe_train.run_folder.files import write_atomically
+from moe_train.train.callback import Callback, StartEvent, StepEvent
+from moe_train.train.tracing import Tracer
+
+WARMUP = 2
+"""The step after a start that is traced: in the first one, much happens for the first time."""
 
 
 @dataclass(frozen=True)
 class RankTrace:
-    """What one rank saw; seconds from a common zero, process numbers still to be given."""
+    """Events of one rank; times from a zero that all ranks share."""
 
     rank: int
     stage: int
     events: list[Event]
 
 
-def merged(ranks: Sequence[RankTrace]) -> list[Event]:
+class StepTrace(Callback):
+    """Chooses the step that the tracer records, and writes the file; on every rank.
+
+    Required, since gathering the events takes all ranks.
+
+    Args:
+        tracer: the engine's.
+        path: trace.json.
+        layout: its tag, written beside the events.
+    """
+
+    required = True
+
+    def __init__(self, tracer: Tracer, path: Path, layout: str) -> None:
+        self._tracer, self._path, self._layout = tracer, path, layout
+
+    def on_start(self, event: StartEvent) -> None:
+        """Choose the second step; the last one where there is no second."""
+        self._tracer.target = min(event.step + WARMUP, event.steps)
+
+    def on_step(self, event: StepEvent) -> None:
+        """Gather and write the recorded step."""
+        if self._tracer.step != event.step:
+            return
+        own = RankTrace(dist.get_rank(), self._tracer.stage, self._tracer.events)
+        ranks: list[Any] | None = [None] * dist.get_world_size() if own.rank == 0 else None
+        dist.gather_object(own, ranks)
+        if ranks is not None:
+            metadata = {
+                "layout": self._layout,
+                "step": event.step,
+                "run": self._path.parent.name,
+                "source": "measured",
+            }
+            write_atomically(self._path, trace_text(merge(ranks), metadata))
+        self._tracer.step, self._tracer.events = None, []
+
+
+def merge(ranks: Sequence[RankTrace]) -> list[Event]:
     """All ranks' events, a process each, sorted by stage and rank."""
-    found: list[Event] = []
+    events: list[Event] = []
     for one in sorted(ranks, key=lambda trace: (trace.stage, trace.rank)):
         name = f"rank {one.rank}, stage {one.stage} (measured)"
-        found += process(one.rank, name, one.stage * 1000 + one.rank)
-        found += [{**event, "pid": one.rank} for event in one.events]
-    return found
-
-
-def write_trace(path: Path, ranks: Sequence[RankTrace], facts: dict[str, Any]) -> None:
-    """Write the trace of a step atomically; `facts` tell run, step and layout."""
-    write_atomically(path, trace_text(merged(ranks), {**facts, "source": "measured"}))
+        events += process(one.rank, name, one.stage * 1000 + one.rank)
+        events += [{**event, "pid": one.rank} for event in one.events]
+    return events

@@ -19,18 +19,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from moe_train.callbacks.recorders import MetricsRecorder
 from moe_train.errors import ConfigError
+from moe_train.train.callback import Callback, EndEvent, StepEvent, ValidationEvent
 
 QUEUE_RECORDS = 1024
 """Records kept while W&B is slow; more are dropped and counted."""
 DEFAULT_URL = "https://api.wandb.ai"
 
 
-class Mirror:
+class Mirror(Callback):
     """Sends config, records and summary to W&B; every method returns at once.
 
     Args:
@@ -57,7 +60,9 @@ class Mirror:
         config: Mapping[str, Any],
         warn: Callable[[str], None],
         log: Path,
+        metrics: MetricsRecorder | None = None,
     ) -> None:
+        self._metrics = metrics
         self.state = "disabled" if mode == "disabled" else "starting"
         self.problem = ""
         self.dropped = 0
@@ -112,6 +117,21 @@ class Mirror:
         ]
         for thread in self._threads:
             thread.start()
+
+    def on_step(self, event: StepEvent) -> None:
+        """Mirror the step's record."""
+        self.log(event.record)
+
+    def on_validation(self, event: ValidationEvent) -> None:
+        """Mirror the validation's record."""
+        self.log(event.record)
+
+    def on_end(self, event: EndEvent) -> None:
+        """Send the summary of a finished run and end W&B's process."""
+        if self._metrics is not None and self._metrics.summary is not None:
+            values = asdict(self._metrics.summary)
+            self.summary({key: value for key, value in values.items() if key != "run_folder"})
+        self.finish(timeout=10.0)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Mirror one record of metrics.jsonl."""

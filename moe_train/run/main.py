@@ -137,9 +137,9 @@ def run(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> i
                     taken = session.engine.backend.kernels
                     print(f"kernels {taken.kernels.name} ({taken.why})", flush=True)
                 # Only now: it imports Megatron, which the backend had to prepare for.
-                from moe_train.run.training import train
+                from moe_train.run.training import training_loop
 
-                train(session, state, stack, begun, signals)
+                training_loop(session, state, stack, begun, signals)()
             except BaseException as failure:
                 state.error = diagnose(failure, state, config, layout)
                 if state.error is None or state.error is failure:

@@ -1,17 +1,18 @@
-"""Saves of a run: when one begins, what it holds, and when it counts."""
+"""Saves of a run, at most one at a time: begin, write, commit."""
 
 from __future__ import annotations
 
 from moe_train.checkpoint.save import Save
 from moe_train.data.batches import BatchSource
 from moe_train.run.opening import Session
+from moe_train.train.callback import SaveEvent
 
 
 class Saver:
-    """At most one checkpoint on its way; see ``checkpoint.asynchronous``.
+    """Begins and commits checkpoints; see ``checkpoint.asynchronous``.
 
     Args:
-        source: whose cursor goes into each checkpoint.
+        source: its data cursor goes into each checkpoint.
     """
 
     def __init__(self, session: Session, source: BatchSource) -> None:
@@ -19,7 +20,7 @@ class Saver:
         self._pending: Save | None = None
 
     def begin(self, step: int) -> None:
-        """Take the state after ``step`` and start to write it; collective.
+        """Copy the state after ``step`` and start to write it; collective.
 
         Raises:
             CheckpointError: on every rank, when any rank cannot write.
@@ -28,6 +29,7 @@ class Saver:
         session, config = self._session, self._session.config
         assert session.folder is not None
         consumed = self._source.consumed
+        self._step = step
         self._pending = Save(
             session.folder.checkpoints,
             step=step,
@@ -44,7 +46,7 @@ class Saver:
 
     @property
     def pending(self) -> bool:
-        """Whether a save has begun that no checkpoint stands for yet; the same on all ranks."""
+        """Whether a save has begun and is not committed; the same on all ranks."""
         return self._pending is not None
 
     @property
@@ -52,12 +54,8 @@ class Saver:
         """Whether this rank would not have to wait in :meth:`finish`."""
         return self._pending is None or self._pending.written
 
-    def finish(self) -> float | None:
-        """Wait for the save on its way and let it count; collective.
-
-        Returns:
-            Seconds that it took from its beginning, those in which nobody worked on it left out;
-            None when there was none.
+    def finish(self) -> SaveEvent | None:
+        """Wait for the pending save and commit it; None where there is none; collective.
 
         Raises:
             CheckpointError: as in :meth:`begin`.
@@ -65,5 +63,5 @@ class Saver:
         if self._pending is None:
             return None
         save, self._pending = self._pending, None
-        save.commit()
-        return save.seconds
+        folder = save.commit()
+        return SaveEvent(self._step, save.seconds, folder)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_train.errors import MoeTrainError
 from moe_train.run_folder.folder import RunFolder
 from moe_train.run_folder.lock import FolderLock
+from moe_train.train.callback import Callback, StartEvent, StepEvent
 
 
-@dataclass
-class RunState:
+@dataclass(eq=False)
+class RunState(Callback):
     """Updated while the run opens and trains; read when it ends."""
+
+    required = True
 
     folder: RunFolder | None = None
     """The run folder, on rank 0."""
@@ -32,18 +34,14 @@ class RunState:
         """The world is open and its ranks share ``logs``."""
         self.logs = logs
 
+    def on_start(self, event: StartEvent) -> None:
+        """Keep the step."""
+        self.step = event.step
 
-class Follower:
-    """Listener that passes everything on and keeps the run state's step."""
+    def on_step(self, event: StepEvent) -> None:
+        """Keep the step."""
+        self.step = event.step
 
-    def __init__(self, listener: Any, state: RunState) -> None:
-        self._listener, self._state = listener, state
-
-    def on_step(self, record: dict[str, Any], result: Any) -> None:
-        """A training step is done."""
-        self._listener.on_step(record, result)
-        self._state.step = record["step"]
-
-    def on_validation(self, record: dict[str, Any]) -> None:
-        """A validation is done."""
-        self._listener.on_validation(record)
+    def on_rollback(self, step: int) -> None:
+        """Keep the step."""
+        self.step = step

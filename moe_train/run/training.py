@@ -1,53 +1,65 @@
-"""A training run: open, take up, train, close."""
+"""A training run on an open session: restore, build the callbacks, make the loop."""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moe_train.callbacks.recorder import Silent
+from moe_train.callbacks.garbage import GarbageCollection
+from moe_train.callbacks.progress import ConsoleProgress
+from moe_train.callbacks.recorders import ExpertLoad, MetricsRecorder, StatusWriter
+from moe_train.callbacks.trace import StepTrace
+from moe_train.callbacks.wandb import Mirror
 from moe_train.checkpoint.folders import drop_earlier
+from moe_train.config.convert import to_mapping
 from moe_train.data.batches import BatchSource
 from moe_train.data.datasets import build_datasets
+from moe_train.data.entropy import dataset_entropy
 from moe_train.errors import HungError, NonFiniteError
+from moe_train.parallel.flops import flops_per_token
 from moe_train.run.failure import peer_failure, report_once
-from moe_train.run.garbage import Collecting
 from moe_train.run.opening import Session
-from moe_train.run.records import describe_run, finish, open_recorder
+from moe_train.run.records import describe_run, device_peak
 from moe_train.run.restore import restore
 from moe_train.run.saving import Saver
 from moe_train.run.shutdown_budget import ShutdownBudget, grace_seconds
 from moe_train.run.signals import SignalHandler
-from moe_train.run.state import Follower, RunState
+from moe_train.run.state import RunState
 from moe_train.run.torchelastic import write_error_file
-from moe_train.run.traces import TraceListener, plan_trace
 from moe_train.run.watchdog import Watchdog
 from moe_train.run_folder.folder import RunFolder
 from moe_train.run_folder.status import write_status
-from moe_train.train.loop import Intervals, Tolerance, run_loop
+from moe_train.train.callback import Callback, CallbackList, StartEvent
+from moe_train.train.loop import Intervals, NonFinitePolicy, run_loop
+from moe_train.train.metrics import StepWork
 
 if TYPE_CHECKING:
-    from moe_train.callbacks.recorder import Recorder
     from moe_train.data.batches import MicroBatch
 
 
-def train(
-    session: Session, state: RunState, stack: ExitStack, begun: float, signals: SignalHandler
-) -> None:
-    """Train an open session to its last step.
+def training_loop(
+    session: Session,
+    state: RunState,
+    stack: ExitStack,
+    begin: float,
+    signals: SignalHandler,
+    callbacks: Sequence[Callback] = (),
+) -> Callable[[], None]:
+    """Restore an open session and return the loop that trains it to its last step.
 
     Args:
         state: kept up to date, on every rank.
         stack: closes what is opened here.
-        begun: ``perf_counter`` at the start of the process.
-        signals: handled since then.
+        begin: ``perf_counter`` at the start of the process.
+        callbacks: the caller's own, called after the built-in ones.
 
     Raises:
-        MoeTrainError: see the rooms.
+        CheckpointError: the checkpoint to resume from is damaged or of another model.
+        DataError: the corpus or the run folder's metrics cannot be read.
     """
     config, folder, engine = session.config, session.folder, session.engine
     assert folder is not None
@@ -58,59 +70,91 @@ def train(
     datasets = _datasets(session, start, consumed)
     source = _source(session, datasets.train, consumed)
     state.step = start
+    entropy = None
     if session.rank == 0:
         describe_run(folder, config, session.layout, start, engine.backend.kernels)
         state.owns_folder = True
-    recorder = open_recorder(session, datasets, start, stack) if session.rank == 0 else None
-    plan_trace(session, start)
-
-    listener = Follower(TraceListener(recorder or Silent(), session), state)
+        if datasets.valid is not None:
+            entropy = dataset_entropy(datasets.valid, config.train.eval_batches * session.batch)
+    console = ConsoleProgress(
+        config.log.console if session.rank == 0 else "none", config.train.log_every
+    )
+    built_in = build_callbacks(session, folder, state, console, begin)
+    listening = stack.enter_context(CallbackList([*built_in, *callbacks]))
+    listening.on_start(
+        StartEvent(start, config.train.steps, session.rank, session.world, config, folder.path)
+    )
 
     def validation() -> list[list[MicroBatch]]:
         same = _source(session, datasets.valid, 0)
         return [same.next_step() for _ in range(config.train.eval_batches)]
 
-    with Watchdog(
+    watchdog = Watchdog(
         folder.logs,
         session.rank,
         session.world,
         config.backend.timeout_seconds,
         partial(_hung, folder, state),
         partial(peer_failure, folder.logs),
-    ) as watchdog:
-        run_loop(
-            engine,
-            source,
-            validation,
-            start=start,
-            intervals=Intervals(
-                config.train.steps, config.train.eval_every, config.checkpoint.every
+    )
+    return partial(
+        run_loop,
+        engine,
+        source,
+        validation,
+        start=start,
+        intervals=Intervals(config.train.steps, config.train.eval_every, config.checkpoint.every),
+        work=StepWork(
+            session.batch * config.data.sequence,
+            flops_per_token(config.model, config.data.sequence, session.vocab).total,
+            device_peak(config) * engine.backend.devices(session.world),
+        ),
+        unigram_entropy=entropy,
+        callbacks=listening,
+        saver=Saver(session, source),
+        signals=signals,
+        watchdog=stack.enter_context(watchdog),
+        budget=ShutdownBudget(grace_seconds(), console.message),
+        non_finite=NonFinitePolicy(
+            config.train.non_finite,
+            config.train.non_finite_limit,
+            partial(_roll_back, session, source),
+        ),
+    )
+
+
+def build_callbacks(
+    session: Session, folder: RunFolder, state: RunState, console: ConsoleProgress, begin: float
+) -> list[Callback]:
+    """The built-in callbacks of this rank, in the order in which they are called."""
+    config = session.config
+    callbacks: list[Callback] = [state]
+    if config.train.trace:
+        callbacks.append(StepTrace(session.engine.tracer, folder.trace, session.layout.tag))
+    if session.rank == 0:
+        console.metrics = MetricsRecorder(folder.metrics, begin)
+        callbacks += [
+            console.metrics,
+            ExpertLoad(folder.tokens),
+            StatusWriter(folder.status),
+            console,
+            Mirror(
+                config.log.wandb,
+                project=config.log.wandb_project,
+                name=folder.path.name,
+                folder=folder.wandb,
+                config=to_mapping(config),
+                warn=console.message,
+                log=folder.logs / "wandb.log",
+                metrics=console.metrics,
             ),
-            tokens_per_step=session.batch * config.data.sequence,
-            listener=stack.enter_context(Collecting(listener, config.train.gc_every)),
-            saver=Saver(session, source),
-            signals=signals,
-            watchdog=watchdog,
-            budget=ShutdownBudget(
-                grace_seconds(), recorder.progress.message if recorder else _unheard
-            ),
-            tolerance=Tolerance(
-                config.train.non_finite,
-                config.train.non_finite_limit,
-                partial(_roll_back, session, source, recorder),
-            ),
-        )
-    if recorder is not None:
-        finish(recorder, folder, time.perf_counter() - begun)
+        ]
+    return [*callbacks, GarbageCollection(config.train.gc_every)]
 
 
-def _unheard(text: str) -> None:
-    """Rank 0 says it."""
-
-
-def _hung(folder: RunFolder, state: RunState, verdict: str) -> None:
+def _hung(folder: RunFolder, state: RunState, problem: str) -> None:
     """End this process, from the watchdog's thread: the main thread waits for ever."""
-    fault = HungError(f"rank {os.environ.get('RANK', '0')}", verdict, f"see {folder.logs}/*.stacks")
+    fault = HungError(f"rank {os.environ.get('RANK', '0')}", problem, f"see {folder.logs}/*.stacks")
     write_error_file(str(fault))
     if report_once(folder.logs, str(fault)):
         print(f"moe_train: {fault}", file=sys.stderr, flush=True)
@@ -118,8 +162,8 @@ def _hung(folder: RunFolder, state: RunState, verdict: str) -> None:
     os._exit(fault.exit_code)
 
 
-def _roll_back(session: Session, source: BatchSource, recorder: Recorder | None) -> int:
-    """Go back to the newest good checkpoint of this run; returns its step."""
+def _roll_back(session: Session, source: BatchSource) -> int:
+    """Load the newest checkpoint of this run; returns its step."""
     assert session.folder is not None
     _, manifest = restore(session, session.folder.checkpoints, "auto")
     if manifest is None:
@@ -129,8 +173,6 @@ def _roll_back(session: Session, source: BatchSource, recorder: Recorder | None)
             "start again with a lower optim.lr or other data, or a smaller checkpoint.every",
         )
     source.consumed = manifest.consumed_samples
-    if recorder is not None:
-        recorder.truncate_after(manifest.step)
     return manifest.step
 
 

@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8): readers see the old content or the new, even after a crash.
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace `path` by `text` (UTF-8): readers see the old content or the new.
+
+    Args:
+        durable: wait until the text is on the disk, so that this holds after a power failure too;
+            a process that is killed needs no waiting.
 
     Raises:
         OSError: the folder is missing, read-only or full; `path` is then untouched.
@@ -18,7 +22,8 @@ def write_atomically(path: Path, text: str) -> None:
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)

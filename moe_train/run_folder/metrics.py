@@ -1,19 +1,20 @@
-"""metrics.jsonl: one JSON line a step, the truth about a run."""
+"""JSON-lines files with one record a step, such as metrics.jsonl: append, truncate, read."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any
 
 from moe_train.errors import DataError
-from moe_train.run_folder.files import write_atomically
 
 HEX_TWINS = ("loss", "grad_norm", "valid_loss")
 """Fields that get a `<field>_hex` beside them, for bitwise comparison of two runs."""
+BLOCK = 1 << 16
+"""Bytes read at once from the end of a file."""
 
 
 def hex_float(value: float) -> str:
@@ -21,102 +22,108 @@ def hex_float(value: float) -> str:
     return float(value).hex()
 
 
-class MetricsLog:
-    """Appends records to a metrics file, each whole on disk before the next step starts.
+class JsonLines:
+    """Appends records to a file that starts with the records up to some step.
+
+    A record carries ``step`` (int) and, where it is a validation's, ``valid_loss``. The file grows
+    with the run, so it is read from its end, only as far as needed.
 
     Args:
         path: the file; it is created when missing, and a torn last line (the writer was killed)
             is dropped.
+        step: records of later steps are dropped: they are going to be trained again.
 
     Raises:
-        DataError: a line other than the last is not a JSON object with a step.
+        DataError: a line read from the end is not a JSON object with a step.
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self._last_step = -1
-        self._file = self._rewrite(read(path))
+        self._file = path.open("ab")
+        self._last = (-1, False)
+        self.truncate_after(step)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record, adding the exact twins of HEX_TWINS.
+        """Write one record, whole on disk before the next step starts, with twins of HEX_TWINS.
 
-        A training line carries ``loss``, a validation line ``valid_loss``; both carry ``step``
-        (int). Values that JSON has no word for (nan, inf) become null; the twin keeps them.
+        Values that JSON has no word for (nan, inf) become null; the twin keeps them.
         """
-        step = record["step"]
-        if "loss" in record:
-            assert step > self._last_step, f"step {step} is already logged: truncate_after first"
-            self._last_step = step
+        order = (record["step"], "valid_loss" in record)
+        assert order > self._last, f"step {order[0]} is already logged: truncate_after first"
+        self._last = order
         line = {key: _json_value(value) for key, value in record.items()}
         for name in HEX_TWINS:
             if record.get(name) is not None:
                 line.setdefault(f"{name}_hex", hex_float(record[name]))
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._file.flush()
 
-    def truncate_after(self, step: int) -> int:
-        """Drop training and validation lines of steps after `step`; returns how many.
+    def truncate_after(self, step: int) -> None:
+        """Drop the records of steps after `step`, and a torn last line.
 
-        A run that resumes from step `step` will write those steps again. The file is replaced
-        atomically: a crash here leaves the old lines or the kept ones, nothing in between.
+        The file is cut at a line's end, in one system call: a crash leaves the old lines or the
+        remaining ones.
         """
-        records = read(self.path)
-        kept = [record for record in records if record["step"] <= step]
-        if len(kept) < len(records):
-            self._file.close()
-            self._file = self._rewrite(kept)
-        return len(records) - len(kept)
+        self._last, end = (-1, False), 0
+        for start, line in _complete_lines_backwards(self.path):
+            record = _parse(line, f"{self.path}: the line at byte {start}")
+            if record["step"] <= step:
+                self._last = (record["step"], "valid_loss" in record)
+                end = start + len(line) + 1
+                break
+        self._file.truncate(end)
 
     def close(self) -> None:
         """Close the file; later appends raise ValueError."""
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _rewrite(self, records: list[dict[str, Any]]) -> TextIO:
-        """Make the file hold exactly `records`; returns it open for appending."""
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        if not self.path.exists() or self.path.read_text(encoding="utf-8") != text:
-            write_atomically(self.path, text)
-        self._last_step = max((r["step"] for r in records if "loss" in r), default=-1)
-        # Line-buffered: a kill between two steps loses nothing.
-        return self.path.open("a", encoding="utf-8", buffering=1)
-
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics file, in order; a missing file has none, a torn last line is left.
+    """All records of a file, in order; a missing file has none, a torn last line is left out.
 
     Raises:
         DataError: a complete line is not a JSON object with an integer step (file and line named).
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
     # What follows the last newline was never finished, even where it happens to parse.
-    complete = lines[:-1]
-    records = []
-    for number, line in enumerate(complete, start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record["step"], int):
-                raise TypeError("step")
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}:{number}",
-                "is not a JSON object with an integer step",
-                "remove the line, or start a run with another run.name",
-            ) from error
-        records.append(record)
-    return records
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(line)
+        if not isinstance(record["step"], int):
+            raise TypeError("step")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            place,
+            "is not a JSON object with an integer step",
+            "remove the line, or start a run with another run.name",
+        ) from error
+    return record
+
+
+def _complete_lines_backwards(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that end in a newline, the last one first, each with the offset of its start."""
+    with path.open("rb") as file:
+        offset = file.seek(0, os.SEEK_END)
+        rest, torn = b"", True
+        while offset:
+            size = min(BLOCK, offset)
+            offset = file.seek(offset - size)
+            # The first piece may have begun in an earlier block.
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            start = offset + len(rest) + sum(len(line) + 1 for line in lines) + 1
+            for line in reversed(lines):
+                start -= len(line) + 1
+                if not torn:
+                    yield start, line
+                torn = False
+        if not torn:
+            yield 0, rest
 
 
 def _json_value(value: Any) -> Any:

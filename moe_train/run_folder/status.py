@@ -31,14 +31,16 @@ class Status:
     reason: str = ""
 
 
-def write_status(path: Path, state: State, step: int, reason: str = "") -> None:
-    """Replace the status file atomically.
+def write_status(
+    path: Path, state: State, step: int, reason: str = "", *, durable: bool = True
+) -> None:
+    """Replace the status file atomically; see :func:`write_atomically`.
 
     Raises:
         OSError: the file cannot be written.
     """
     assert state in get_args(State), state
-    write_atomically(path, json.dumps(asdict(Status(state, step, reason))) + "\n")
+    write_atomically(path, json.dumps(asdict(Status(state, step, reason))) + "\n", durable=durable)
 
 
 def read_status(path: Path) -> Status | None:

@@ -1,30 +1,22 @@
-"""The loop: when to step, validate, save and stop. What these do lies elsewhere."""
+"""The training loop: when to step, validate, save, roll back and stop."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from moe_train.errors import NonFiniteError, Preempted
+from moe_train.train.callback import Callback, StepEvent, ValidationEvent
 from moe_train.train.engine import Engine
 from moe_train.train.forward import MicroBatch
+from moe_train.train.metrics import StepWork, step_record
 from moe_train.train.protocols import PhaseMonitor, Saver, Source, StopSignals, StopTimes
 from moe_train.train.step import StepResult, train_step, validate
-
-
-class Listener(Protocol):
-    """Hears about every step, on every rank."""
-
-    def on_step(self, record: dict[str, Any], result: StepResult) -> None:
-        """A training step is done; ``record`` is its line of metrics.jsonl."""
-
-    def on_validation(self, record: dict[str, Any]) -> None:
-        """A validation is done."""
 
 
 @dataclass
@@ -45,30 +37,39 @@ class Intervals:
 
 
 @dataclass
-class Tolerance:
-    """How many non-finite steps a run gets over, and how."""
+class NonFinitePolicy:
+    """What to do with a step whose loss or gradient norm is not finite."""
 
     policy: str
-    """stop | skip | rollback."""
+    """stop | skip | rollback (``train.non_finite``)."""
     limit: int
+    """Such steps that are skipped or rolled back before the run stops."""
     roll_back: Callable[[], int]
-    """Loads the last good checkpoint, moves the data back to it and returns its step."""
-    found: int = 0
+    """Loads the newest checkpoint, moves the data cursor back to it and returns its step."""
+    count: int = 0
+    """Such steps so far."""
 
-    def meet(self, step: int, result: StepResult) -> None:
-        """Count a step that was not applied.
+    def record(self, step: int, result: StepResult) -> None:
+        """Count a step whose update was not applied.
 
         Raises:
-            NonFiniteError: one too many.
+            NonFiniteError: the policy is stop, or the limit is exceeded; the same on all ranks.
         """
-        self.found += 1
-        if self.found > self.limit:
-            raise NonFiniteError(
-                f"step {step}",
-                f"loss is {result.loss}, gradient norm is {result.grad_norm}; "
-                f"train.non_finite={self.policy} got over {self.limit} such steps before",
-                "resume from the last checkpoint with a lower optim.lr or other data",
+        self.count += 1
+        problem = f"loss is {result.loss}, gradient norm is {result.grad_norm}; "
+        if self.policy == "stop":
+            problem += "no weight was changed"
+        elif self.count > self.limit:
+            problem += (
+                f"exceeded train.non_finite_limit={self.limit} (train.non_finite={self.policy})"
             )
+        else:
+            return
+        raise NonFiniteError(
+            f"step {step}",
+            problem,
+            "resume from the last checkpoint with a lower optim.lr or other data",
+        )
 
 
 def run_loop(
@@ -78,94 +79,85 @@ def run_loop(
     *,
     start: int,
     intervals: Intervals,
-    tokens_per_step: int,
-    listener: Listener,
+    work: StepWork,
+    unigram_entropy: float | None,
+    callbacks: Callback,
     saver: Saver,
     signals: StopSignals,
     watchdog: PhaseMonitor,
     budget: StopTimes,
-    tolerance: Tolerance,
+    non_finite: NonFinitePolicy,
 ) -> None:
     """Train from step ``start + 1`` to ``intervals.steps``.
 
     Args:
         validation: the micro-batches of one validation, by global batch.
-        tokens_per_step: tokens of a global batch.
-        saver: a save that it writes beside the training is finished at the first step edge at
-            which all ranks have written, before the next one, and before the loop ends.
+        unigram_entropy: of the validation tokens, nats per token, for the validation records.
+        saver: an asynchronous save is committed at the first step edge at which all ranks have
+            written, before the next one begins, and before the loop ends.
 
     Raises:
-        Preempted: a stop was asked for; the state is saved.
-        NonFiniteError: see :func:`moe_train.train.step.train_step` and :class:`Tolerance`.
+        Preempted: a signal asked for a stop; the state is saved.
+        NonFiniteError: see :class:`NonFinitePolicy`.
     """
     step = start
 
-    def finish() -> None:
+    def commit() -> None:
         with watchdog.phase("checkpoint", step):
-            seconds = saver.finish()
-        if seconds is not None:
-            budget.check(seconds)
+            saved = saver.finish()
+        if saved is not None:
+            budget.check(saved.seconds)
+            callbacks.on_save(saved)
 
-    if _agree(engine, signals, saver).stop and start < intervals.steps:
+    if sync_control_flags(engine, signals, saver).stop and start < intervals.steps:
         raise _preempted(start, saved=start > 0)
     while step < intervals.steps:
         step += 1
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         training = watchdog.phase("training step", step)
-        tolerate = tolerance.policy != "stop"
-        try:
-            with training, budget.measure("training step"), engine.tracer.watch(step):
-                result = train_step(engine, source.next_step(), step, tolerate=tolerate)
-                engine.backend.synchronize()
-        except NonFiniteError:
-            # What is on its way is of a step that was good.
-            finish()
-            raise
-        seconds = time.perf_counter() - begun
+        with training, budget.measure("training step"), engine.tracer.watch(step):
+            result = train_step(engine, source.next_step(), step)
+            engine.backend.synchronize()
+        seconds = time.perf_counter() - begin
         if not result.applied:
-            finish()
-            tolerance.meet(step, result)
-            if tolerance.policy == "rollback":
+            # The pending save is of a step that was finite.
+            commit()
+            non_finite.record(step, result)
+            if non_finite.policy == "rollback":
                 with watchdog.phase("rolling back", step):
-                    step = tolerance.roll_back()
+                    step = non_finite.roll_back()
+                callbacks.on_rollback(step)
                 continue
-        agreed = _agree(engine, signals, saver)
-        if agreed.written:
-            finish()
-        stop = agreed.stop
-        record = {
-            "step": step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": result.lr,
-            "consumed_samples": source.consumed,
-            "consumed_tokens": source.consumed * engine.config.data.sequence,
-            "step_seconds": seconds,
-            "tokens_per_second": tokens_per_step / seconds,
-            "peak_memory_bytes": agreed.peak_memory,
-            "load_imbalance": result.routing.load_imbalance,
-            "dropped_tokens": result.routing.dropped,
-            "aux_loss": result.routing.aux_loss,
-            "z_loss": result.routing.z_loss,
-        }
-        if engine.config.model.router.force_balance:
-            record["force_balance"] = True
-        if not result.applied:
-            record["skipped"] = True
-        listener.on_step(record, result)
+        flags = sync_control_flags(engine, signals, saver)
+        if flags.written:
+            commit()
+        stop = flags.stop
+        record = step_record(
+            step,
+            result,
+            seconds=seconds,
+            consumed_samples=source.consumed,
+            peak_memory_bytes=flags.peak_memory,
+            work=work,
+            config=engine.config,
+        )
+        callbacks.on_step(StepEvent(step, record, result))
         if not stop and intervals.validates(step):
             with watchdog.phase("validation", step), budget.measure("validation"):
                 loss = validate(engine, validation())
-            listener.on_validation({"step": step, "valid_loss": loss})
-            stop = _agree(engine, signals, saver).stop
+            record = {"step": step, "valid_loss": loss}
+            if unigram_entropy is not None:
+                record["unigram_entropy"] = unigram_entropy
+            callbacks.on_validation(ValidationEvent(step, record))
+            stop = sync_control_flags(engine, signals, saver).stop
         if intervals.saves(step) or (stop and intervals.save):
             with watchdog.phase("checkpoint", step):
                 saver.begin(step)
-            agreed = _agree(engine, signals, saver)
-            if stop or agreed.stop or agreed.written or step == intervals.steps:
-                finish()
-                agreed = _agree(engine, signals, saver)
-            stop = stop or agreed.stop
+            flags = sync_control_flags(engine, signals, saver)
+            if stop or flags.stop or flags.written or step == intervals.steps:
+                commit()
+                flags = sync_control_flags(engine, signals, saver)
+            stop = stop or flags.stop
         if stop and step < intervals.steps:
             raise _preempted(step, saved=bool(intervals.save))
 
@@ -179,17 +171,20 @@ def _preempted(step: int, *, saved: bool) -> Preempted:
     )
 
 
-class _Agreed(NamedTuple):
+class ControlFlags(NamedTuple):
+    """What all ranks know together at the edge of a step."""
+
     peak_memory: int
-    """The largest of all ranks."""
+    """Bytes, the largest of all ranks."""
     stop: bool
-    """Whether any rank was asked to stop."""
+    """Whether any rank received a signal."""
     written: bool
-    """Whether a save is on its way that no rank has to wait for."""
+    """Whether a save is pending that no rank has to wait for."""
 
 
-def _agree(engine: Engine, signals: StopSignals, saver: Saver) -> _Agreed:
-    facts = torch.tensor(
+def sync_control_flags(engine: Engine, signals: StopSignals, saver: Saver) -> ControlFlags:
+    """Reduce memory, signals and the save's progress over the world; collective."""
+    flags = torch.tensor(
         [
             engine.backend.peak_memory_bytes(),
             int(signals.received is not None),
@@ -197,6 +192,6 @@ def _agree(engine: Engine, signals: StopSignals, saver: Saver) -> _Agreed:
         ],
         dtype=torch.int64,
     ).to(engine.backend.device)
-    dist.all_reduce(facts, op=dist.ReduceOp.MAX)
-    peak, stop, writing = facts.tolist()
-    return _Agreed(int(peak), bool(stop), saver.pending and not writing)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    peak, stop, writing = flags.tolist()
+    return ControlFlags(int(peak), bool(stop), saver.pending and not writing)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from moe_train.train.callback import SaveEvent
     from moe_train.train.forward import MicroBatch
 
 
@@ -32,8 +33,8 @@ class Saver(Protocol):
     def begin(self, step: int) -> None:
         """Start to save the state after ``step``; collective."""
 
-    def finish(self) -> float | None:
-        """Wait for the pending save and commit it; returns its seconds; collective."""
+    def finish(self) -> SaveEvent | None:
+        """Wait for the pending save and commit it; None where there is none; collective."""
 
 
 class StopSignals(Protocol):

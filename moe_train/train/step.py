@@ -1,4 +1,4 @@
-"""One optimizer step, and one validation: free functions over an Engine."""
+"""One training step and one validation, as functions of an Engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from moe_train.errors import NonFiniteError
 from moe_train.train.engine import Engine
 from moe_train.train.forward import MicroBatch, forward_step
 from moe_train.train.lr_schedule import set_step
@@ -30,49 +29,40 @@ class StepResult:
     lr: float
     routing: RoutingStats
     applied: bool = True
-    """Whether the weights were updated; not so where loss or norm were not finite."""
+    """Whether the weights were updated: not where the loss or the gradient norm is not finite."""
 
 
-def train_step(
-    engine: Engine, batches: Sequence[MicroBatch], step: int, *, tolerate: bool = False
-) -> StepResult:
-    """Forward and backward over all micro-batches, the non-finite gate, then the optimizer.
+def train_step(engine: Engine, batches: Sequence[MicroBatch], step: int) -> StepResult:
+    """Forward and backward over all micro-batches, then the optimizer if the step is finite.
 
     Args:
         batches: this replica's micro-batches, ``engine.microbatches`` of them.
         step: 1-based number of this step.
-        tolerate: return a non-finite step, not applied, instead of raising.
 
-    Raises:
-        NonFiniteError: loss or gradient norm is not finite; raised on all ranks, before any
-            weight has changed.
+    Returns:
+        The same on every rank; with ``applied`` False, and no weight changed on any rank, where
+        the loss or the gradient norm is not finite.
     """
     for chunk in engine.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
     engine.routing.clear()
-    losses = _run(engine, batches, forward_only=False)
+    losses = engine.forward_backward(**schedule_arguments(engine, batches))
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())
-    loss, stats = _agree(engine, losses, len(batches))
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        if tolerate:
-            return StepResult(loss, grad_norm, set_step(engine.scheduler, step), stats, False)
-        raise NonFiniteError(
-            f"step {step}",
-            f"loss is {loss}, gradient norm is {grad_norm}; no weight was changed",
-            "resume from the last checkpoint with a lower optim.lr or other data",
-        )
+    loss, routing = reduce_step_stats(engine, losses, len(batches))
     lr = set_step(engine.scheduler, step)
-    with engine.tracer.region("optimizer", "optimizer"):
-        apply_update(engine.optimizer, grad_norm)
-    return StepResult(loss, grad_norm, lr, stats)
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if finite:
+        with engine.tracer.region("optimizer", "optimizer"):
+            apply_update(engine.optimizer, grad_norm)
+    return StepResult(loss, grad_norm, lr, routing, finite)
 
 
 def apply_update(optimizer: Any, grad_norm: float) -> None:
     """Clip the prepared gradients by their global norm and update the weights."""
-    _clip(optimizer, grad_norm)
+    clip_gradients(optimizer, grad_norm)
     optimizer.step_with_ready_grads()
 
 
@@ -83,32 +73,44 @@ def validate(engine: Engine, steps: Sequence[Sequence[MicroBatch]]) -> float:
         chunk.eval()
     total = 0.0
     for batches in steps:
-        losses = _run(engine, batches, forward_only=True)
-        total += _agree(engine, losses, len(batches))[0]
+        losses = engine.forward_backward(**schedule_arguments(engine, batches, forward_only=True))
+        total += reduce_step_stats(engine, losses, len(batches))[0]
     for chunk in engine.chunks:
         chunk.train()
     return total / len(steps)
 
 
-def _run(engine: Engine, batches: Sequence[MicroBatch], forward_only: bool) -> list[Any]:
-    chunks = engine.chunks
+def schedule_arguments(
+    engine: Engine, batches: Sequence[MicroBatch], *, forward_only: bool = False
+) -> dict[str, Any]:
+    """The keyword arguments of Megatron's forward-backward function for these micro-batches."""
+    chunks = list(engine.chunks)
     # Each virtual stage walks the same micro-batches at its own pace.
     iterators = [iter(batches) for _ in chunks]
     step = partial(forward_step, engine.groups, engine.backend.device)
-    output: list[Any] = engine.forward_backward(
-        forward_step_func=engine.tracer.passes(step, list(chunks)),
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=list(chunks),
-        num_microbatches=len(batches),
-        seq_length=engine.config.data.sequence,
-        micro_batch_size=engine.config.batch.micro,
-        forward_only=forward_only,
-    )
-    return output
+    return {
+        "forward_step_func": engine.tracer.passes(step, chunks),
+        "data_iterator": iterators if len(chunks) > 1 else iterators[0],
+        "model": chunks,
+        "num_microbatches": len(batches),
+        "seq_length": engine.config.data.sequence,
+        "micro_batch_size": engine.config.batch.micro,
+        "forward_only": forward_only,
+    }
 
 
-def _agree(engine: Engine, losses: list[Any], microbatches: int) -> tuple[float, RoutingStats]:
-    """Sum loss and routing over the world in one reduction; every rank sees the same numbers."""
+def reduce_step_stats(
+    engine: Engine, losses: list[Any], microbatches: int
+) -> tuple[float, RoutingStats]:
+    """Sum loss and routing counts over the world in one all-reduce.
+
+    Args:
+        losses: what the schedule returned on this rank, a mapping with ``loss`` a micro-batch.
+        microbatches: of each replica.
+
+    Returns:
+        Mean token loss (nats) and routing totals, the same on every rank.
+    """
     data_size = engine.groups.dp.size()
     loss = torch.zeros(1, dtype=torch.float64)
     if engine.counts_loss:
@@ -120,8 +122,11 @@ def _agree(engine: Engine, losses: list[Any], microbatches: int) -> tuple[float,
     return mean, engine.routing.stats(vector[1:], microbatches)
 
 
-def _clip(optimizer: Any, grad_norm: float) -> None:
-    """Scale all gradients by one factor (Megatron's ChainedOptimizer.step, without its norm)."""
+def clip_gradients(optimizer: Any, grad_norm: float) -> None:
+    """Scale all gradients by one factor, from a norm that is already known.
+
+    Megatron's ``ChainedOptimizer.step`` does the same after computing the norm itself.
+    """
     for part in optimizer.chained_optimizers:
         if part.config.clip_grad > 0.0 and (params := part.get_parameters()):
             clip_grad_by_total_norm_fp32(

@@ -42,7 +42,7 @@ METHODS = {
 
 
 class Tracer:
-    """Records the spans of one planned step; costs nothing in all the others.
+    """Records the spans of one step; costs nothing in all the others.
 
     Args:
         stage: this rank's pipeline stage.
@@ -51,7 +51,7 @@ class Tracer:
 
     def __init__(self, stage: int = 0, synchronize: Callable[[], None] = lambda: None) -> None:
         self.stage, self._synchronize = stage, synchronize
-        self.planned: int | None = None
+        self.target: int | None = None
         """Step to record."""
         self.step: int | None = None
         """Step that was recorded, once it is done."""
@@ -70,8 +70,8 @@ class Tracer:
 
     @contextmanager
     def watch(self, step: int) -> Iterator[None]:
-        """Record what happens inside, if `step` is the planned one; call on every rank."""
-        if step != self.planned:
+        """Record what happens inside, if `step` is the target; call on every rank."""
+        if step != self.target:
             yield
             return
         # All ranks leave the barrier together: the best common zero that clocks of several

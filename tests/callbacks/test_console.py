@@ -8,11 +8,15 @@ import os
 import pty
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 from moe_train.callbacks.progress import ConsoleProgress
+from moe_train.callbacks.recorders import MetricsRecorder
 from moe_train.callbacks.summary import RunSummary, summarise, summary_rows
+from moe_train.train.callback import EndEvent
+from tests.support import events
 
 RECORDS = [
     {"step": 1, "loss": 8.5, "tokens_per_second": 10.0, "mfu": 0.01, "step_seconds": 20.0},
@@ -24,32 +28,28 @@ RECORDS = [
 ]
 
 
-def summary(entropy: float | None = 6.25) -> RunSummary:
+def summary(entropy: float = 6.25) -> RunSummary:
     return summarise(
-        RECORDS,
+        [r | {"unigram_entropy": entropy} if "valid_loss" in r else r for r in RECORDS],
         state="finished",
         wall_seconds=65.2,
         run_folder=Path("runs") / ("long-" * 40 + "name"),
-        unigram_entropy=entropy,
     )
 
 
-def play(console: ConsoleProgress) -> None:
-    console.start(total=4)
-    for record in RECORDS:
-        if "loss" in record:
-            console.step(record)
-        else:
-            console.validation({**record, "unigram_entropy": 6.25})
+def play(mode: str, log_every: int = 1, stream: TextIO | None = None) -> ConsoleProgress:
+    metrics = MetricsRecorder(Path("metrics.jsonl"), 0.0)
+    metrics.summary = summary()
+    console = ConsoleProgress(mode, log_every, metrics, stream)
     console.message("checkpoint [bold] written")
-    console.finish(summary())
+    entropy = {"unigram_entropy": 6.25}
+    events.play(console, [r | entropy if "valid_loss" in r else r for r in RECORDS])
+    return console
 
 
 def test_lines_on_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     stream = io.StringIO()
-    console = ConsoleProgress("auto", log_every=3, stream=stream)
-    assert console.mode == "lines"
-    play(console)
+    assert play("auto", 3, stream).mode == "lines"
     text = stream.getvalue()
     lines = text.splitlines()
     assert "\x1b" not in text
@@ -67,7 +67,7 @@ def test_lines_on_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_none_is_silent() -> None:
     stream = io.StringIO()
-    play(ConsoleProgress("none", stream=stream))
+    play("none", stream=stream)
     assert stream.getvalue() == ""
 
 
@@ -93,9 +93,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         # A terminal takes what is written only while somebody looks.
         looking = pool.submit(seen_on, master)
         with os.fdopen(slave, "w") as stream:
-            console = ConsoleProgress("auto", stream=stream)
-            assert console.mode == "bar"
-            play(console)
+            assert play("auto", stream=stream).mode == "bar"
         shown = looking.result()
     os.close(master)
     assert "4/4" in shown and "loss 5.2500" in shown and "checkpoint [bold] written" in shown
@@ -106,25 +104,25 @@ def test_an_interrupted_bar_gives_the_terminal_back(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TERM", "xterm")
     stream = io.StringIO()
     console = ConsoleProgress("bar", stream=stream)
-    console.start(total=4, done=2)
-    console.finish()
-    console.finish()
+    console.on_start(events.start(step=2))
+    console.on_end(EndEvent(2, KeyboardInterrupt()))
+    console.on_end(EndEvent(2, KeyboardInterrupt()))
     assert stream.getvalue().count("\x1b[?25h") == 1
 
 
 def test_forced_routing_is_labelled() -> None:
     stream = io.StringIO()
     console = ConsoleProgress("lines", stream=stream)
-    console.start(total=1)
-    console.step({"step": 1, "loss": 1.0, "force_balance": True})
+    console.on_start(events.start())
+    console.on_step(events.step(1, force_balance=True))
     assert "forced" in stream.getvalue()
 
 
 def test_a_resumed_run_counts_the_steps_that_are_left() -> None:
     stream = io.StringIO()
     console = ConsoleProgress("lines", stream=stream)
-    console.start(total=10, done=7)
-    console.step({"step": 8, "loss": 1.0, "step_seconds": 30.0})
+    console.on_start(events.start(step=7, steps=10))
+    console.on_step(events.step(8, step_seconds=30.0))
     assert "left 0:01:00" in stream.getvalue()
 
 

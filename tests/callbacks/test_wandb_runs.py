@@ -61,23 +61,25 @@ NOISE = 3.0
 def paced(rank: int, world: int, words: list[str], env: dict[str, str], result: str) -> int:
     """Train, and note when each step begins: what lies between has the listeners in it."""
     os.environ.update(env)
-    from moe_train.callbacks import recorder
+    from dataclasses import replace
+
+    from moe_train.callbacks.wandb import Mirror
     from moe_train.run.main import main
     from moe_train.train import loop
 
-    plain, told = loop.train_step, recorder.Recorder.on_step
+    plain, log_step = loop.train_step, Mirror.on_step
     begun: list[float] = []
 
     def step(*args: Any, **options: Any) -> Any:
         begun.append(time.perf_counter())
         return plain(*args, **options)
 
-    def on_step(self: Any, record: dict[str, Any], outcome: object) -> None:
+    def on_step(self: Any, event: Any) -> None:
         # More than a pipe holds: only the queue stands between the step and the client.
-        told(self, record | {"padding": "x" * 100_000}, outcome)
+        log_step(self, replace(event, record=event.record | {"padding": "x" * 100_000}))
 
     loop.train_step = step
-    recorder.Recorder.on_step = on_step  # type: ignore[method-assign]
+    Mirror.on_step = on_step  # type: ignore[method-assign]
     code = main(words)
     Path(result).write_text(json.dumps(begun))
     return code

@@ -9,23 +9,23 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from moe_train.run.garbage import Collecting
+from moe_train.callbacks.garbage import GarbageCollection
 from moe_train.testing.world import run_world
+from moe_train.train.callback import CallbackList
+from tests.support import events
 
 SMALL = ["experiment=single", "model.layers=2", "batch.global=4", "data.sequence=32"]
 
 
 def steps(every: int, count: int) -> list[int]:
     collected: list[int] = []
-    inner = mock.Mock()
-    with Collecting(inner, every) as listener:
+    with CallbackList([GarbageCollection(every)]) as callbacks:
+        callbacks.on_start(events.start())
         assert gc.isenabled() is (every == 0)
         with mock.patch.object(gc, "collect", lambda: collected.append(step)):
             for step in range(1, count + 1):
-                listener.on_step({"step": step}, None)
-        listener.on_validation({"step": count})
+                callbacks.on_step(events.step(step))
     assert gc.isenabled()
-    assert inner.on_step.call_count == count and inner.on_validation.call_count == 1
     assert gc.get_freeze_count() == 0
     return collected
 
@@ -36,7 +36,12 @@ def test_it_collects_after_every_so_many_steps() -> None:
 
 
 def test_a_run_that_fails_leaves_pythons_collector_on() -> None:
-    with pytest.raises(ZeroDivisionError), Collecting(mock.Mock(), 5):
+    with (
+        pytest.raises(ZeroDivisionError),
+        CallbackList([GarbageCollection(5)]) as callbacks,
+    ):
+        callbacks.on_start(events.start())
+        assert not gc.isenabled()
         raise ZeroDivisionError
     assert gc.isenabled()
 

@@ -57,7 +57,7 @@ POINTS = {
     "load": _Place("moe_train.run.restore", "load_checkpoint"),
     "forward": _Place("moe_train.train.step", "forward_step"),
     "backward": _Place("megatron.core.pipeline_parallel.schedules", "backward_step"),
-    "update": _Place("moe_train.train.step", "_clip"),
+    "update": _Place("moe_train.train.step", "clip_gradients"),
     "updated": _Place("moe_train.train.loop", "train_step", after=True),
     "validation": _Place("moe_train.train.loop", "validate"),
     "before shards": _Place("moe_train.checkpoint.tensors", "Writing.run"),

@@ -98,7 +98,7 @@ def host_collective() -> None:
         dist.all_reduce(torch.ones(1))
         return result
 
-    _after(step, "_agree", reduced)
+    _after(step, "reduce_step_stats", reduced)
 
 
 def wrong_device() -> None:

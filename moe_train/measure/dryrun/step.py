@@ -20,8 +20,8 @@ from moe_train.measure.dryrun.tracker import GRADIENTS, OPTIMIZER, WEIGHTS, Memo
 from moe_train.model.span.exchange import Span
 from moe_train.train import span_schedule
 from moe_train.train.engine import Engine
-from moe_train.train.forward import MicroBatch, forward_step
-from moe_train.train.step import apply_update
+from moe_train.train.forward import MicroBatch
+from moe_train.train.step import apply_update, schedule_arguments
 
 UPDATE = "optimizer update"
 """Name of the phase after the last backward pass."""
@@ -85,17 +85,8 @@ def watched_step(engine: Engine, batches: Sequence[MicroBatch], tracker: MemoryT
     engine.optimizer.zero_grad()
     engine.routing.clear()
     tracker.begin()
-    iterators = [iter(batches) for _ in engine.chunks]
     with _phases(engine, tracker), _modules(engine, tracker):
-        engine.forward_backward(
-            forward_step_func=partial(forward_step, engine.groups, engine.backend.device),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=list(engine.chunks),
-            num_microbatches=len(batches),
-            seq_length=engine.config.data.sequence,
-            micro_batch_size=engine.config.batch.micro,
-            forward_only=False,
-        )
+        engine.forward_backward(**schedule_arguments(engine, batches))
     passes, before = tracker.peak(), tracker.live
     update = watched_update(engine, tracker)
     return Watched(max(passes, update, key=lambda peak: peak.bytes), update.bytes - before)
