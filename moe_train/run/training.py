@@ -15,7 +15,7 @@ from moe_train.callbacks.recorders import ExpertLoad, MetricsRecorder, StatusWri
 from moe_train.callbacks.trace import StepTrace
 from moe_train.callbacks.wandb import Mirror
 from moe_train.checkpoint.folders import drop_earlier
-from moe_train.config.convert import to_mapping
+from moe_train.config.schema import to_mapping
 from moe_train.data.batches import BatchSource
 from moe_train.data.datasets import build_datasets
 from moe_train.data.entropy import dataset_entropy
