@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,13 +56,18 @@ def test_a_misspelt_experiment_is_not_replaced_by_another(
 
 
 @pytest.mark.parametrize("text", [b"x: [\n", b"a: *b\n", b"\xff\xfe\x00"])
-def test_a_broken_profile_is_told(text: bytes, capsys: pytest.CaptureFixture[str]) -> None:
-    profile = config_dir() / "hardware" / "broken_for_a_test.yaml"
-    try:
-        profile.write_bytes(text)
-        assert "has no option" not in refusal(capsys, "plan", "hardware=broken_for_a_test")
-    finally:
-        profile.unlink()
+def test_a_broken_profile_is_refused(
+    text: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # A copy: other tests read the real folder at the same time.
+    folder = tmp_path / "configs"
+    shutil.copytree(config_dir(), folder)
+    monkeypatch.setattr("moe_train.config.compose.config_dir", lambda: folder)
+    (folder / "hardware" / "broken.yaml").write_bytes(text)
+    assert "has no option" not in refusal(capsys, "plan", "hardware=broken")
 
 
 @pytest.mark.parametrize("words", [["--imbalance", "inf"], ["--imbalance", "nan"]])
