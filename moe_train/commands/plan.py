@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 
-from moe_train.config.experiment import AUTO
-from moe_train.config.root import Config
+from moe_train.config.root import AUTO, Config
 from moe_train.errors import EXIT_FINISHED, ConfigError
 
 EXAMPLES = """examples:

@@ -48,7 +48,7 @@ def group_options() -> dict[str, list[str]]:
     }
 
 
-def _parse(overrides: Sequence[str], faults: list[ConfigError]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str], faults: list[ConfigError]) -> list[Override]:
     """Parse each override alone, so that one malformed word does not hide the next."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -142,7 +142,9 @@ def _merge(overrides: Sequence[str], faults: list[ConfigError]) -> dict[str, Any
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    lines = [line for o in _parse(overrides, faults) if (line := _line(o, faults)) is not None]
+    lines = [
+        line for o in parse_overrides(overrides, faults) if (line := _line(o, faults)) is not None
+    ]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
@@ -240,21 +242,3 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     if faults:
         raise ConfigFaults(faults)
     return config
-
-
-def expand_multirun(overrides: Sequence[str]) -> list[list[str]]:
-    """The runs of a sweep: ``a=1,2 b=3`` gives ``[[a=1, b=3], [a=2, b=3]]``.
-
-    Hydra's own sweeper semantics: choices, ``range(...)``, ``choice(...)``, ``glob(...)``.
-
-    Raises:
-        ConfigFaults: malformed overrides.
-    """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    faults: list[ConfigError] = []
-    parsed = _parse(overrides, faults)
-    if faults:
-        raise ConfigFaults(faults)
-    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [list(run) for batch in batches for run in batch]

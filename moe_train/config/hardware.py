@@ -1,4 +1,4 @@
-"""The machine that a plan is made for."""
+"""Hardware: the profile that a plan is computed for, and the devices that a run has."""
 
 from __future__ import annotations
 
@@ -78,3 +78,26 @@ class HardwareConfig:
     """Whether peak_tflops is the device's: without it a run has no MFU."""
     sources: dict[Text, Text] = field(default_factory=dict)
     """Where each number comes from, or the word assumed."""
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """The devices of a run, the same on all ranks."""
+
+    kind: str
+    """cpu or gpu."""
+    count: int
+    """Ranks; with GPUs each has one of its own."""
+    memory_gb: float
+    """Memory of the smallest device in GB (1e9 bytes); 0 on a CPU."""
+    kinds: tuple[tuple[str, float], ...] = ()
+    """Driver's name of each kind of device, and the memory of the smallest one in GB."""
+    per_node: int = 0
+    """Ranks on the fullest node; 0 where it is not known."""
+    notes: tuple[str, ...] = ()
+    """Warnings about the choice of a profile."""
+
+    @property
+    def device(self) -> str:
+        """Names of all kinds; empty where the driver gives none."""
+        return ", ".join(name for name, _ in self.kinds if name)

@@ -91,3 +91,23 @@ class ModelConfig:
     init_std: PositiveNumber = 0.02
     """Standard deviation of the initial weights."""
     router: RouterConfig = field(default_factory=RouterConfig)
+
+    @property
+    def kv_channels(self) -> int:
+        """Width of an attention head, by Megatron's name for it."""
+        return self.head_dim or self.hidden // self.heads
+
+    @property
+    def num_query_groups(self) -> int:
+        """Key/value heads, by Megatron's name for them."""
+        return self.kv_heads or self.heads
+
+    @property
+    def query_width(self) -> int:
+        """Columns of Q, all heads."""
+        return self.heads * self.kv_channels
+
+    @property
+    def kv_width(self) -> int:
+        """Columns of K, and of V."""
+        return self.num_query_groups * self.kv_channels

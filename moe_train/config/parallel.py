@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_train.config.types import Batch, Bool, Placement, PositiveInteger, Text
+from moe_train.errors import ConfigError
 
 
 @dataclass
@@ -39,6 +41,8 @@ class ParallelConfig:
     """Gather updated parameters while the next forward pass runs (optim.distributed)."""
 
 
+_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
+
 RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts"]
 
 
@@ -50,6 +54,35 @@ class RecomputeConfig:
     """Layers recomputed whole: none | all | 1-based ranges such as 2-15 or 1,4-6."""
     modules: list[RecomputeModule] = field(default_factory=list)
     """Megatron's selective modules: core_attn, moe_act, layernorm, mlp, moe, shared_experts."""
+
+    def selected(self, count: int) -> frozenset[int]:
+        """The 1-based layers that `layers` selects out of `count`.
+
+        Raises:
+            ConfigError: bad syntax, or a layer outside 1..count.
+        """
+        if self.layers in ("none", "all"):
+            return frozenset(range(1, count + 1) if self.layers == "all" else ())
+        field, chosen = "recompute.layers", set[int]()
+        for part in self.layers.split(","):
+            match = _RANGE.match(part.strip())
+            if match is None:
+                raise ConfigError(
+                    field,
+                    f"{self.layers!r} is not a selection of layers",
+                    f"none, all, or 1-based ranges such as 2-{max(count - 1, 2)} or '1,4-6'",
+                )
+            first, last = int(match[1]), int(match[2] or match[1])
+            if first > last:
+                raise ConfigError(field, f"range {part.strip()} runs backwards", f"{last}-{first}")
+            if first < 1 or last > count:
+                raise ConfigError(
+                    field,
+                    f"{part.strip()} names a layer outside 1-{count}",
+                    f"model.layers={count}: choose within 1-{count}, none or all",
+                )
+            chosen.update(range(first, last + 1))
+        return frozenset(chosen)
 
 
 @dataclass

@@ -7,7 +7,11 @@ from typing import Any, Literal
 
 from moe_train.config.hardware import HardwareConfig
 from moe_train.config.model import ModelConfig
-from moe_train.config.parallel import BatchConfig, ParallelConfig, RecomputeConfig
+from moe_train.config.parallel import (
+    BatchConfig,
+    ParallelConfig,
+    RecomputeConfig,
+)
 from moe_train.config.training import (
     BackendConfig,
     CheckpointConfig,
@@ -18,6 +22,9 @@ from moe_train.config.training import (
     TrainConfig,
 )
 from moe_train.config.types import Dtype, Text
+
+AUTO = "auto"
+"""Value of ``experiment`` and ``device`` that the machine decides."""
 
 
 @dataclass
@@ -57,3 +64,12 @@ class Config:
     backend: BackendConfig = field(default_factory=BackendConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
+
+    @property
+    def recomputed_layers(self) -> frozenset[int]:
+        """1-based layers of which the backward pass recomputes the whole forward pass.
+
+        Raises:
+            ConfigError: ``recompute.layers`` is no selection of the model's layers.
+        """
+        return self.recompute.selected(self.model.layers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moe_train.config import environment, nccl
-from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
 from moe_train.config.schema import keys
 from moe_train.errors import ConfigError
@@ -57,7 +56,7 @@ def _model(config: Config) -> Iterable[ConfigError]:
             f"{model.heads} does not divide model.hidden={model.hidden}",
             f"set model.head_dim, or heads to one of {sorted(legal[:4])}",
         )
-    elif (model.head_dim or model.hidden // model.heads) % 2:
+    elif model.kv_channels % 2:
         yield ConfigError(
             "model.head_dim", "is odd, while rotary embedding turns pairs", "use an even width"
         )
@@ -147,7 +146,7 @@ def _router_groups(config: Config) -> Iterable[ConfigError]:
 def _recompute(config: Config) -> Iterable[ConfigError]:
     recompute = config.recompute
     try:
-        parse_layers(recompute.layers, config.model.layers)
+        _ = config.recomputed_layers
     except ConfigError as fault:
         yield fault
         return

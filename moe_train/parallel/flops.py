@@ -49,14 +49,11 @@ def flops_per_token(model: ModelConfig, sequence: int, vocab: int) -> FlopsPerTo
         sequence: tokens per sequence (T); scores grow with it.
         vocab: rows of the output head; the useful ones, without padding.
     """
-    head_dim = model.head_dim or model.hidden // model.heads
-    query_width = model.heads * head_dim
-    key_value_width = (model.kv_heads or model.heads) * head_dim
     per_layer = FORWARD_AND_BACKWARD * MULTIPLY_ADD * model.layers
     swiglu = 3 * model.hidden  # gate, up and down matrices, per unit of inner width
     return FlopsPerToken(
-        projections=per_layer * model.hidden * (2 * query_width + 2 * key_value_width),
-        scores=per_layer * 2 * query_width * (sequence + 1) / 2,
+        projections=per_layer * model.hidden * (2 * model.query_width + 2 * model.kv_width),
+        scores=per_layer * 2 * model.query_width * (sequence + 1) / 2,
         router=per_layer * model.hidden * model.experts,
         experts=per_layer * model.experts_per_token * swiglu * model.expert_hidden,
         shared_expert=per_layer * swiglu * model.shared_expert_hidden,

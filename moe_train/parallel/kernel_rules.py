@@ -92,13 +92,11 @@ def fp8_faults(config: Config, layout: Layout) -> Iterator[ConfigError]:
             "drop it, or megatron.transformer.fp8_recipe=tensorwise",
         )
     model, tensor = config.model, layout.tensor
-    head_dim = model.head_dim or model.hidden // model.heads
-    kv_heads = model.kv_heads or model.heads
     why = f"fp8 products are {FP8_WIDTH} wide"
     for field, value, parts in (
         ("model.hidden", model.hidden, 1),
-        ("model.head_dim", model.heads * head_dim, tensor),
-        ("model.kv_heads", (model.heads + 2 * kv_heads) * head_dim, tensor),
+        ("model.head_dim", model.query_width, tensor),
+        ("model.kv_heads", model.query_width + 2 * model.kv_width, tensor),
         ("model.expert_hidden", model.expert_hidden, layout.expert_tensor),
         ("model.shared_expert_hidden", model.shared_expert_hidden, tensor),
     ):

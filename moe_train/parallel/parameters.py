@@ -79,11 +79,9 @@ def padded_vocab(vocab: int, multiple: int) -> int:
 
 def layer_parameters(model: ModelConfig) -> LayerParameters:
     """Unsplit parameter counts of one layer."""
-    width = model.head_dim or model.hidden // model.heads
-    query, kv = model.heads * width, (model.kv_heads or model.heads) * width
     swiglu = 3 * model.hidden
     return LayerParameters(
-        attention=model.hidden * (query + 2 * kv) + query * model.hidden,
+        attention=model.hidden * 2 * (model.query_width + model.kv_width),
         shared_expert=swiglu * model.shared_expert_hidden,
         replicated=2 * model.hidden + model.experts * model.hidden,
         one_expert=swiglu * model.expert_hidden,

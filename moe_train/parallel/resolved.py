@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
 from moe_train.config.schema import to_mapping
 from moe_train.parallel.batch import microbatches_per_step
@@ -47,7 +46,7 @@ class ResolvedRun:
     @cached_property
     def recomputed_layers(self) -> frozenset[int]:
         """1-based layers of which the backward pass recomputes the whole forward pass."""
-        return frozenset(parse_layers(self.config.recompute.layers, self.config.model.layers))
+        return self.config.recomputed_layers
 
     @cached_property
     def microbatches(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
 from moe_train.parallel.batch import microbatches_per_step
@@ -101,14 +100,14 @@ def _model_shapes(config: Config, layout: Layout) -> Iterator[ConfigError]:
         # Other divisors of TP follow heads: their faults would only repeat this one.
         yield _indivisible("parallel.tensor", tensor, "model.heads", model.heads)
         return
-    kv_heads = model.kv_heads or model.heads
+    kv_heads = model.num_query_groups
     if kv_heads % tensor and tensor % kv_heads:
         yield ConfigError(
             "parallel.tensor",
             f"{tensor} is neither divisor nor multiple of model.kv_heads={kv_heads}",
             f"legal: {divisors(kv_heads)} or multiples of {kv_heads}",
         )
-    rows = (model.heads + 2 * kv_heads) * (model.head_dim or model.hidden // model.heads)
+    rows = model.query_width + 2 * model.kv_width
     if kv_heads < tensor and tensor % kv_heads == 0 and rows % tensor:
         # Megatron splits the rows of Q, K and V together where ranks share a key/value head.
         yield ConfigError(
@@ -269,7 +268,7 @@ def _overlap(config: Config, layout: Layout) -> Iterator[ConfigError]:
         yield ConfigError(
             field, "needs an interleaved pipeline", "parallel.virtual_pipeline=2 or more"
         )
-    if parse_layers(config.recompute.layers, config.model.layers):
+    if config.recomputed_layers:
         yield ConfigError(field, "forbids recomputing whole layers", "recompute.layers=none")
     if "moe" in config.recompute.modules:
         yield ConfigError(field, "forbids recomputing moe", "drop moe from recompute.modules")

@@ -91,7 +91,6 @@ def shapes(config: Config, layout: Layout, vocab: int, assumptions: Assumptions)
     model, tensor = config.model, layout.tensor
     attended = config.data.sequence * config.batch.micro // layout.context
     tokens = attended // tensor
-    width = model.head_dim or model.hidden // model.heads
     factor = capacity_factor(config, assumptions)
     # A rank with fewer experts than all of them receives as many rows as it sends, on average.
     rows = tokens * model.experts_per_token * layout.expert_tensor
@@ -102,9 +101,9 @@ def shapes(config: Config, layout: Layout, vocab: int, assumptions: Assumptions)
         K=model.experts_per_token,
         R=rows * (factor if layout.expert > 1 or model.router.pad_to_capacity else 1.0),
         H=model.hidden,
-        Q=model.heads * width // tensor,
-        G=max((model.kv_heads or model.heads) // tensor, 1) * width,
-        D=width,
+        Q=model.query_width // tensor,
+        G=max(model.num_query_groups // tensor, 1) * model.kv_channels,
+        D=model.kv_channels,
         n=model.heads // tensor,
         E=model.experts,
         F=model.expert_hidden // layout.expert_tensor,

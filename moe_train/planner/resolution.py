@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from moe_train.config.compose import collect
 from moe_train.config.environment import settled
-from moe_train.config.experiment import AUTO, MachineFacts
-from moe_train.config.root import Config
+from moe_train.config.hardware import MachineFacts
+from moe_train.config.root import AUTO, Config
 from moe_train.config.validate import sizes_refused, validate
 from moe_train.errors import ConfigError, ConfigFaults
 from moe_train.parallel.resolved import ResolvedRun, resolved_run

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_train.checkpoint.folders import take_back
-from moe_train.config.compose import expand_multirun
-from moe_train.config.sweep import suffixes
+from moe_train.config.sweep import expand_multirun, suffixes
 from moe_train.errors import (
     EXIT_FINISHED,
     EXIT_HUNG,

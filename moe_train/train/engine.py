@@ -13,7 +13,6 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from moe_train.backend import patches
-from moe_train.config.layers import parse_layers
 from moe_train.features.optimizers import OPTIMIZERS
 from moe_train.model.build import build_model
 from moe_train.model.span.exchange import Span
@@ -88,7 +87,7 @@ def build_engine(
         backend,
         groups,
         padded_vocab=padded_vocab(vocab, config.model.vocab_multiple),
-        recomputed=frozenset(parse_layers(config.recompute.layers, config.model.layers)),
+        recomputed=config.recomputed_layers,
         span=span,
     )
     with patches.optimizer_built_by(OPTIMIZERS[config.optim.name], config.optim):

@@ -12,11 +12,11 @@ from moe_train.config.compose import (
     collect,
     compose,
     config_dir,
-    expand_multirun,
     group_options,
     typed,
 )
 from moe_train.config.schema import to_mapping
+from moe_train.config.sweep import expand_multirun
 from moe_train.errors import EXIT_CONFIG, ConfigFaults
 
 GROUPS = [

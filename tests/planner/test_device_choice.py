@@ -10,7 +10,7 @@ import pytest
 
 from moe_train.cli import main
 from moe_train.config.compose import compose, config_dir, group_options
-from moe_train.config.experiment import MachineFacts
+from moe_train.config.hardware import MachineFacts
 from moe_train.errors import ConfigError
 from moe_train.parallel.resolved import ResolvedRun
 from moe_train.planner.machine.choice import CANDIDATES, SHARE, choose

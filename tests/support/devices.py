@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 from moe_train.backend.cuda.devices import Gpu
-from moe_train.config.experiment import MachineFacts
+from moe_train.config.hardware import MachineFacts
 from moe_train.errors import EXIT_CONFIG, ConfigError
 from moe_train.parallel.resolved import ResolvedRun
 from moe_train.parallel.vocabulary import vocabulary

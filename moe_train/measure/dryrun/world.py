@@ -19,7 +19,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_train.backend.groups import close_world, open_groups
-from moe_train.config.layers import parse_layers
 from moe_train.model import build
 from moe_train.model.transformer_config import spans, transformer_config
 from moe_train.parallel.parameters import padded_vocab
@@ -138,7 +137,7 @@ def fake_chunks(config: Config, layout: Layout, backend: Backend) -> list[GPTMod
         backend,
         groups,
         padded_vocab=padded_vocab(config.model.vocab, config.model.vocab_multiple),
-        recomputed=frozenset(parse_layers(config.recompute.layers, config.model.layers)),
+        recomputed=config.recomputed_layers,
         span=engines.open_span(config, megatron, backend, groups) if spans(config) else None,
     )
 

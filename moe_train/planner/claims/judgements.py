@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from moe_train.config.layers import parse_layers
 from moe_train.parallel.batch import microbatches_per_step
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.parameters import rank_parameters
@@ -158,4 +157,4 @@ def _balances(s: Subject) -> float:
 
 @quantity("recompute.layers", "layers", "layers recomputed whole")
 def _recomputed(s: Subject) -> float:
-    return len(parse_layers(s.config.recompute.layers, s.config.model.layers))
+    return len(s.config.recomputed_layers)

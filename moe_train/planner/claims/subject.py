@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.shapes import Assumptions, shapes
@@ -51,7 +50,7 @@ class Subject:
     @property
     def layer_is_recomputed(self) -> bool:
         """Whether most layers are recomputed whole."""
-        chosen = parse_layers(self.config.recompute.layers, self.config.model.layers)
+        chosen = self.config.recomputed_layers
         return 2 * len(chosen) > self.config.model.layers
 
     def changed(self, config: Config) -> Subject:

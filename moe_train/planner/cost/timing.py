@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
 from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
 from moe_train.parallel.flops import flops_per_token, mfu
@@ -156,7 +155,7 @@ def step_time(config: Config, layout: Layout, vocab: int, assumptions: Assumptio
     z = shapes(config, layout, vocab, assumptions)
     layer = layer_time(config, layout, z)
     count = microbatches_per_step(config, layout.data)
-    whole = frozenset(parse_layers(config.recompute.layers, config.model.layers))
+    whole = config.recomputed_layers
     stages = tuple(
         _stage_time(config, layout, z, layer, stage, whole) for stage in range(layout.pipeline)
     )
@@ -212,7 +211,7 @@ def step_bubble(
     if not layout.span:
         return bubble(layout.pipeline, microbatches, layout.virtual_pipeline)
     dense = sum(layer.dense) + sum(layer.tensor)
-    if parse_layers(config.recompute.layers, config.model.layers):
+    if config.recomputed_layers:
         dense += layer.dense.forward + layer.tensor.forward
     experts = sum(layer.experts)
     if "moe" in config.recompute.modules:

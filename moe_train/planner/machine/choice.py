@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from moe_train.config.compose import collect
-from moe_train.config.experiment import AUTO, MachineFacts
-from moe_train.config.root import Config
+from moe_train.config.hardware import MachineFacts
+from moe_train.config.root import AUTO, Config
 from moe_train.errors import ConfigError
 from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.legality import check

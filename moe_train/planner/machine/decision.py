@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from moe_train.backend.cuda.devices import Devices, Gpu
-from moe_train.config.experiment import MachineFacts
+from moe_train.config.hardware import MachineFacts
 from moe_train.errors import ConfigError
 
 FIELD = "device"

@@ -14,9 +14,8 @@ from functools import cache
 from typing import Any
 
 from moe_train.config.compose import config_dir
-from moe_train.config.experiment import MachineFacts
 from moe_train.config.files import read_yaml
-from moe_train.config.hardware import HardwareConfig
+from moe_train.config.hardware import HardwareConfig, MachineFacts
 
 UNKNOWN = "unknown_gpu"
 """Profile of a GPU that no other profile names: assumed figures, and no peak to compare with."""

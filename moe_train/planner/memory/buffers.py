@@ -77,8 +77,7 @@ def _chunk(
 ) -> Iterator[Parameter]:
     """Parameters of a model chunk in the order in which Megatron's modules own them."""
     hidden, tensor = model.hidden, layout.tensor
-    width = model.head_dim or hidden // model.heads
-    query, groups = model.heads * width, (model.kv_heads or model.heads) * width
+    query, groups = model.query_width, model.kv_width
     separate = layout.expert_in_stage > 1 or tensor != layout.expert_tensor
     matrix = model.experts // layout.expert * hidden * model.expert_hidden // layout.expert_tensor
     first = stage == 0 and chunk == 0

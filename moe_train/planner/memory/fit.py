@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 
-from moe_train.config.experiment import MachineFacts
+from moe_train.config.hardware import MachineFacts
 from moe_train.config.kernels import TE, run_kernels
 from moe_train.config.root import Config
 from moe_train.config.schema import to_mapping

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
 from moe_train.parallel.batch import microbatches_per_step
 from moe_train.parallel.in_flight import chunks_in_flight, span_rows_in_flight
@@ -101,7 +100,7 @@ def stage_memory(
     delay = int(config.parallel.overlap_expert_comm and layout.span)
     held = chunks_in_flight(layout, stage, count, delay)
     modules = config.recompute.modules
-    whole = frozenset(parse_layers(config.recompute.layers, config.model.layers))
+    whole = config.recomputed_layers
     layers = layout.stage_layers(stage)
     kept = [total(kept_terms(z, recomputed=n in whole, modules=modules, span=layout.span))
             for n in layers]  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
 from moe_train.parallel.flops import flops_per_token
 from moe_train.parallel.layout import Layout
@@ -116,7 +115,7 @@ def _compute(
         *compute.dense_parts(config, z),
         *compute.expert_parts(config, z, layers=layout.pipeline if layout.span else 1),
     ]
-    recomputes = bool(parse_layers(config.recompute.layers, config.model.layers))
+    recomputes = bool(config.recomputed_layers)
     layer = time.layer
     return {
         "flops_per_token": {**asdict(flops), "total": flops.total},
@@ -138,7 +137,7 @@ def _communication(
     z = shapes(config, layout, vocab, assumptions)
     stage = layout.pipeline // 2
     layers = layout.stage_layers(stage)
-    whole = set(parse_layers(config.recompute.layers, config.model.layers))
+    whole = config.recomputed_layers
     rank = stage * (layout.world // layout.pipeline)
     held = rank_parameters(config.model, layout, rank, vocab)
     traffic = communication.step_traffic(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_train.config.layers import parse_layers
 from moe_train.config.root import Config
 from moe_train.parallel.batch import microbatches_per_step
 from moe_train.parallel.layout import Layout
@@ -128,7 +127,7 @@ def work_of(
     pieces = LayerPieces(config, layout, z, layer)
     outer = _outer(config, layout, z)
     ends = _ends(config, layout, vocab, assumptions, z, time)
-    whole = frozenset(parse_layers(config.recompute.layers, config.model.layers))
+    whole = config.recomputed_layers
     if layout.span:
         return _span_work(config, layout, z, pieces, outer, ends, whole)
     forward: dict[tuple[int, int], tuple[Piece, ...]] = {}
