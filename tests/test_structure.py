@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -91,6 +92,19 @@ def test_imports_run_downward() -> None:
             if HEIGHT[there] >= HEIGHT[here if here else "errors"]:
                 wrong.append(f"{module} imports {name}")
     assert not wrong, "upward or sideways imports:\n" + "\n".join(wrong)
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    """An extra is not: `plan --calibrate` once imported what only the tests' extra brought."""
+    named = {"megatron": "megatron-core", "yaml": "pyyaml", "hydra": "hydra-core"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
+    imported = {
+        name.split(".")[0] for module, tree in sources().items() for name in imports(module, tree)
+    }
+    foreign = imported - sys.stdlib_module_names - {PACKAGE}
+    missing = {named.get(name, name) for name in foreign} - declared
+    assert not missing, f"imported, and in no line of pyproject's dependencies: {missing}"
 
 
 def test_every_room_is_on_the_map() -> None:

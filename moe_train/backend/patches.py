@@ -180,12 +180,16 @@ class Patch:
     name: str
     replacement: Any
     reason: str
+    wraps: bool = False
+    """The replacement takes what it replaces as its first argument."""
 
     def apply(self) -> None:
         """Replace the name, which has to be there; call inside :func:`lean_imports`."""
-        setattr(
-            importlib.import_module(f"megatron.core.{self.module}"), self.name, self.replacement
-        )
+        module = importlib.import_module(f"megatron.core.{self.module}")
+        replacement = self.replacement
+        if self.wraps:
+            replacement = functools.partial(replacement, getattr(module, self.name))
+        setattr(module, self.name, replacement)
 
 
 def _splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -205,12 +209,22 @@ _SPLITS = (
     "would stay tensors, which all_to_all_single refuses"
 )
 _TRACKER = "the tracker goes through torch's lazy CUDA initialisation otherwise"
+_UNEVEN = "with expert tensor parallelism ranks gather as many rows as were routed to each"
+_MAPPINGS = "tensor_parallel.mappings"
 
 MISSING_CUDA: tuple[Patch, ...] = (
     Patch("transformer.moe.moe_utils", "maybe_move_tensor_to_cpu", _splits_to_host, _SPLITS),
     Patch("transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", _splits_to_host, _SPLITS),
     Patch("tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state, _TRACKER),
     Patch("tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state, _TRACKER),
+    Patch(_MAPPINGS, "_gather_along_first_dim", gloo.gather_first_dim, _UNEVEN, wraps=True),
+    Patch(
+        _MAPPINGS,
+        "_reduce_scatter_along_first_dim",
+        gloo.reduce_scatter_first_dim,
+        _UNEVEN,
+        wraps=True,
+    ),
 )
 
 
@@ -264,7 +278,8 @@ def apply_missing_cuda() -> None:
     """Let a CPU stand in for a GPU, in this process; Megatron is imported on the way."""
     if not _once("_moe_train_no_cuda"):
         return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if (interface := gloo.select_interface()) is not None:
+        os.environ[gloo.INTERFACE] = interface
     apply_early()
     gloo.share_device()
     keep_compiler_out()

@@ -68,6 +68,7 @@ EP8 = Layout("EP8", 8, {"expert": 8})
 TP2_EP2 = Layout("TP2.EP2", 2, {"tensor": 2, "expert": 2})
 TP2_PP2_EP2 = Layout("TP2.PP2.EP2", 4, {"tensor": 2, "pipeline": 2, "expert": 2})
 TP2_ETP2 = Layout("TP2.ETP2", 2, {"tensor": 2, "expert_tensor": 2})
+TP2_ETP2_EP2 = Layout("TP2.ETP2.EP2", 4, {"tensor": 2, "expert_tensor": 2, "expert": 2})
 DP2 = Layout("DP2", 2)
 DP2_EP2_DISTRIBUTED = Layout("DP2.EP2 distributed optimizer", 2, {"expert": 2}, DISTRIBUTED)
 DP2_DISTRIBUTED = Layout("DP2 distributed optimizer", 2, {}, DISTRIBUTED)
@@ -86,6 +87,7 @@ GRID = [
     TP2_EP2,
     TP2_PP2_EP2,
     TP2_ETP2,
+    TP2_ETP2_EP2,
     DP2,
     DP2_EP2_DISTRIBUTED,
     PP2_V2,

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moe_train.backend import patches
+from moe_train.backend.cpu import gloo
 from moe_train.testing.world import run_world
 
 
@@ -287,3 +288,64 @@ def test_the_fallback_clips_through_a_copy() -> None:
 def test_literal_devices_are_the_host() -> None:
     assert set(_FACTORY_ARGUMENTS) == set(patches.FACTORIES)
     assert patched()["devices"] == {"cpu"}
+
+
+def _uneven_rows(rank: int, world: int) -> list[Any]:
+    """Rows that are gathered and reduced over two ranks, the other's having none, one or three."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.backend.groups import open_world
+    from moe_train.config.training import BackendConfig
+
+    open_world(HostBackend(BackendConfig()), rank, world, 60)
+    plain = mappings._gather_along_first_dim.args[0]
+    found: list[Any] = []
+    try:
+        plain(torch.zeros(1 + rank, 2), dist.group.WORLD, [1, 2])
+        found.append("gathered")
+    except RuntimeError as refusal:
+        found.append(str(refusal))
+    for sizes in ([1, 3], [0, 2], [2, 2], [0, 0]):
+        x_NH = torch.full((sizes[rank], 2), float(rank + 1), requires_grad=True)
+        gathered = mappings.gather_from_sequence_parallel_region(
+            x_NH, group=dist.group.WORLD, output_split_sizes=sizes
+        )
+        (gathered * (rank + 1)).sum().backward()
+        reduced = mappings.reduce_scatter_to_sequence_parallel_region(
+            gathered.detach() * (rank + 1), group=dist.group.WORLD, input_split_sizes=sizes
+        )
+        assert x_NH.grad is not None
+        found.append([each.tolist() for each in (gathered, x_NH.grad, reduced)])
+    return found
+
+
+@pytest.mark.world
+def test_uneven_rows_are_gathered_and_reduced_over_gloo() -> None:
+    ranks = run_world(_uneven_rows, 2)
+    for rank, (refusal, *found) in enumerate(ranks):
+        assert "invalid tensor size" in refusal, "gloo gathers uneven sizes itself now"
+        for sizes, (gathered, gradient, reduced) in zip(
+            ([1, 3], [0, 2], [2, 2], [0, 0]), found, strict=True
+        ):
+            assert gathered == [[1.0, 1.0]] * sizes[0] + [[2.0, 2.0]] * sizes[1]
+            assert gradient == [[3.0, 3.0]] * sizes[rank]
+            assert reduced == [[3.0 * (rank + 1)] * 2] * sizes[rank]
+
+
+@pytest.mark.parametrize(
+    ("environment", "interface"),
+    [
+        ({}, "lo"),
+        ({"WORLD_SIZE": "8"}, "lo"),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, "lo"),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, None),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
+    ],
+)
+def test_gloo_takes_loopback_on_one_node_only(
+    environment: dict[str, str], interface: str | None
+) -> None:
+    assert gloo.select_interface(environment) == interface

@@ -1,11 +1,82 @@
-"""gloo groups that share one network device: one thread polls for all of a rank's groups."""
+"""gloo where NCCL does more: groups that share one network device, collectives of uneven sizes."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from torch.distributed import Backend, ProcessGroupGloo
+import torch
+import torch.distributed as dist
+from torch.distributed import Backend, ProcessGroup, ProcessGroupGloo
+
+INTERFACE = "GLOO_SOCKET_IFNAME"
+
+
+def select_interface(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Network interface for gloo where the user named none: loopback if all ranks are on one node.
+
+    gloo otherwise takes the interface of the host name, which a laptop or a container may not
+    resolve; ranks of several nodes need that one, since they cannot meet over loopback. Launchers
+    that do not set LOCAL_WORLD_SIZE start one node.
+    """
+    world = environment.get("WORLD_SIZE", "1")
+    one_node = environment.get("LOCAL_WORLD_SIZE", world) == world
+    return environment.get(INTERFACE, "lo" if one_node else None)
+
+
+def gather_first_dim(
+    megatron: Callable[..., torch.Tensor],
+    x_NH: torch.Tensor,
+    group: ProcessGroup,
+    output_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """All-gather of rows [N, ...] whose number differs from rank to rank.
+
+    gloo's ``all_gather`` wants equal sizes ("invalid tensor size"), its all-to-all does not.
+
+    Args:
+        megatron: the function of ``tensor_parallel.mappings`` that this one stands for.
+        output_split_sizes: rows of each rank; None where all have the same number.
+    """
+    size = group.size()
+    if output_split_sizes is None or dist.get_backend(group) != Backend.GLOO:
+        return megatron(x_NH, group, output_split_sizes, use_global_buffer)
+    output = x_NH.new_empty(sum(output_split_sizes), *x_NH.shape[1:])
+    copies = torch.cat([x_NH] * size)
+    dist.all_to_all_single(
+        output, copies, list(output_split_sizes), [x_NH.shape[0]] * size, group=group
+    )
+    return output
+
+
+def reduce_scatter_first_dim(
+    megatron: Callable[..., torch.Tensor],
+    x_NH: torch.Tensor,
+    group: ProcessGroup,
+    input_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """Reduce-scatter into numbers of rows that differ: this rank's, summed in the order of ranks.
+
+    Args:
+        megatron: the function of ``tensor_parallel.mappings`` that this one stands for.
+        input_split_sizes: rows of each rank's part; None where all have the same number.
+    """
+    size = group.size()
+    if input_split_sizes is None or dist.get_backend(group) != Backend.GLOO:
+        return megatron(x_NH, group, input_split_sizes, use_global_buffer)
+    rows = input_split_sizes[group.rank()]
+    parts = x_NH.new_empty(size * rows, *x_NH.shape[1:])
+    dist.all_to_all_single(
+        parts, x_NH.contiguous(), [rows] * size, list(input_split_sizes), group=group
+    )
+    total, *others = parts.split(rows) if rows else [parts]
+    for part in others:
+        total = total + part
+    return total
 
 
 @cache
