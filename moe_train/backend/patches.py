@@ -1,7 +1,7 @@
 """Every patch of Megatron-Core and torch, each with its reason, most in two tables.
 
-*Missing CUDA*: a CPU with gloo stands in for a GPU with NCCL (``CUDA_CALLS``, ``FACTORIES``,
-``TENSOR_METHODS``, ``MISSING_CUDA``); applied by the host backend only.
+*Missing CUDA*: a CPU with gloo stands in for a GPU with NCCL (``MISSING_CUDA``, and the tables of
+`moe_train.backend.cpu.torch_cuda`); applied by the CPU backend only.
 *Missing TransformerEngine*: torch's kernels stand in for TransformerEngine's (``MISSING_TE``);
 applied wherever those are used, on CPU and GPU. With TransformerEngine nothing of it is.
 *Everywhere*, while the process groups are made: :func:`local_singletons`.
@@ -20,121 +20,17 @@ import os
 import pkgutil
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moe_train.backend import local_group
-from moe_train.backend.cpu import gloo, streams
+from moe_train.backend.cpu import gloo, torch_cuda
 from moe_train.config.kernels import TRANSFORMER_ENGINE
 from moe_train.config.training import OptimConfig
 from moe_train.features.optimizers import Optimizer
-
-CPU = torch.device("cpu")
-
-# Names under torch.cuda that are replaced on the host: name -> (replacement, reason).
-CUDA_CALLS: dict[str, tuple[Any, str]] = {
-    "current_device": (lambda: CPU, "factories are called with device=current_device()"),
-    "set_device": (lambda device: None, "one host, nothing to select"),
-    "synchronize": (lambda device=None: None, "host work is in order"),
-    "empty_cache": (lambda: None, "the host allocator has no cache to return"),
-    "Stream": (streams.HostStream, "dispatcher, shared experts and DDP own side streams"),
-    "Event": (streams.HostEvent, "combined 1F1B orders its two streams by events"),
-    "current_stream": (streams.current_stream, "waited on before and after side streams"),
-    "stream": (streams.stream_context, "side streams run at once"),
-    "get_rng_state": (lambda device=None: torch.get_rng_state(), "one generator on the host"),
-    "set_rng_state": (
-        lambda state, device=None: torch.set_rng_state(state),
-        "one generator on the host",
-    ),
-    # torch.manual_seed itself calls torch.cuda.manual_seed_all, so calling it here would recurse.
-    "manual_seed": (
-        lambda seed: torch.default_generator.manual_seed(int(seed)),
-        "the RNG tracker seeds its states through CUDA",
-    ),
-    "random.get_rng_state": (lambda device=None: torch.get_rng_state(), "as get_rng_state"),
-    "nvtx.range_push": (lambda *args, **kwargs: None, "no profiler listens on the host"),
-    "nvtx.range_pop": (lambda *args, **kwargs: None, "no profiler listens on the host"),
-}
-
-# Names under torch.cuda that tell the truth, or do no harm, without a GPU.
-CUDA_UNTOUCHED: dict[str, str] = {
-    "is_available": "guards what needs a GPU",
-    "device_count": "guards what needs a GPU",
-    "OutOfMemoryError": "an exception class that is never raised here",
-    "FloatTensor": "a type that is compared with",
-    "HalfTensor": "a type that is compared with",
-    "BFloat16Tensor": "a type that is compared with",
-    "amp.custom_fwd": "a decorator that only looks at autocast",
-    "amp.custom_bwd": "a decorator that only looks at autocast",
-}
-
-# torch factories whose device argument may be the literal "cuda" inside Megatron.
-FACTORIES = (
-    "arange",
-    "as_tensor",
-    "empty",
-    "empty_like",
-    "eye",
-    "full",
-    "full_like",
-    "linspace",
-    "ones",
-    "ones_like",
-    "rand",
-    "randn",
-    "tensor",
-    "zeros",
-    "zeros_like",
-)
-# Tensor methods that are replaced; `type` because of comparisons with torch.cuda.FloatTensor.
-TENSOR_METHODS = ("cuda", "record_stream", "to", "type")
-
-
-def _is_cuda(device: Any) -> bool:
-    return device is not None and str(device).startswith("cuda")
-
-
-def _on_host(factory: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(factory)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs["device"] = CPU
-        return factory(*args, **kwargs)
-
-    return call
-
-
-def apply_early() -> None:
-    """Replace torch's CUDA surface; call once, before Megatron is imported."""
-    for name, (replacement, _) in CUDA_CALLS.items():
-        *path, last = name.split(".")
-        setattr(functools.reduce(getattr, path, torch.cuda), last, replacement)
-    for name in FACTORIES:
-        setattr(torch, name, _on_host(getattr(torch, name)))
-
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]
-
-    plain_type, plain_to = torch.Tensor.type, torch.Tensor.to
-
-    # Megatron's optimizers sort parameters by comparing type() with torch.cuda names.
-    def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if dtype is None:
-            return plain_type(self).replace("torch.", "torch.cuda.", 1)
-        return plain_type(self, dtype, *args, **kwargs)
-
-    def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and isinstance(args[0], (str, torch.device)) and _is_cuda(args[0]):
-            args = (CPU, *args[1:])
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return plain_to(self, *args, **kwargs)
-
-    torch.Tensor.type = tensor_type  # type: ignore[method-assign,assignment]
-    torch.Tensor.to = tensor_to  # type: ignore[method-assign,assignment]
 
 
 def keep_compiler_out() -> None:
@@ -280,7 +176,7 @@ def apply_missing_cuda() -> None:
         return
     if (interface := gloo.select_interface()) is not None:
         os.environ[gloo.INTERFACE] = interface
-    apply_early()
+    torch_cuda.patch_torch()
     gloo.share_device()
     keep_compiler_out()
     with lean_imports():

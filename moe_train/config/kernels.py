@@ -40,6 +40,8 @@ class KernelSet:
     """Whether its attention works on parts of a sequence (context parallelism)."""
     flex: bool
     """Whether Megatron's flex dispatcher (DeepEP) finds its fused permutation."""
+    ignored: tuple[Setting, ...] = ()
+    """Fields of TransformerConfig that these kernels do not read, with Megatron's default."""
 
     def overrides(self) -> dict[str, Any]:
         """The settings, as TransformerConfig's fields."""
@@ -98,6 +100,17 @@ TORCH = KernelSet(
     fp8=False,
     context=False,
     flex=False,
+    ignored=(
+        Setting("softmax_type", "vanilla", "scaled_dot_product_attention has no softmax offset"),
+        Setting("window_size", None, "attention is causal over the whole sequence"),
+        Setting("layernorm_zero_centered_gamma", False, "torch's RMSNorm scales by its weight"),
+        Setting("qk_clip", False, "scaled_dot_product_attention returns no attention logits"),
+        Setting(
+            "log_max_attention_logit",
+            False,
+            "scaled_dot_product_attention returns no attention logits",
+        ),
+    ),
 )
 
 KERNEL_SETS = {kernels.name: kernels for kernels in (TE, TORCH)}

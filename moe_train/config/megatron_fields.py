@@ -18,16 +18,10 @@ from typing import Any
 from moe_train.config.schema import unknown_key
 from moe_train.errors import ConfigError
 
-_TRANSFORMER = "transformer/transformer_config.py"
 SOURCES: dict[str, tuple[tuple[str, str], ...]] = {
     "transformer": (
         ("model_parallel_config.py", "ModelParallelConfig"),
-        (_TRANSFORMER, "TransformerConfig"),
-    ),
-    "transformer_mla": (
-        ("model_parallel_config.py", "ModelParallelConfig"),
-        (_TRANSFORMER, "TransformerConfig"),
-        (_TRANSFORMER, "MLATransformerConfig"),
+        ("transformer/transformer_config.py", "TransformerConfig"),
     ),
     "ddp": (("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),),
     "optimizer": (("optimizer/optimizer_config.py", "OptimizerConfig"),),
@@ -82,6 +76,27 @@ OWN_KEYS: dict[str, dict[str, str]] = {
     },
 }
 """Fields that a key of ours decides; a second value for them would contradict the plan."""
+
+_EVEN = "layers are spread evenly over the pipeline stages"
+_ATTENTION = "attention is multi-head or grouped-query (model.heads, model.kv_heads)"
+NOT_BUILT: dict[str, tuple[Any, str]] = {
+    "multi_latent_attention": (False, _ATTENTION),
+    "experimental_attention_variant": (None, _ATTENTION),
+    "linear_attention_freq": (None, _ATTENTION),
+    "qk_l2_norm": (False, "queries and keys are normalised by RMSNorm (qk_layernorm) or not"),
+    "moe_layer_freq": (1, "every layer is an MoE layer"),
+    "mtp_num_layers": (None, "there is no multi-token prediction head"),
+    "is_hybrid_model": (False, "every layer is a transformer layer"),
+    "heterogeneous_block_specs": (False, "all layers are built alike"),
+    "pipeline_model_parallel_layout": (None, _EVEN),
+    "num_layers_in_first_pipeline_stage": (None, _EVEN),
+    "num_layers_in_last_pipeline_stage": (None, _EVEN),
+    "account_for_embedding_in_pipeline_split": (False, _EVEN),
+    "account_for_loss_in_pipeline_split": (False, _EVEN),
+}
+"""Fields of TransformerConfig that choose another module spec than `moe_train.model.spec` builds,
+with Megatron's default and what is built: Megatron's own spec functions read them, the modules do
+not, so that any other value would be ignored."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +192,8 @@ def _accepts(node: ast.expr, value: Any) -> bool:
 
 
 def check_megatron(section: str, values: Mapping[str, Any]) -> list[ConfigError]:
-    """Faults of the keys under ``megatron.<section>``: unknown, mistyped, or ours to set.
+    """Faults of the keys under ``megatron.<section>``: unknown, mistyped, ours to set, or not
+    built.
 
     Args:
         section: transformer | ddp | optimizer.
@@ -185,10 +201,7 @@ def check_megatron(section: str, values: Mapping[str, Any]) -> list[ConfigError]
     """
     if not values:
         return []
-    table = section
-    if section == "transformer" and values.get("multi_latent_attention") is True:
-        table = "transformer_mla"
-    known = megatron_fields(table)
+    known = megatron_fields(section)
     faults = []
     for name, value in values.items():
         key = f"megatron.{section}.{name}"
@@ -198,6 +211,15 @@ def check_megatron(section: str, values: Mapping[str, Any]) -> list[ConfigError]
             faults.append(
                 ConfigError(
                     key, "is decided by a key of ours", f"set {OWN_KEYS[section][name]} instead"
+                )
+            )
+        elif section == "transformer" and name in NOT_BUILT and value != NOT_BUILT[name][0]:
+            default, built = NOT_BUILT[name]
+            faults.append(
+                ConfigError(
+                    key,
+                    f"{value}: this architecture is not built: {built}",
+                    f"leave it at Megatron's default, {default}",
                 )
             )
         elif not _accepts(ast.parse(known[name].annotation, mode="eval").body, value):

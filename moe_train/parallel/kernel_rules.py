@@ -43,6 +43,14 @@ def kernel_options(config: Config, kernels: KernelSet, on_cpu: bool) -> Iterator
         yield ConfigError(
             "parallel.dispatcher", f"flex needs {needs}", "parallel.dispatcher=alltoall"
         )
+    for setting in kernels.ignored:
+        value = config.megatron.transformer.get(setting.field, setting.value)
+        if value != setting.value:
+            yield ConfigError(
+                f"megatron.transformer.{setting.field}",
+                f"{value}: the {kernels.name} kernels have no such option: {setting.why}",
+                f"leave it at {setting.value}, or use TransformerEngine's kernels {where}",
+            )
     if on_cpu and config.optim.offload:
         yield ConfigError("optim.offload", "there is no GPU to offload from", "optim.offload=false")
 

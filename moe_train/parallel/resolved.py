@@ -36,7 +36,7 @@ class ResolvedRun:
     vocab_source: str
     """Where `vocab` comes from."""
     notes: tuple[str, ...] = ()
-    """Warnings about the hardware."""
+    """Warnings: of the hardware, and of options that Megatron computes per rank."""
 
     @cached_property
     def padded_vocab(self) -> int:

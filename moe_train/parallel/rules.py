@@ -31,6 +31,44 @@ def layout_faults(config: Config, layout: Layout) -> Iterator[ConfigError]:
         yield from _batch(config, layout)
 
 
+def per_rank_options(config: Config, layout: Layout) -> dict[str, str]:
+    """Options that Megatron computes per rank and that give another curve in this layout.
+
+    All others give the curve of a single process in every layout (docs/parity.md).
+
+    Returns:
+        A warning by option; empty where the layout is equal to a single process in all of them.
+    """
+    router = config.model.router
+    rank_tokens = "one rank's tokens of a micro-batch"
+    dimensions = {
+        "parallel.tensor": layout.tensor,
+        "parallel.context": layout.context,
+        "data parallelism": layout.data,
+    }
+    options = {
+        "model.router.capacity_factor": (
+            router.capacity_factor is not None, f"an expert's capacity is a share of {rank_tokens}",
+            ("parallel.tensor", "parallel.context")),
+        "model.router.balancing=sinkhorn": (
+            router.balancing == "sinkhorn", f"balances {rank_tokens}",
+            ("parallel.tensor", "parallel.context")),
+        "model.router.balancing=global_aux": (
+            router.balancing == "global_aux" and router.aux_coeff > 0,
+            "counts tokens of all micro-batches that came before it, several replicas' at a time",
+            ("data parallelism",)),
+        "model.router.force_balance": (
+            router.force_balance, "every rank draws its own random experts", tuple(dimensions)),
+    }  # fmt: skip
+    warnings = {}
+    for option, (enabled, reason, over) in options.items():
+        if enabled and (split := [name for name in over if dimensions[name] > 1]):
+            warnings[option] = (
+                f"{option}: {reason} (Megatron-Core), so the curve depends on {', '.join(split)}"
+            )
+    return warnings
+
+
 WORLD_SIZE = "world size"
 """Field of faults that another layout, rather than another value, would mend."""
 
@@ -246,7 +284,7 @@ def _span_options(config: Config) -> Iterator[ConfigError]:
             f"{', '.join(refused)}: with span only the experts are recomputed by module",
             "recompute.modules from moe, moe_act; recompute.layers for dense parts",
         )
-    for name in ("moe_shared_expert_overlap", "moe_latent_size", "mtp_num_layers"):
+    for name in ("moe_shared_expert_overlap", "moe_latent_size"):
         if config.megatron.transformer.get(name):
             yield ConfigError(
                 f"megatron.transformer.{name}",

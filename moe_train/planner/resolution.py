@@ -11,6 +11,7 @@ from moe_train.config.root import AUTO, Config
 from moe_train.config.validate import sizes_refused, validate
 from moe_train.errors import ConfigError, ConfigFaults
 from moe_train.parallel.resolved import ResolvedRun, resolved_run
+from moe_train.parallel.rules import per_rank_options
 from moe_train.planner.legality import check
 from moe_train.planner.machine.choice import batch_is_open, collect_on, resolve_with_batch
 from moe_train.planner.machine.profiles import profile_note
@@ -74,7 +75,7 @@ def resolve_launch(
         ConfigError: the plan does not fit the GPUs' memory.
     """
     run = resolve_run(overrides, world, facts, composed)
-    notes = [*facts.notes]
+    notes = [*facts.notes, *per_rank_options(run.config, run.layout).values()]
     if facts.kind != "cpu":
         notes += filter(None, [profile_note(run.config.hardware)])
         fault = launch_fault(run.config, run.layout, facts)

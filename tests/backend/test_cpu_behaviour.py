@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe_train.backend import patches
-from moe_train.backend.cpu import gloo
+from moe_train.backend.cpu import gloo, torch_cuda
 from moe_train.testing.world import run_world
 
 
@@ -286,7 +286,7 @@ def test_the_fallback_clips_through_a_copy() -> None:
 
 
 def test_literal_devices_are_the_host() -> None:
-    assert set(_FACTORY_ARGUMENTS) == set(patches.FACTORIES)
+    assert set(_FACTORY_ARGUMENTS) == set(torch_cuda.FACTORIES)
     assert patched()["devices"] == {"cpu"}
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_train.backend import patches
-from moe_train.backend.cpu import streams
+from moe_train.backend.cpu import torch_cuda
 from moe_train.testing.world import run_world
 from tests.support.cuda_scan import Use, uses
 
@@ -38,11 +37,11 @@ EXEMPT = {
     "tensor_parallel.layers": "custom_fwd(device_type=cuda) looks at autocast alone",
 }
 # Who may be given a device literal: the factories, Tensor.to, and devices made to be given on.
-RECEIVERS = {f"torch.{name}" for name in patches.FACTORIES} | {".to", "torch.device"}
+RECEIVERS = {f"torch.{name}" for name in torch_cuda.FACTORIES} | {".to", "torch.device"}
 OBJECTS = {
-    "Stream": streams.HostStream,
-    "Event": streams.HostEvent,
-    "current_stream": streams.HostStream,
+    "Stream": torch_cuda.CpuStream,
+    "Event": torch_cuda.CpuEvent,
+    "current_stream": torch_cuda.CpuStream,
 }
 
 
@@ -96,13 +95,13 @@ def exemption(use: Use) -> str | None:
 def handled(use: Use) -> bool:
     if use.kind == "attribute":
         root = use.name.split(".")[0]
-        known = use.name in patches.CUDA_CALLS or use.name in patches.CUDA_UNTOUCHED
+        known = use.name in torch_cuda.CUDA_CALLS or use.name in torch_cuda.CUDA_UNTOUCHED
         return known or (root in OBJECTS and _has(root, use.name.partition(".")[2]))
     if use.kind == "object":
         root, _, name = use.name.partition(".")
         return _has(root, name)
     if use.kind == "method":
-        return use.name in patches.TENSOR_METHODS
+        return use.name in torch_cuda.TENSOR_METHODS
     # A stream is made for a device; ours takes anything.
     return use.name in RECEIVERS or use.name == "torch.cuda.Stream"
 
@@ -127,7 +126,7 @@ def test_every_exemption_is_used() -> None:
 
 def test_every_replaced_name_is_used() -> None:
     used = {use.name for use in all_uses() if use.kind == "attribute"}
-    left_over = {*patches.CUDA_CALLS, *patches.CUDA_UNTOUCHED} - used
+    left_over = {*torch_cuda.CUDA_CALLS, *torch_cuda.CUDA_UNTOUCHED} - used
     assert not left_over, f"Megatron uses these no longer: {sorted(left_over)}"
     methods = {use.name for use in all_uses() if use.kind == "method"}
     assert methods == {"cuda", "record_stream"}

@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from moe_train.backend import patches
+from moe_train.backend.cpu import torch_cuda
 
 
 def _surface() -> dict[str, Any]:
     """What a machine without CUDA has replaced in torch."""
     import functools
 
-    names = {f"cuda.{name}": torch.cuda for name in patches.CUDA_CALLS}
+    names = {f"cuda.{name}": torch.cuda for name in torch_cuda.CUDA_CALLS}
     found = {
         name: functools.reduce(getattr, name.split(".")[1:], root) for name, root in names.items()
     }
-    found |= {name: getattr(torch, name) for name in patches.FACTORIES}
-    return found | {f"Tensor.{n}": getattr(torch.Tensor, n) for n in patches.TENSOR_METHODS}
+    found |= {name: getattr(torch, name) for name in torch_cuda.FACTORIES}
+    return found | {f"Tensor.{n}": getattr(torch.Tensor, n) for n in torch_cuda.TENSOR_METHODS}
 
 
 def _patched(connection: Any, lean: bool) -> None:

@@ -54,6 +54,8 @@ def faults(overrides: list[str], world: int) -> dict[str, str]:
         (["dtype=fp8", "model.expert_hidden=40"], 1, "model.expert_hidden", "16 wide"),
         (["device=cpu", "model.expert_hidden=50"], 1, "model.expert_hidden", "[48, 52]"),
         (["device=cpu", "parallel.context=2"], 2, "parallel.context", "TransformerEngine"),
+        (["device=cpu", "megatron.transformer.window_size=[8,0]"], 1,
+         "megatron.transformer.window_size", "the whole sequence"),
         (["device=cpu", "backend.kernels=te"], 1, "backend.kernels", "auto or torch"),
         (["device=cpu", "backend.compile=true"], 1, "backend.compile", "bitwise"),
         (["backend.kernels=apex"], 1, "backend.kernels", "auto, te, torch"),
