@@ -14,6 +14,7 @@ import torch
 from benchmarks.cases import TOKENS, VOCAB, Case
 from moe_train.backend.groups import open_groups, open_world
 from moe_train.backend.select import select_backend
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.planner.resolution import resolve_run
 
 type Step = Callable[[], float]
@@ -25,10 +26,10 @@ def ours(case: Case) -> Step:
     from moe_train.train.engine import build_engine
     from moe_train.train.step import train_step
 
-    config, backend, groups, count = _opened(case)
-    engine = build_engine(config, backend, groups, vocab=VOCAB, microbatches=count)
+    run, backend, groups = _opened(case)
+    engine = build_engine(run, backend, groups)
     number = iter(range(1, 1_000_000))
-    batches = _batches(case, config.data.sequence, count)
+    batches = _batches(case, run.config.data.sequence, run.microbatches)
     return lambda: train_step(engine, batches, next(number)).loss
 
 
@@ -40,7 +41,8 @@ def megatron_sequential(case: Case) -> Step:
 
     from moe_train.model.transformer_config import transformer_config
 
-    config, backend, _, count = _opened(case)
+    run, backend, _ = _opened(case)
+    config, count = run.config, run.microbatches
     config.megatron.transformer["moe_grouped_gemm"] = False
     megatron = transformer_config(config, backend)
     model_parallel_cuda_manual_seed(config.run.seed)
@@ -105,14 +107,12 @@ CONTESTANTS = {
 }
 
 
-def _opened(case: Case) -> tuple[Any, Any, Any, int]:
-    run = resolve_run(case.words, 1)
-    config, layout = run.config, run.layout
-    backend = select_backend(config.device, config.backend)
+def _opened(case: Case) -> tuple[ResolvedRun, Any, Any]:
+    run = resolve_run(case.words, 1).with_vocabulary(VOCAB, "the benchmark")
+    backend = select_backend(run.config.device, run.config.backend)
     backend.prepare()
     open_world(backend, 0, 1, 60)
-    groups = open_groups(layout, timeout_seconds=60)
-    return config, backend, groups, run.microbatches
+    return run, backend, open_groups(run.layout, timeout_seconds=60)
 
 
 def _batches(case: Case, sequence: int, count: int) -> list[dict[str, torch.Tensor]]:

@@ -94,20 +94,17 @@ def dryrun_main(argv: Sequence[str]) -> int:
 
     rows = []
     for resolved in plans:
-        config, vocab = resolved.config, resolved.vocab
         for rank in ranks:
             run = dry_run(
-                config,
-                layout,
+                resolved,
                 backend,
-                vocab,
                 rank,
                 imbalance=asked.imbalance,
                 microbatches=asked.microbatches,
                 block=BLOCK if asked.device_like else 1,
             )
-            plan = planned(config, layout, vocab, run.stage, asked.imbalance)
-            rows.append((config.recompute.layers, run, plan))
+            plan = planned(resolved, run.stage, asked.imbalance)
+            rows.append((resolved.config.recompute.layers, run, plan))
     console = Console()
     print_stages(rows, console)
     for recompute in dict.fromkeys(row[0] for row in rows):

@@ -24,8 +24,7 @@ from moe_train.run_folder.folder import RunFolder, default_run_name
 from moe_train.run_folder.rank_log import log_to_file
 
 if TYPE_CHECKING:
-    from moe_train.config.root import Config
-    from moe_train.parallel.layout import Layout
+    from moe_train.parallel.resolved import ResolvedRun
     from moe_train.run.opening import Session
 
 EXAMPLES = """examples:
@@ -55,11 +54,11 @@ def evaluate_main(argv: Sequence[str]) -> int:
     asked = parser.parse_intermixed_args(argv)
     try:
         rank, world = world_of_process()
-        config, layout, root = _planned(asked.overrides, world)
+        run, root = _resolve(asked.overrides, world)
         try:
-            found = evaluate(config, layout, root, rank, world)
+            found = evaluate(run, root, rank)
         except Exception as failure:
-            known = diagnose(failure, RunState(), config, layout)
+            known = diagnose(failure, RunState(), run)
             if known is None or known is failure:
                 raise
             raise known from failure
@@ -72,7 +71,7 @@ def evaluate_main(argv: Sequence[str]) -> int:
         log_to_file(None)
 
 
-def evaluate(config: Config, layout: Layout, root: Path, rank: int, world: int) -> dict[str, Any]:
+def evaluate(run: ResolvedRun, root: Path, rank: int) -> dict[str, Any]:
     """Evaluate a checkpoint; the same result on every rank, unigram entropy on rank 0 alone.
 
     Args:
@@ -84,11 +83,11 @@ def evaluate(config: Config, layout: Layout, root: Path, rank: int, world: int) 
     from moe_train.run.opening import open_session
 
     with ExitStack() as stack:
-        session = open_session(config, layout, rank, world, stack)
+        session = open_session(run, rank, stack)
         # Only now: it imports Megatron, which the backend had to prepare for.
         from moe_train.run.restore import restore
 
-        folder, manifest = restore(session, root, config.checkpoint.resume, weights_only=True)
+        folder, manifest = restore(session, root, run.config.checkpoint.resume, weights_only=True)
         if folder is None or manifest is None:
             raise CheckpointError(
                 str(root),
@@ -98,8 +97,8 @@ def evaluate(config: Config, layout: Layout, root: Path, rank: int, world: int) 
         return _measure(session) | {
             "step": manifest.step,
             "checkpoint": str(folder),
-            "layout": layout.tag,
-            "world": world,
+            "layout": run.layout.tag,
+            "world": run.layout.world,
         }
 
 
@@ -110,17 +109,17 @@ def _measure(session: Session) -> dict[str, Any]:
     from moe_train.train.step import validate
 
     config, data = session.config, session.engine.groups.dp
-    samples = config.train.eval_batches * session.batch
+    samples = config.train.eval_batches * session.run.sequences
     valid = build_datasets(
         config.data,
         sequence=config.data.sequence,
         seed=config.run.seed,
         train_samples=0,
         valid_samples=samples,
-        vocab_limit=session.vocab,
+        vocab_limit=session.run.vocab,
         corpus=session.corpus,
     ).valid
-    source = BatchSource(valid, session.batch, config.batch.micro, data.rank(), data.size())
+    source = BatchSource(valid, session.run.sequences, config.batch.micro, data.rank(), data.size())
     batches = (source.next_step() for _ in range(config.train.eval_batches))
     loss = validate(session.engine, list(batches))
     return {
@@ -134,8 +133,8 @@ def _measure(session: Session) -> dict[str, Any]:
     }
 
 
-def _planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout, Path]:
-    """Config, layout and folder of checkpoints.
+def _resolve(overrides: Sequence[str], world: int) -> tuple[ResolvedRun, Path]:
+    """The evaluation, resolved with its run's settings, and the folder of checkpoints.
 
     Raises:
         ConfigFaults: all faults together.
@@ -148,23 +147,21 @@ def _planned(overrides: Sequence[str], world: int) -> tuple[Config, Layout, Path
             "never leaves nothing to evaluate",
             "auto (the newest of run.name), or the PATH of a checkpoint",
         )
-    run: Path | None = None
+    folder: Path | None = None
     if resume != "auto":
-        run = Path(resume).resolve().parent.parent
+        folder = Path(resume).resolve().parent.parent
     elif asked.run.name:
-        run = Path(asked.run.dir) / asked.run.name
-    inherited = _inherited(RunFolder(run), overrides) if run else []
+        folder = Path(asked.run.dir) / asked.run.name
+    inherited = _inherited(RunFolder(folder), overrides) if folder else []
     # Nothing is differentiated, so nothing is recomputed.
     words = [*inherited, *overrides, "recompute=none"]
-    resolved = resolve_on_all_ranks(words, world)
-    if run is None:
-        run = Path(resolved.config.run.dir) / default_run_name(
-            resolved.config.experiment, resolved.layout.tag
-        )
-        again = _inherited(RunFolder(run), overrides)
-        if again:
-            resolved = resolve_on_all_ranks([*again, *words], world)
-    return resolved.config, resolved.layout, RunFolder(run).checkpoints
+    run = resolve_on_all_ranks(words, world)
+    if folder is None:
+        config = run.config
+        folder = Path(config.run.dir) / default_run_name(config.experiment, run.layout.tag)
+        if again := _inherited(RunFolder(folder), overrides):
+            run = resolve_on_all_ranks([*again, *words], world)
+    return run, RunFolder(folder).checkpoints
 
 
 def _inherited(folder: RunFolder, overrides: Sequence[str]) -> list[str]:

@@ -44,11 +44,6 @@ class ResolvedRun:
         return padded_vocab(self.vocab, self.config.model.vocab_multiple)
 
     @cached_property
-    def recomputed_layers(self) -> frozenset[int]:
-        """1-based layers of which the backward pass recomputes the whole forward pass."""
-        return self.config.recomputed_layers
-
-    @cached_property
     def microbatches(self) -> int:
         """Micro-batches per replica and optimizer step, all in one pipeline flush."""
         return microbatches_per_step(self.config, self.layout.data)

@@ -14,8 +14,7 @@ from moe_train.run_folder.folder import RunFolder
 from moe_train.run_folder.status import State, read_status, write_status
 
 if TYPE_CHECKING:
-    from moe_train.config.root import Config
-    from moe_train.parallel.layout import Layout
+    from moe_train.parallel.resolved import ResolvedRun
     from moe_train.run.state import RunState
 
 FIRST_FAILURE = "cause"
@@ -62,9 +61,7 @@ def _rank() -> str:
     return f"rank {os.environ.get('RANK', '0')}"
 
 
-def diagnose(
-    error: BaseException, state: RunState, config: Config, layout: Layout
-) -> MoeTrainError | None:
+def diagnose(error: BaseException, state: RunState, run: ResolvedRun) -> MoeTrainError | None:
     """The error of our family that ``error`` amounts to; None for one that needs its traceback.
 
     Call it before the process groups are closed: peers notice the close, and would report a lost
@@ -75,7 +72,7 @@ def diagnose(
 
     memory = memory_fault(error)
     if memory is not None:
-        memory = explain(memory, config, layout)
+        memory = explain(memory, run)
         if report_once(state.logs, str(memory)):
             _mark_failed(state, str(memory))
         return memory

@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moe_train.checkpoint.folders import take_back
@@ -36,15 +36,14 @@ from moe_train.run_folder.folder import (
     RunFolder,
     create_run_folder,
     default_run_name,
-    next_free_name,
+    run_folder_path,
 )
 from moe_train.run_folder.lock import FolderLock
 from moe_train.run_folder.rank_log import log_to_file
 from moe_train.run_folder.status import read_status
 
 if TYPE_CHECKING:
-    from moe_train.config.root import Config
-    from moe_train.parallel.layout import Layout
+    from moe_train.parallel.resolved import ResolvedRun
 
 MULTIRUN = ("-m", "--multirun")
 HELP = """usage: moe-train train [overrides ...]   or   python train.py [overrides ...]
@@ -68,38 +67,33 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The rank's exit code; the first failed job's, for several.
     """
-    with SignalHandler() as signals:
-        terminate_with_launcher()
-        return _main(argv, signals)
-
-
-def _main(argv: Sequence[str], signals: SignalHandler) -> int:
+    rank, world = world_of_process()
     if {"-h", "--help"} & set(argv):
-        if world_of_process()[0] == 0:
+        if rank == 0:
             print(HELP)
         return EXIT_FINISHED
-    multirun = any(word in MULTIRUN for word in argv)
-    overrides = [word for word in argv if word not in MULTIRUN]
-    if not multirun:
-        return run(overrides, signals)
-    try:
-        jobs = expand_multirun(overrides)
-    except MoeTrainError as fault:
-        return report_error(fault)
+    overrides = [arg for arg in argv if arg not in MULTIRUN]
+    multirun = len(overrides) < len(argv)
     codes: list[int] = []
-    for number, (job, suffix) in enumerate(zip(jobs, suffixes(jobs), strict=True), start=1):
-        if world_of_process()[0] == 0:
-            print(f"job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
-        codes.append(run(job, signals, suffix))
-        # A stop is meant for the whole sweep, and a world without one of its ranks is over.
-        alone = world_of_process()[1] == 1
-        if codes[-1] in (EXIT_PREEMPTED, EXIT_HUNG) or (codes[-1] == EXIT_MEMORY and not alone):
-            break
+    with SignalHandler() as signals:
+        terminate_with_launcher()
+        try:
+            jobs = expand_multirun(overrides) if multirun else [overrides]
+        except MoeTrainError as fault:
+            return report_error(fault)
+        for number, (job, suffix) in enumerate(zip(jobs, suffixes(jobs), strict=True), start=1):
+            if multirun and rank == 0:
+                print(f"job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
+            codes.append(train(job, signals, suffix))
+            # A signal stops the whole sweep, and a world without one of its ranks is over.
+            ends = (EXIT_PREEMPTED, EXIT_HUNG, *([EXIT_MEMORY] if world > 1 else []))
+            if codes[-1] in ends:
+                break
     return next((code for code in codes if code != EXIT_FINISHED), EXIT_FINISHED)
 
 
-def run(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> int:
-    """One run on this rank; returns its exit code.
+def train(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> int:
+    """One run on this rank, from resolution to exit code.
 
     Args:
         signals: handled as long as the process has something to do. A request that comes in the
@@ -110,15 +104,12 @@ def run(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> i
     rank, world = world_of_process()
     state = RunState()
     try:
-        resolved = resolve_on_all_ranks(
-            overrides, world, lambda run: exit_if_preempted(run.config, run.layout, suffix)
-        )
-        config, layout = resolved.config, resolved.layout
+        run = resolve_on_all_ranks(overrides, world, partial(exit_if_preempted, suffix=suffix))
         fault: MoeTrainError | None = None
         if rank == 0:
             try:
-                acquire_run_folder(config, layout, suffix, state)
-                announce(config, layout, world)
+                acquire_run_folder(run, suffix, state)
+                announce(run)
             except ConfigError as refused:
                 # The peers are on their way into the world: they are told there.
                 fault = refused
@@ -129,9 +120,8 @@ def run(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> i
         with ExitStack() as stack:
             try:
                 session = open_session(
-                    config, layout, rank, world, stack,
-                    folder=state.folder, fault=fault, joined=state.join,
-                )  # fmt: skip
+                    run, rank, stack, folder=state.folder, fault=fault, joined=state.join
+                )
                 if rank == 0:
                     taken = session.engine.backend.kernels
                     print(f"kernels {taken.kernels.name} ({taken.why})", flush=True)
@@ -140,7 +130,7 @@ def run(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> i
 
                 training_loop(session, state, stack, begun, signals)()
             except BaseException as failure:
-                state.error = diagnose(failure, state, config, layout)
+                state.error = diagnose(failure, state, run)
                 if state.error is None or state.error is failure:
                     raise
                 raise state.error from failure
@@ -163,7 +153,7 @@ def run(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> i
         log_to_file(None)
 
 
-def exit_if_preempted(config: Config, layout: Layout, suffix: str) -> None:
+def exit_if_preempted(run: ResolvedRun, suffix: str) -> None:
     """Refuse to resume a preempted run where torchrun restarts its ranks as if it had failed.
 
     Every rank checks by itself, before torch is imported: the time until a scheduler kills the job
@@ -174,12 +164,7 @@ def exit_if_preempted(config: Config, layout: Layout, suffix: str) -> None:
     """
     if restarts()[0] == 0:
         return
-    parent = Path(config.run.dir)
-    if config.run.name:
-        name = config.run.name + suffix
-    else:
-        name = next_free_name(parent, default_run_name(config.experiment, layout.tag) + suffix)
-    folder = RunFolder(parent / name)
+    folder = RunFolder(run_folder_path(run.config.run.dir, *_names(run, suffix)))
     status = read_status(folder.status)
     # The status alone may be an earlier job's: this one may have failed before it wrote its own.
     if status is not None and status.state == "preempted" and (folder.logs / STOPPED).exists():
@@ -190,7 +175,14 @@ def exit_if_preempted(config: Config, layout: Layout, suffix: str) -> None:
         )
 
 
-def acquire_run_folder(config: Config, layout: Layout, suffix: str, state: RunState) -> None:
+def _names(run: ResolvedRun, suffix: str) -> tuple[str | None, str]:
+    """``run.name``, and the name where it is null, each with the suffix of a sweep's job."""
+    named = run.config.run.name
+    default = default_run_name(run.config.experiment, run.layout.tag)
+    return named + suffix if named else None, default + suffix
+
+
+def acquire_run_folder(run: ResolvedRun, suffix: str, state: RunState) -> None:
     """Create the run folder, or find the one that is there (rank 0).
 
     A new one is described at once; one with an earlier run's files is left as it is until this
@@ -202,31 +194,30 @@ def acquire_run_folder(config: Config, layout: Layout, suffix: str, state: RunSt
     from moe_train.run.records import describe_run
 
     folder = create_run_folder(
-        config.run.dir,
-        config.run.name + suffix if config.run.name else None,
-        default_name=default_run_name(config.experiment, layout.tag) + suffix,
+        run.config.run.dir,
+        *_names(run, suffix),
         # Ranks that are started again belong to the run that their first start opened.
-        fresh=config.checkpoint.resume == "never" and restarts()[0] == 0,
+        fresh=run.config.checkpoint.resume == "never" and restarts()[0] == 0,
     )
     state.lock = FolderLock(folder.path)
     take_back(folder.checkpoints)
-    config.run.name = folder.path.name
     state.folder = folder
     if restarts()[0] == 0:
         (folder.logs / STOPPED).unlink(missing_ok=True)
     if not folder.config.exists():
-        describe_run(folder, config, layout, 0)
+        describe_run(folder, run.with_name(folder.path.name), 0)
         state.owns_folder = True
 
 
-def announce(config: Config, layout: Layout, world: int) -> None:
-    """Say what is about to run, and why (rank 0)."""
+def announce(run: ResolvedRun) -> None:
+    """Print experiment, device and layout (rank 0)."""
+    config, layout = run.config, run.layout
     why = f" ({config.experiment_reason})" if config.experiment_reason else ""
     print(f"experiment {config.experiment}{why}")
     if config.hardware.device:
         print(f"device {config.device}: {config.hardware.device}, profile {config.hardware.name}")
     print(
-        f"layout {layout.tag} on {world} rank(s): tensor {layout.tensor}, pipeline "
+        f"layout {layout.tag} on {layout.world} rank(s): tensor {layout.tensor}, pipeline "
         f"{layout.pipeline}, expert {layout.expert}, data {layout.data}, "
         f"placement {layout.placement}",
         flush=True,

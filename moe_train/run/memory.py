@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_train.errors import DeviceMemoryError, MemoryFault
-from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.memory.fit import assumptions_of, lighter
 from moe_train.planner.memory.stages import GB, stage_memory
 
 if TYPE_CHECKING:
-    from moe_train.config.root import Config
-    from moe_train.parallel.layout import Layout
+    from moe_train.parallel.resolved import ResolvedRun
 
 MORE = "more ranks, or devices with more memory"
 
 
-def explain(error: MemoryFault, config: Config, layout: Layout) -> MemoryFault:
+def explain(error: MemoryFault, run: ResolvedRun) -> MemoryFault:
     """``error`` with the planned peak of its rank, and with overrides that need less.
 
     Host memory is not planned. A second call changes nothing.
@@ -28,8 +26,9 @@ def explain(error: MemoryFault, config: Config, layout: Layout) -> MemoryFault:
         or "the plan has" in error.problem
     ):
         return error
+    config, layout, vocab = run.config, run.layout, run.vocab
     stage = layout.coordinates(int(number)).dense.pp
-    vocab, assumptions = vocabulary(config)[0], assumptions_of(config)
+    assumptions = assumptions_of(config)
     need = stage_memory(config, layout, vocab, stage, assumptions)
     fixes = [
         f"{overrides} (planned: {size / GB:.1f} GB)"

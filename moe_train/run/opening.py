@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from moe_train.backend.select import select_backend
 from moe_train.data.blend import open_corpus
 from moe_train.errors import MoeTrainError, NonFiniteError, Preempted
-from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
-from moe_train.parallel.parameters import padded_vocab
 from moe_train.run.failure import clear
 from moe_train.run_folder.folder import RunFolder
 from moe_train.run_folder.rank_log import log_to_file
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from moe_train.config.root import Config
     from moe_train.data.blend import Corpus
     from moe_train.parallel.layout import Layout
+    from moe_train.parallel.resolved import ResolvedRun
     from moe_train.train.engine import Engine
 
 
@@ -30,42 +29,42 @@ if TYPE_CHECKING:
 class Session:
     """One rank's open program."""
 
-    config: Config
-    layout: Layout
+    run: ResolvedRun
+    """With the vocabulary of the data and the name of the run folder."""
     rank: int
-    world: int
     corpus: Corpus
-    vocab: int
-    """Ids that the model has, before padding."""
     engine: Engine
     folder: RunFolder | None
     """The run folder, the same on every rank; None for a program that has none."""
 
     @property
-    def batch(self) -> int:
-        """Sequences of a global batch."""
-        return sequences_per_step(self.config, self.layout.data)
+    def config(self) -> Config:
+        """The run's config."""
+        return self.run.config
+
+    @property
+    def layout(self) -> Layout:
+        """The run's layout."""
+        return self.run.layout
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint's manifest says about this program."""
         from moe_train.model.identity import identity
 
-        model = self.config.model
+        run = self.run
         tokenizer = self.corpus.tokenizer
         return {
-            "model": identity(model, padded_vocab(self.vocab, model.vocab_multiple)),
-            "layout": self.layout.tag,
-            "world": self.world,
-            "seed": self.config.run.seed,
+            "model": identity(run.config.model, run.padded_vocab),
+            "layout": run.layout.tag,
+            "world": run.layout.world,
+            "seed": run.config.run.seed,
             "tokenizer": tokenizer.fingerprint if tokenizer else "unknown",
         }
 
 
 def open_session(
-    config: Config,
-    layout: Layout,
+    run: ResolvedRun,
     rank: int,
-    world: int,
     stack: ExitStack,
     *,
     folder: RunFolder | None = None,
@@ -80,18 +79,19 @@ def open_session(
         joined: called with the run folder's logs, once all ranks know of them.
 
     Raises:
-        MoeTrainError: this rank's fault or a peer's; see the rooms.
+        MoeTrainError: this rank's fault or a peer's, the same on every rank.
     """
+    config, world = run.config, run.layout.world
     backend = select_backend(config.device, config.backend)
     log_to_file(folder.rank_log(0) if folder else None)
     if folder is not None:
         clear(folder.logs)
-    corpus, vocab = None, 0
+    corpus = None
     if fault is None:
         try:
             corpus = open_corpus(config.data, backend.prepare)
-            vocab = config.model.vocab or corpus.vocab_size
-            corpus.check_vocabulary(vocab)
+            run = run.with_vocabulary(config.model.vocab or corpus.vocab_size, "data")
+            corpus.check_vocabulary(run.vocab)
         except MoeTrainError as unusable:
             fault = unusable
     if fault is not None and world == 1:
@@ -109,12 +109,20 @@ def open_session(
     log_to_file(folder.rank_log(rank) if folder else None)
     if folder is not None and joined is not None:
         joined(folder.logs)
-    engine = _build(config, layout, backend, vocab)
     # Only now: it imports Megatron, which the backend had to prepare for.
-    from moe_train.train.engine import release
+    from moe_train.backend.groups import open_groups
+    from moe_train.train.engine import build_engine, release
 
+    if folder is not None:
+        run = run.with_name(folder.path.name)
+    groups = open_groups(
+        run.layout,
+        timeout_seconds=2 * config.backend.timeout_seconds,
+        nccl=config.backend.nccl_groups if backend.communication == "nccl" else {},
+    )
+    engine = build_engine(run, backend, groups)
     stack.callback(release, engine)
-    return Session(config, layout, rank, world, corpus, vocab, engine, folder)
+    return Session(run, rank, corpus, engine, folder)
 
 
 def _join(
@@ -142,21 +150,3 @@ def _join(
     path = agree(fault, path)
     same_kernels(backend.kernels)
     return path
-
-
-def _build(config: Config, layout: Layout, backend: Backend, vocab: int) -> Engine:
-    from moe_train.backend.groups import open_groups
-    from moe_train.train.engine import build_engine
-
-    groups = open_groups(
-        layout,
-        timeout_seconds=2 * config.backend.timeout_seconds,
-        nccl=config.backend.nccl_groups if backend.communication == "nccl" else {},
-    )
-    return build_engine(
-        config,
-        backend,
-        groups,
-        vocab=vocab,
-        microbatches=microbatches_per_step(config, layout.data),
-    )

@@ -15,23 +15,19 @@ from moe_train.run_folder.status import write_status
 if TYPE_CHECKING:
     from moe_train.config.kernels import KernelChoice
     from moe_train.config.root import Config
-    from moe_train.parallel.layout import Layout
+    from moe_train.parallel.resolved import ResolvedRun
 
 
 def describe_run(
-    folder: RunFolder,
-    config: Config,
-    layout: Layout,
-    step: int,
-    kernels: KernelChoice | None = None,
+    folder: RunFolder, run: ResolvedRun, step: int, kernels: KernelChoice | None = None
 ) -> None:
     """Write config, plan and the running status into the run folder.
 
     Args:
         kernels: the kernel set, once it is chosen.
     """
-    folder.write_config(to_mapping(config))
-    report = plan_report(config, layout, kernels=kernels)
+    folder.write_config(to_mapping(run.config))
+    report = plan_report(run.config, run.layout, kernels=kernels)
     write_atomically(folder.plan, json.dumps(report, indent=1) + "\n")
     write_status(folder.status, "running", step)
 

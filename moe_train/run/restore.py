@@ -10,6 +10,7 @@ from moe_train.checkpoint.choose import find_checkpoint
 from moe_train.checkpoint.load import check_fits, load_checkpoint
 from moe_train.checkpoint.manifest import Manifest
 from moe_train.errors import CheckpointError
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.run.broadcast import agree
 from moe_train.run.opening import Session
 
@@ -48,18 +49,18 @@ def restore(
     if session.rank == 0 and not weights_only:
         moved = "" if restored else f" (written in layout {manifest.layout})"
         print(f"resumed {found} at step {manifest.step}{moved}", flush=True)
-        config = session.config
-        for warning in _other_data(manifest, session.batch, config.data.sequence, config.run.seed):
+        for warning in _other_data(manifest, session.run):
             print(f"warning: {warning}", flush=True)
     return found, manifest
 
 
-def _other_data(manifest: Manifest, batch: int, sequence: int, seed: int) -> Iterator[str]:
+def _other_data(manifest: Manifest, run: ResolvedRun) -> Iterator[str]:
     """What to say where the steps from here on are of other samples than those before.
 
     Replicas run micro-batches of their own, so another layout may mean another global batch.
     """
-    samples = manifest.consumed_samples
+    samples, batch = manifest.consumed_samples, run.sequences
+    sequence, seed = run.config.data.sequence, run.config.run.seed
     if manifest.step and samples != manifest.step * batch:
         before = samples / manifest.step
         yield (

@@ -72,17 +72,21 @@ def training_loop(
     state.step = start
     entropy = None
     if session.rank == 0:
-        describe_run(folder, config, session.layout, start, engine.backend.kernels)
+        describe_run(folder, session.run, start, engine.backend.kernels)
         state.owns_folder = True
         if datasets.valid is not None:
-            entropy = dataset_entropy(datasets.valid, config.train.eval_batches * session.batch)
+            entropy = dataset_entropy(
+                datasets.valid, config.train.eval_batches * session.run.sequences
+            )
     console = ConsoleProgress(
         config.log.console if session.rank == 0 else "none", config.train.log_every
     )
     built_in = build_callbacks(session, folder, state, console, begin)
     listening = stack.enter_context(CallbackList([*built_in, *callbacks]))
     listening.on_start(
-        StartEvent(start, config.train.steps, session.rank, session.world, config, folder.path)
+        StartEvent(
+            start, config.train.steps, session.rank, session.layout.world, config, folder.path
+        )
     )
 
     def validation() -> list[list[MicroBatch]]:
@@ -92,7 +96,7 @@ def training_loop(
     watchdog = Watchdog(
         folder.logs,
         session.rank,
-        session.world,
+        session.layout.world,
         config.backend.timeout_seconds,
         partial(_hung, folder, state),
         partial(peer_failure, folder.logs),
@@ -105,9 +109,9 @@ def training_loop(
         start=start,
         intervals=Intervals(config.train.steps, config.train.eval_every, config.checkpoint.every),
         work=StepWork(
-            session.batch * config.data.sequence,
-            flops_per_token(config.model, config.data.sequence, session.vocab).total,
-            device_peak(config) * engine.backend.devices(session.world),
+            session.run.tokens,
+            flops_per_token(config.model, config.data.sequence, session.run.vocab).total,
+            device_peak(config) * engine.backend.devices(session.layout.world),
         ),
         unigram_entropy=entropy,
         callbacks=listening,
@@ -177,7 +181,7 @@ def _roll_back(session: Session, source: BatchSource) -> int:
 
 
 def _datasets(session: Session, start: int, consumed: int) -> Any:
-    config, batch = session.config, session.batch
+    config, batch = session.config, session.run.sequences
     validates = config.train.eval_every > 0
     return build_datasets(
         config.data,
@@ -185,7 +189,7 @@ def _datasets(session: Session, start: int, consumed: int) -> Any:
         seed=config.run.seed,
         train_samples=consumed + max(1, config.train.steps - start) * batch,
         valid_samples=config.train.eval_batches * batch if validates else 0,
-        vocab_limit=session.vocab,
+        vocab_limit=session.run.vocab,
         corpus=session.corpus,
     )
 
@@ -194,5 +198,5 @@ def _source(session: Session, dataset: Any, consumed: int) -> BatchSource:
     data = session.engine.groups.dp
     micro = session.config.batch.micro
     return BatchSource(
-        dataset, session.batch, micro, data.rank(), data.size(), consumed, session.vocab
+        dataset, session.run.sequences, micro, data.rank(), data.size(), consumed, session.run.vocab
     )

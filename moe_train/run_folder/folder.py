@@ -84,8 +84,8 @@ class RunFolder:
 def create_run_folder(
     parent: str | Path,
     name: str | None,
-    *,
     default_name: str,
+    *,
     fresh: bool = False,
 ) -> RunFolder:
     """Create the folder of a run and its parts, or take up the one that is there.
@@ -107,7 +107,7 @@ def create_run_folder(
     if name is not None and (name in ("", ".", "..") or Path(name).name != name):
         raise ConfigError("run.name", f"{name!r} is not a folder name", "folders go to run.dir")
     try:
-        path = parent / (name or next_free_name(parent, default_name, fresh=fresh))
+        path = run_folder_path(parent, name, default_name, fresh=fresh)
         folder = RunFolder(path)
         for part in (folder.checkpoints, folder.experts, folder.logs):
             part.mkdir(parents=True, exist_ok=True)
@@ -127,6 +127,14 @@ def create_run_folder(
 def default_run_name(experiment: str, layout_tag: str) -> str:
     """Name of a run that was given none, such as ``twin-TP2.PP4.EP2``."""
     return f"{experiment}-{layout_tag}"
+
+
+def run_folder_path(
+    parent: str | Path, name: str | None, default_name: str, *, fresh: bool = False
+) -> Path:
+    """The folder that `create_run_folder` would take with the same arguments."""
+    parent = Path(parent)
+    return parent / (name or next_free_name(parent, default_name, fresh=fresh))
 
 
 def next_free_name(parent: Path, base: str, *, fresh: bool = False) -> str:

@@ -16,8 +16,7 @@ from moe_train.backend import patches
 from moe_train.features.optimizers import OPTIMIZERS
 from moe_train.model.build import build_model
 from moe_train.model.span.exchange import Span
-from moe_train.model.transformer_config import optimizer_config, spans, transformer_config
-from moe_train.parallel.parameters import padded_vocab
+from moe_train.model.transformer_config import optimizer_config, transformer_config
 from moe_train.train.lr_schedule import build_scheduler
 from moe_train.train.router_stats import RoutingRecorder
 from moe_train.train.span_schedule import SpanSchedule
@@ -32,13 +31,14 @@ if TYPE_CHECKING:
 
     from moe_train.backend.protocol import Backend
     from moe_train.config.root import Config
+    from moe_train.parallel.resolved import ResolvedRun
 
 
 @dataclass
 class Engine:
     """One rank's training machinery. Its only mutable state is in model and optimizer."""
 
-    config: Config
+    run: ResolvedRun
     backend: Backend
     groups: ProcessGroupCollection
     megatron: TransformerConfig
@@ -47,9 +47,12 @@ class Engine:
     scheduler: OptimizerParamScheduler
     forward_backward: Callable[..., Any]
     routing: RoutingRecorder
-    microbatches: int
-    """Micro-batches per replica and optimizer step."""
     tracer: Tracer
+
+    @property
+    def config(self) -> Config:
+        """The run's config."""
+        return self.run.config
 
     @property
     def is_last_stage(self) -> bool:
@@ -62,31 +65,18 @@ class Engine:
         return self.is_last_stage and self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0
 
 
-def build_engine(
-    config: Config,
-    backend: Backend,
-    groups: ProcessGroupCollection,
-    *,
-    vocab: int,
-    microbatches: int,
-) -> Engine:
-    """Build model, optimizer and schedule of this rank.
-
-    Args:
-        config: resolved: every parallel size filled.
-        vocab: entries of the tokenizer; the embedding has that many rows, padded.
-        microbatches: micro-batches per replica and optimizer step.
-    """
+def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollection) -> Engine:
+    """Build model, optimizer and schedule of this rank."""
+    config = run.config
     seed_everything(config.run.seed)
     megatron = transformer_config(config, backend)
-    assert config.parallel.tensor
-    span = open_span(config, megatron, backend, groups) if spans(config) else None
+    span = open_span(config, megatron, backend, groups) if run.layout.span else None
     chunks = build_model(
         config,
         megatron,
         backend,
         groups,
-        padded_vocab=padded_vocab(vocab, config.model.vocab_multiple),
+        padded_vocab=run.padded_vocab,
         recomputed=config.recomputed_layers,
         span=span,
     )
@@ -102,7 +92,7 @@ def build_engine(
         tracer.know_groups(groups)
     _connect(megatron, config, chunks, optimizer, tracer)
     return Engine(
-        config=config,
+        run=run,
         backend=backend,
         groups=groups,
         megatron=megatron,
@@ -113,7 +103,6 @@ def build_engine(
             SpanSchedule(span, groups, tracer) if span else get_forward_backward_func()
         ),
         routing=RoutingRecorder(chunks, config.model.layers, config.model.experts, backend.device),
-        microbatches=microbatches,
         tracer=tracer,
     )
 

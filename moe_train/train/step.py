@@ -36,7 +36,7 @@ def train_step(engine: Engine, batches: Sequence[MicroBatch], step: int) -> Step
     """Forward and backward over all micro-batches, then the optimizer if the step is finite.
 
     Args:
-        batches: this replica's micro-batches, ``engine.microbatches`` of them.
+        batches: this replica's micro-batches, ``engine.run.microbatches`` of them.
         step: 1-based number of this step.
 
     Returns:

@@ -53,7 +53,7 @@ def counted(rank: int, world: int, words: list[str]) -> tuple[Seen, Seen]:
 
     engine = open_engine(rank, world, words)
     opened = _groups()
-    samples = engine.microbatches * engine.config.batch.micro * engine.groups.dp.size()
+    samples = engine.run.microbatches * engine.config.batch.micro * engine.groups.dp.size()
     tokens = torch.randint(128, (samples, engine.config.data.sequence + 1)).numpy()
     train_step(engine, micro_batches(engine, tokens), 1)
     return opened, _groups()

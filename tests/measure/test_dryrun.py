@@ -48,7 +48,7 @@ def real_rank(rank: int, world: int, words: list[str]) -> tuple[int, int, int, i
     from tests.support.engines import micro_batches, open_engine
 
     engine = open_engine(rank, world, words, vocab=VOCAB)
-    batch = engine.config.batch.micro * engine.microbatches * engine.groups.dp.size()
+    batch = engine.config.batch.micro * engine.run.microbatches * engine.groups.dp.size()
     shape = (batch, engine.config.data.sequence + 1)
     batches = micro_batches(engine, np.random.default_rng(0).integers(0, VOCAB, shape))
     with MemoryTracker() as tracker:
@@ -64,14 +64,14 @@ def fake_ranks(rank: int, one: int, words: list[str], world: int, **options: Any
     from moe_train.measure.dryrun.prepare import host_backend
 
     run = resolve_run(words, world)
-    config, layout = run.config, run.layout
-    backend = host_backend(config)
+    run = run.with_vocabulary(VOCAB, "test")
+    backend = host_backend(run.config)
 
     from moe_train.measure.dryrun.rank import dry_run
 
-    runs = [dry_run(config, layout, backend, VOCAB, each, **options) for each in range(world)]
+    ranks = [dry_run(run, backend, each, **options) for each in range(world)]
     return [
-        (run.weights, run.gradients, run.optimizer, run.peak.bytes, run.peak.phase) for run in runs
+        (one.weights, one.gradients, one.optimizer, one.peak.bytes, one.peak.phase) for one in ranks
     ]
 
 
@@ -183,10 +183,9 @@ def updates(rank: int, one: int) -> list[list[int]]:
     found = []
     for placement in PLACEMENTS:
         run = resolve_run(["experiment=moe_30b_8x64gb", *placement], 8)
-        config, layout = run.config, run.layout
-        backend = host_backend(config)
+        backend = host_backend(run.config)
         with fake_world(rank, 8), MemoryTracker() as tracker:
-            engine = fake_engine(config, layout, backend, 50257, 1)
+            engine = fake_engine(run.with_vocabulary(50257, "test"), backend)
             initialise_state(engine.optimizer)
             own_state(tracker, engine)
             sizes = [added(tracker, engine)]

@@ -43,7 +43,7 @@ def count_ranks(
     counts, parts = [], []
     for each in range(world):
         with fake_world(each, world):
-            chunks = fake_chunks(config, layout, backend)
+            chunks = fake_chunks(run, backend)
             assert config.model.vocab
             planned = rank_parameters(config.model, layout, each, config.model.vocab).total
             counts.append((parameter_count(chunks), planned))

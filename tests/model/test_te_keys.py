@@ -61,11 +61,10 @@ def host_ranks(rank: int, one: int, words: list[str], world: int) -> list[set[Ma
     from tests.support.shards import matrices
 
     run = resolve_run(words, world)
-    config, layout = run.config, run.layout
     ranks = []
     for each in range(world):
         with fake_world(each, world):
-            ranks.append(matrices(fake_chunks(config, layout, HostBackend(config.backend))))
+            ranks.append(matrices(fake_chunks(run, HostBackend(run.config.backend))))
     return ranks
 
 

@@ -109,16 +109,15 @@ def test_other_errors_are_no_memory(error: Exception) -> None:
 
 def test_the_plan_of_the_ranks_own_stage_and_what_needs_less() -> None:
     run = resolve_run(["experiment=moe_30b_8x64gb", "batch.micro=2", "recompute=none"], 8)
-    config, layout = run.config, run.layout
     fault = DeviceMemoryError("rank 6", "out of device memory: asked for 1.00 GB", "x")
-    told = explain(fault, config, layout)
+    told = explain(fault, run)
     assert "for stage 3 at its peak" in told.problem and "weights, gradients" in told.problem
     sizes = [float(size) for size in re.findall(r"planned: ([\d.]+) GB", told.fix)]
     assert len(sizes) >= 3 and sizes == sorted(sizes), told.fix
     assert all(words in told.fix for words in ("batch.micro=1", "recompute=all", "more ranks"))
-    assert explain(told, config, layout) is told
+    assert explain(told, run) is told
     host = HostMemoryError("rank 0", "out of host memory", "x")
-    assert explain(host, config, layout) is host
+    assert explain(host, run) is host
 
 
 WORDS = [*FAULTY, "parallel.expert=2", "train.steps=2", "checkpoint.every=1"]

@@ -71,7 +71,7 @@ def peak_saved_bytes(rank: int, world: int, overrides: Sequence[str]) -> tuple[i
     from tests.support.engines import micro_batches, open_engine
 
     engine = open_engine(rank, world, overrides)
-    shape = (engine.microbatches * engine.config.batch.micro, engine.config.data.sequence + 1)
+    shape = (engine.run.microbatches * engine.config.batch.micro, engine.config.data.sequence + 1)
     batches = micro_batches(engine, np.random.default_rng(0).integers(0, 100, shape))
     anyway: list[Any] = [p for chunk in engine.chunks for p in chunk.parameters()]
     anyway += [p.main_grad for p in anyway if hasattr(p, "main_grad")]

@@ -42,8 +42,7 @@ def cuda_ranks(overrides: Sequence[str], world: int) -> list[dict[str, Any]]:
     from moe_train.planner.resolution import resolve_run
 
     run = resolve_run(overrides, world)
-    config, layout = run.config, run.layout
-    backend = pretend_gpu(config.backend)
+    backend = pretend_gpu(run.config.backend)
 
     from moe_train.measure.dryrun.world import fake_chunks, fake_world, parameter_count
     from tests.support.shards import matrices
@@ -51,7 +50,7 @@ def cuda_ranks(overrides: Sequence[str], world: int) -> list[dict[str, Any]]:
     ranks = []
     for rank in range(world):
         with fake_world(rank, world):
-            chunks = fake_chunks(config, layout, backend)
+            chunks = fake_chunks(run, backend)
             ranks.append(
                 {"parameters": parameter_count(chunks), "matrices": sorted(matrices(chunks))}
             )

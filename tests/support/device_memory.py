@@ -235,10 +235,10 @@ def added(
     from moe_train.planner.resolution import resolve_run
 
     run = resolve_run(list(overrides), world)
-    config, layout = run.config, run.layout
-    backend = host_backend(config)
+    run = run.with_vocabulary(vocab or run.vocab, "test")
+    backend = host_backend(run.config)
     with fake_world(rank, world), DeviceTracker() as tracker:
-        engine = fake_engine(config, layout, backend, vocab or config.model.vocab or 0, 1)
+        engine = fake_engine(run, backend)
         initialise_state(engine.optimizer)
         found = {"state": tracker.live, "parameter": largest(engine)}
         found["save"] = save_added(tracker, engine, folder, beside=False)

@@ -45,13 +45,7 @@ def open_engine(rank: int, world: int, overrides: Sequence[str], vocab: int = 12
     backend.prepare()
     open_world(backend, rank, world, 120)
     groups = open_groups(run.layout, timeout_seconds=120)
-    return build_engine(
-        config,
-        backend,
-        groups,
-        vocab=vocab,
-        microbatches=run.microbatches,
-    )
+    return build_engine(run.with_vocabulary(vocab, "test"), backend, groups)
 
 
 def _sharded(engine: Engine) -> Iterator[Any]:

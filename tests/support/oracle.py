@@ -18,6 +18,7 @@ from moe_train.config.root import Config
 from moe_train.config.schema import from_mapping
 from moe_train.errors import ConfigError
 from moe_train.measure.dryrun.world import fake_engine, fake_world
+from moe_train.parallel.resolved import resolved_run
 from tests.support.cuda_configs import transformer_engine_answers
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _build(config: Config, layout: Layout, backend: Backend, microbatches: int) 
     from moe_train.model.build import unwrap
 
     assert config.model.vocab
-    engine = fake_engine(config, layout, backend, config.model.vocab, microbatches)
+    engine = fake_engine(resolved_run(config, layout.world), backend)
     model = unwrap(engine.chunks[0])
     # Megatron counts layers itself when it makes the layers' specs; ours come counted.
     for chunk in range(layout.virtual_pipeline):

@@ -46,7 +46,7 @@ def record_step(rank: int, world: int, overrides: Sequence[str]) -> StageRecord:
         _watch(chunk, index, record.events)
     config = engine.config
     replicas = engine.groups.dp.size() * config.batch.micro
-    shape = (engine.microbatches * replicas, config.data.sequence + 1)
+    shape = (engine.run.microbatches * replicas, config.data.sequence + 1)
     tokens = np.random.default_rng(0).integers(0, 100, shape)
     train_step(engine, micro_batches(engine, tokens), 1)
     if len(engine.chunks) > 1:
@@ -73,8 +73,8 @@ def _table(engine: Any) -> list[Event]:
     )
 
     chunks, group = len(engine.chunks), engine.megatron.microbatch_group_size_per_vp_stage
-    table = get_schedule_table(engine.microbatches, chunks, group)
-    _, _, warmup, remaining = get_pp_rank_microbatches(engine.microbatches, chunks, group)
+    table = get_schedule_table(engine.run.microbatches, chunks, group)
+    _, _, warmup, remaining = get_pp_rank_microbatches(engine.run.microbatches, chunks, group)
     forward = [("F", number, chunk) for number, chunk in table]
     backward = [("B", number, chunks - 1 - chunk) for number, chunk in table]
     steady = [

@@ -53,7 +53,7 @@ def weights(overrides: list[str]) -> dict[str, str]:
     close()
     run = resolve_on_all_ranks(overrides, 1)
     with ExitStack() as stack:
-        session = open_session(run.config, run.layout, 0, 1, stack)
+        session = open_session(run, 0, stack)
         return {
             name: digest(parameter.detach())
             for chunk in session.engine.chunks

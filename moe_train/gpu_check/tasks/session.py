@@ -52,11 +52,11 @@ def open(overrides: list[str]) -> dict[str, Any]:
         _start(overrides)
     session = _open.session
     config = session.config
-    flops = flops_per_token(config.model, config.data.sequence, session.vocab)
+    flops = flops_per_token(config.model, config.data.sequence, session.run.vocab)
     return {
         "seconds": time.perf_counter() - begun,
         "base_bytes": _open.base,
-        "tokens_per_step": session.batch * config.data.sequence,
+        "tokens_per_step": session.run.tokens,
         "flops_per_token": flops.total,
         "peak_flops": device_peak(config),
         "hardware": config.hardware.name,
@@ -74,10 +74,10 @@ def _start(overrides: list[str]) -> None:
 
     run = resolve_on_all_ranks(overrides, 1)
     config = run.config
-    folder = create_run_folder(config.run.dir, config.run.name, default_name="session")
+    folder = create_run_folder(config.run.dir, config.run.name, "session")
     stack = ExitStack()
     try:
-        session = open_session(config, run.layout, 0, 1, stack, folder=folder)
+        session = open_session(run, 0, stack, folder=folder)
         # Only now: they import Megatron, which the backend had to prepare for.
         from moe_train.data.batches import BatchSource
         from moe_train.data.datasets import build_datasets
@@ -87,13 +87,13 @@ def _start(overrides: list[str]) -> None:
             sequence=config.data.sequence,
             seed=config.run.seed,
             train_samples=SAMPLES,
-            vocab_limit=session.vocab,
+            vocab_limit=session.run.vocab,
             corpus=session.corpus,
         ).train
     except BaseException:
         stack.close()
         raise
-    _open.source = BatchSource(dataset, session.batch, config.batch.micro, 0, 1)
+    _open.source = BatchSource(dataset, session.run.sequences, config.batch.micro, 0, 1)
     _open.words, _open.stack, _open.session, _open.step = overrides, stack, session, 0
 
 

@@ -66,13 +66,7 @@ def _step_seconds(layers: int, experts: int, count: int) -> float:
     open_world(backend, 0, 1, 60)
     try:
         groups = open_groups(run.layout, timeout_seconds=60)
-        engine = build_engine(
-            config,
-            backend,
-            groups,
-            vocab=VOCABULARY,
-            microbatches=run.microbatches,
-        )
+        engine = build_engine(run.with_vocabulary(VOCABULARY, "test"), backend, groups)
         batch = {
             "tokens": torch.randint(0, VOCABULARY, (1, SEQUENCE)),
             "labels": torch.randint(0, VOCABULARY, (1, SEQUENCE)),

@@ -70,8 +70,7 @@ def rows(reading: str, policy: str) -> list[Row]:
     """Every stage of a layout, by tag, under a recomputation."""
     overrides, world = READINGS[reading]
     resolved = resolve_run([*overrides, f"recompute.layers={policy}"], world)
-    config, layout, vocab = resolved.config, resolved.layout, resolved.vocab
-    backend = host_backend(config)
+    layout, backend = resolved.layout, host_backend(resolved.config)
 
     # Megatron's modules come only after the host is prepared for them.
     from moe_train.measure.dryrun.rank import dry_run
@@ -79,8 +78,8 @@ def rows(reading: str, policy: str) -> list[Row]:
     results = []
     for rank in first_of_stages(layout):
         count = enough_microbatches(layout)
-        run = dry_run(config, layout, backend, vocab, rank, microbatches=count)
-        plan = planned(config, layout, vocab, run.stage, 1.0)
+        run = dry_run(resolved, backend, rank, microbatches=count)
+        plan = planned(resolved, run.stage, 1.0)
         results.append(
             Row(
                 layout.tag, policy, run.stage, run.peak.bytes, plan.allocated,

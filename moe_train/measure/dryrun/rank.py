@@ -12,8 +12,7 @@ from moe_train.measure.dryrun.routing import known_routing
 from moe_train.measure.dryrun.step import initialise_state, own_state, watched_step
 from moe_train.measure.dryrun.tracker import GRADIENTS, OPTIMIZER, WEIGHTS, MemoryTracker, Peak
 from moe_train.measure.dryrun.world import fake_engine, fake_world
-from moe_train.parallel.batch import microbatches_per_step
-from moe_train.parallel.layout import Layout
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.parallel.shapes import Assumptions, capacity_factor
 
 if TYPE_CHECKING:
@@ -41,10 +40,8 @@ class RankRun:
 
 
 def dry_run(
-    config: Config,
-    layout: Layout,
+    run: ResolvedRun,
     backend: Backend,
-    vocab: int,
     rank: int,
     *,
     imbalance: float = 1.0,
@@ -54,20 +51,20 @@ def dry_run(
     """Be ``rank`` for one step on fake tensors.
 
     Args:
-        config: resolved and legal; `layout` is its layout.
         backend: whose modules and kernels are run; prepared.
         imbalance: rows of this rank's experts over the average.
         microbatches: of the step; None takes the configured number.
         block: bytes that an allocation is rounded up to.
     """
-    count = microbatches or microbatches_per_step(config, layout.data)
+    config, layout = run.config, run.layout
+    count = microbatches or run.microbatches
     tokens = config.data.sequence // layout.context * config.batch.micro // layout.tensor
     rows = tokens * config.model.experts_per_token
     factor = capacity_factor(config, Assumptions(imbalance=imbalance))
     with fake_world(rank, layout.world), known_routing(rows, factor):
         tracker = MemoryTracker(block)
         with tracker:
-            engine = fake_engine(config, layout, backend, vocab, count)
+            engine = fake_engine(run, backend)
             initialise_state(engine.optimizer)
             own_state(tracker, engine)
             # All micro-batches are alike, and the same tensors serve for all.

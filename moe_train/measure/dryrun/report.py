@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from moe_train.config.root import Config
-
 if TYPE_CHECKING:
     from moe_train.measure.dryrun.rank import RankRun
-from moe_train.parallel.layout import Layout
+    from moe_train.parallel.resolved import ResolvedRun
 from moe_train.parallel.shapes import Assumptions
 from moe_train.planner.memory.stages import StageMemory, stage_memory
 
@@ -20,12 +18,10 @@ ALLOWED = 0.05
 """Difference between closed form and dry run that the planner promises to stay below."""
 
 
-def planned(
-    config: Config, layout: Layout, vocab: int, stage: int, imbalance: float
-) -> StageMemory:
+def planned(run: ResolvedRun, stage: int, imbalance: float) -> StageMemory:
     """The closed form under the dry run's conditions: the host's kernels, no allowances."""
     taken = Assumptions(imbalance=imbalance, fragmentation=0.0, fused=False)
-    return stage_memory(config, layout, vocab, stage, taken)
+    return stage_memory(run.config, run.layout, run.vocab, stage, taken)
 
 
 def difference(run: RankRun, plan: StageMemory) -> float:

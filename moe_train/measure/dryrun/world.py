@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_train.backend.groups import close_world, open_groups
 from moe_train.model import build
-from moe_train.model.transformer_config import spans, transformer_config
-from moe_train.parallel.parameters import padded_vocab
+from moe_train.model.transformer_config import transformer_config
 from moe_train.train import engine as engines
 
 if TYPE_CHECKING:
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from moe_train.backend.protocol import Backend
-    from moe_train.config.root import Config
     from moe_train.parallel.layout import Layout
+    from moe_train.parallel.resolved import ResolvedRun
 
 
 @contextlib.contextmanager
@@ -86,16 +85,8 @@ def fake_groups(layout: Layout) -> ProcessGroupCollection:
     return open_groups(layout, timeout_seconds=60)
 
 
-def fake_engine(
-    config: Config, layout: Layout, backend: Backend, vocab: int, microbatches: int
-) -> engines.Engine:
-    """This rank's engine with uninitialised weights; call inside :func:`fake_world`.
-
-    Args:
-        config: resolved: every parallel size filled.
-        vocab: entries of the tokenizer, unpadded.
-        microbatches: micro-batches per replica and optimizer step.
-    """
+def fake_engine(run: ResolvedRun, backend: Backend) -> engines.Engine:
+    """This rank's engine with uninitialised weights; call inside :func:`fake_world`."""
     seed = engines.seed_everything
 
     def seed_really(number: int) -> None:
@@ -110,9 +101,7 @@ def fake_engine(
         mock.patch.object(build.GPTModel, "to", lambda model, *_: model),
         mock.patch.object(dist, "all_gather_object", _gather_own),
     ):
-        return engines.build_engine(
-            config, backend, fake_groups(layout), vocab=vocab, microbatches=microbatches
-        )
+        return engines.build_engine(run, backend, fake_groups(run.layout))
 
 
 def _gather_own(gathered: list[Any], own: Any, group: Any = None) -> None:
@@ -120,14 +109,9 @@ def _gather_own(gathered: list[Any], own: Any, group: Any = None) -> None:
     gathered[:] = [own] * len(gathered)
 
 
-def fake_chunks(config: Config, layout: Layout, backend: Backend) -> list[GPTModel]:
-    """This rank's model chunks, uninitialised; call inside :func:`fake_world`.
-
-    Args:
-        config: resolved: every parallel size filled, and ``model.vocab`` set.
-    """
-    assert config.model.vocab
-    groups = fake_groups(layout)
+def fake_chunks(run: ResolvedRun, backend: Backend) -> list[GPTModel]:
+    """This rank's model chunks, uninitialised; call inside :func:`fake_world`."""
+    config, groups = run.config, fake_groups(run.layout)
     with unset_fake_temporarily():
         engines.seed_everything(config.run.seed)
     megatron = transformer_config(config, backend)
@@ -136,9 +120,9 @@ def fake_chunks(config: Config, layout: Layout, backend: Backend) -> list[GPTMod
         megatron,
         backend,
         groups,
-        padded_vocab=padded_vocab(config.model.vocab, config.model.vocab_multiple),
+        padded_vocab=run.padded_vocab,
         recomputed=config.recomputed_layers,
-        span=engines.open_span(config, megatron, backend, groups) if spans(config) else None,
+        span=engines.open_span(config, megatron, backend, groups) if run.layout.span else None,
     )
 
 
