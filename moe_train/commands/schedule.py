@@ -214,7 +214,7 @@ def _write(asked: argparse.Namespace, schedule: Schedule, report: dict[str, Any]
         write_graph(schedule.graph, asked.dag)
         print(f"written to {asked.dag}")
     if asked.trace:
-        block = schedule.layout.world // schedule.layout.pipeline
+        block = schedule.layout.ranks_per_stage
         ranks = [
             f"{stage * block}-{(stage + 1) * block - 1}" if block > 1 else str(stage)
             for stage in range(schedule.layout.pipeline)

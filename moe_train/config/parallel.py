@@ -16,6 +16,8 @@ class ParallelConfig:
 
     auto: Bool = False
     """Choose every size below from the world size; sizes given explicitly are kept."""
+    reference: Text = ""
+    """Layout such as TP2.PP4.EP8.span, taken by ``auto`` on as many ranks as it has."""
     tensor: PositiveInteger | None = None
     """Tensor-parallel ranks of the dense parts; above 1, sequence parallelism is on."""
     pipeline: PositiveInteger | None = None

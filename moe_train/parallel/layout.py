@@ -1,4 +1,4 @@
-"""One object that knows every rank's coordinates, groups, layers and experts.
+"""`Layout`: the parallel sizes of a run, and every rank's coordinates, groups, layers and experts.
 
 Rank numbering is Megatron-Core's default order "tp-cp-ep-dp-pp" (fastest first), which
 it applies twice: to the dense grid tp x cp x dp x pp and to the expert grid
@@ -8,35 +8,49 @@ pipeline slowest, so a stage is the same block of ranks in both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import NamedTuple
 
 from moe_train.config.types import Placement
 
-DENSE_GROUPS: dict[str, tuple[str, ...]] = {
-    "tp": ("tp",),
-    "cp": ("cp",),
-    "dp": ("dp",),
-    "pp": ("pp",),
-    "dp_cp": ("cp", "dp"),
-    "tp_cp": ("tp", "cp"),
-    "tp_dp_cp": ("tp", "cp", "dp"),
-    "mp": ("tp", "pp"),
-}
-"""Process groups of the dense grid by the axes along which their ranks differ."""
 
-EXPERT_GROUPS: dict[str, tuple[str, ...]] = {
-    "ep": ("ep",),
-    "etp": ("etp",),
-    "edp": ("edp",),
-    "tp_ep": ("etp", "ep"),
-    "tp_ep_pp": ("etp", "ep", "pp"),
-}
-"""Process groups of the expert grid (``placement=stage``)."""
+class GroupKind(NamedTuple):
+    """A kind of process group: the axes along which its ranks differ, and what it communicates."""
 
-GROUP_KINDS = (*DENSE_GROUPS, "embd", *EXPERT_GROUPS)
-"""Every kind that `Layout.groups` knows."""
+    axes: tuple[str, ...]
+    """Of the dense grid (tp, cp, dp, pp) or the expert grid (etp, ep, edp, pp), fastest first."""
+    traffic: str = ""
+    """Communication pattern; empty where a training step moves no tensors of the model."""
+
+
+GROUPS = {
+    "tp": GroupKind(("tp",), "all-gather and reduce-scatter of activations, every layer"),
+    "cp": GroupKind(("cp",), "ring exchange of keys and values, every layer"),
+    "dp": GroupKind(("dp",)),
+    "pp": GroupKind(("pp",), "activations to the next stage, gradients back, every micro-batch"),
+    "dp_cp": GroupKind(("cp", "dp"), "reduction of dense gradients, once a step"),
+    "tp_cp": GroupKind(("tp", "cp")),
+    "tp_dp_cp": GroupKind(("tp", "cp", "dp")),
+    "mp": GroupKind(("tp", "pp"), "gradient norm and agreement within a replica, once a step"),
+    "embd": GroupKind(("pp",), "sum of a tied embedding's gradients, once a step"),
+    "ep": GroupKind(("ep",), "all-to-all of tokens, twice a layer in each direction"),
+    "etp": GroupKind(("etp",), "all-gather and reduce-scatter of an expert's tokens, every layer"),
+    "edp": GroupKind(("edp",), "reduction of expert gradients, once a step"),
+    "tp_ep": GroupKind(("etp", "ep")),
+    "tp_ep_pp": GroupKind(("etp", "ep", "pp")),
+}
+"""Every kind of process group, by Megatron-Core's names. ``embd`` has the first and the last rank
+of each ``pp`` group."""
+
+
+def divisors(number: int) -> list[int]:
+    """All positive divisors, ascending."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 class DenseCoordinates(NamedTuple):
@@ -68,7 +82,7 @@ class Coordinates(NamedTuple):
 class Layout:
     """Sizes of all parallel dimensions over `world` ranks, and what follows from them.
 
-    A layout is only arithmetic: `moe_train.planner.legality` says whether it is legal.
+    A layout is arithmetic; `moe_train.planner.legality` checks whether it is legal.
     `layers` and `experts` (per layer) are needed by `stage_layers` and `local_experts`.
     """
 
@@ -89,10 +103,24 @@ class Layout:
         return self.placement == "span"
 
     @property
+    def expert_stages(self) -> int:
+        """Pipeline stages that have experts of their own: all, or 1 where experts span them."""
+        return 1 if self.span else self.pipeline
+
+    @property
+    def ranks_per_stage(self) -> int:
+        """Ranks of one pipeline stage, of all replicas; ranks of a stage are consecutive."""
+        return self.world // self.pipeline
+
+    def stage_ranks(self, stage: int) -> range:
+        """Ranks of pipeline stage `stage` (0-based)."""
+        return range(stage * self.ranks_per_stage, (stage + 1) * self.ranks_per_stage)
+
+    @property
     def expert_in_stage(self) -> int:
         """Expert-parallel ranks inside one stage: with span, the tensor-parallel ones.
 
-        This is the size that Megatron is told; its expert-data-parallel groups are then those
+        Megatron's expert-parallel size; its expert-data-parallel groups are then those
         of the replicas in both placements.
         """
         return self.tensor if self.span else self.expert
@@ -105,8 +133,7 @@ class Layout:
     @property
     def expert_data(self) -> int:
         """Ranks that hold the same experts."""
-        stages = 1 if self.span else self.pipeline
-        return self.world // (self.expert_tensor * self.expert * stages)
+        return self.world // (self.expert_tensor * self.expert * self.expert_stages)
 
     @property
     def tag(self) -> str:
@@ -117,11 +144,8 @@ class Layout:
         """
         if self.world == 1:
             return "single"
-        stages = 1 if self.span else self.pipeline
-        dense = self.tensor * self.context * (self.pipeline if self.span else 1)
-        copies = self.world // (max(dense, self.expert_tensor * self.expert) * stages)
         parts = (
-            ("DP", copies),
+            ("DP", self.world // self.grid),
             ("TP", self.tensor),
             ("CP", self.context),
             ("PP", self.pipeline),
@@ -131,6 +155,34 @@ class Layout:
         )
         text = ".".join(f"{name}{size}" for name, size in parts if size > 1)
         return text + (".span" if self.span else "")
+
+    @classmethod
+    def from_tag(cls, tag: str) -> Layout | None:
+        """The layout that `tag` names, without layers and experts; None if it names none."""
+        text = tag.removesuffix(".span")
+        parts = [
+            re.fullmatch(r"(DP|TP|CP|PP|VPP|EP|ETP)([1-9]\d{0,5})", p) for p in text.split(".")
+        ]
+        sizes = {part[1]: int(part[2]) for part in parts if part}
+        if len(sizes) < len(parts):
+            return None
+        one = cls(
+            world=0,
+            tensor=sizes.get("TP", 1),
+            pipeline=sizes.get("PP", 1),
+            virtual_pipeline=sizes.get("VPP", 1),
+            context=sizes.get("CP", 1),
+            expert=sizes.get("EP", 1),
+            expert_tensor=sizes.get("ETP", 1),
+            placement="stage" if text == tag else "span",
+        )
+        return replace(one, world=one.grid * sizes.get("DP", 1))
+
+    @property
+    def grid(self) -> int:
+        """Ranks of one copy of the larger of the two grids."""
+        dense = self.tensor * self.context * self.pipeline // self.expert_stages
+        return max(dense, self.expert_tensor * self.expert) * self.expert_stages
 
     def overrides(self) -> list[str]:
         """The layout as config overrides that can be pasted on a command line."""
@@ -167,34 +219,53 @@ class Layout:
         pp, edp = divmod(rest, self.expert_data)
         return Coordinates(dense, ExpertCoordinates(etp, ep, edp, pp))
 
+    def members(self, kind: str, rank: int) -> list[int]:
+        """Ranks of `rank`'s process group of one kind, ascending.
+
+        Under ``placement=span`` an expert-parallel group is a replica's tensor ranks in all
+        stages, and expert replicas are the dense ones.
+        """
+        if kind == "embd":
+            ranks = self.members("pp", rank)
+            return [ranks[0], ranks[-1]] if len(ranks) > 1 else ranks
+        strides = self._strides
+        parts = [strides[axis] for axis in GROUPS[kind].axes]
+        if self.span:
+            parts = [
+                strides[dense]
+                for axis in GROUPS[kind].axes
+                for dense in {"etp": (), "ep": ("tp", "pp"), "edp": ("cp", "dp")}.get(axis, (axis,))
+            ]
+        parts = list(dict.fromkeys(parts))
+        first = rank - sum(rank // stride % size * stride for stride, size in parts)
+        offsets = (range(0, stride * size, stride) for stride, size in reversed(parts))
+        return [first + sum(steps) for steps in product(*offsets)]
+
     @cached_property
-    def _all_coordinates(self) -> list[Coordinates]:
-        return [self.coordinates(rank) for rank in range(self.world)]
+    def _strides(self) -> dict[str, tuple[int, int]]:
+        """(distance between neighbours, size) of every axis of both grids."""
+        tensor, expert = self.tensor * self.context, self.expert_tensor * self.expert
+        return {
+            "tp": (1, self.tensor),
+            "cp": (self.tensor, self.context),
+            "dp": (tensor, self.data),
+            "pp": (self.ranks_per_stage, self.pipeline),
+            "etp": (1, self.expert_tensor),
+            "ep": (self.expert_tensor, self.expert),
+            "edp": (expert, self.expert_data),
+        }
 
     def groups(self, kind: str) -> list[list[int]]:
-        """All process groups of one kind, each an ascending list of ranks.
+        """All process groups of one kind of `GROUPS`, each ascending, in Megatron's order."""
+        return list(self._groups(kind))
 
-        Kinds: tp, cp, dp, pp, dp_cp, tp_cp, tp_dp_cp, mp (one dense replica), embd
-        (first and last stage), ep, etp, edp, tp_ep, tp_ep_pp. The order of the groups
-        is that of Megatron's.
-        """
-        assert kind in GROUP_KINDS, f"unknown group kind {kind}"
-        if kind == "embd":
-            return [
-                [ranks[0], ranks[-1]] if len(ranks) > 1 else [ranks[0]]
-                for ranks in self.groups("pp")
-            ]
-        axes = DENSE_GROUPS.get(kind) or EXPERT_GROUPS[kind]
-        # Under span the expert index already runs over the stages.
-        inside = {*axes, "pp"} if self.span and "ep" in axes else set(axes)
-        found: dict[tuple[int, ...], list[int]] = {}
-        for rank, both in enumerate(self._all_coordinates):
-            grid = both.dense if kind in DENSE_GROUPS else both.expert
-            fixed = tuple(
-                value for axis, value in zip(grid._fields, grid, strict=True) if axis not in inside
-            )
-            found.setdefault(fixed, []).append(rank)
-        return list(found.values())
+    def _groups(self, kind: str) -> Iterator[list[int]]:
+        seen: set[int] = set()
+        for rank in range(self.world):
+            if rank not in seen:
+                ranks = self.members(kind, rank)
+                seen.update(self.members("pp", rank) if kind == "embd" else ranks)
+                yield ranks
 
     def stage_layers(self, stage: int, chunk: int | None = None) -> list[int]:
         """1-based layers of pipeline stage `stage`, of one model chunk or of all.

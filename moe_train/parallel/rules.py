@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
 from moe_train.parallel.batch import microbatches_per_step
-from moe_train.parallel.layout import Layout
+from moe_train.parallel.layout import Layout, divisors
 from moe_train.parallel.parameters import padded_vocab
-from moe_train.parallel.sizes import divisors
 
 
 def layout_faults(config: Config, layout: Layout) -> Iterator[ConfigError]:

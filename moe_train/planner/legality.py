@@ -9,8 +9,8 @@ from moe_train.errors import ConfigError
 from moe_train.parallel.kernel_rules import fp8_faults, kernel_options, kernel_sizes
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.rules import WORLD_SIZE, layout_faults
-from moe_train.parallel.sizes import layout_of
-from moe_train.planner.search import nearest_layouts
+from moe_train.parallel.sizes import layout_of, nearest_layouts
+from moe_train.planner.search import ranked
 
 
 def check(
@@ -28,6 +28,12 @@ def check(
     on_host = config.device == "cpu" if host is None else host
     kernels = planned_kernels(config.backend.kernels, on_cpu=on_host, here=here).kernels
     faults = [*validate(config), *kernel_options(config, kernels, on_host)]
+    if (tag := config.parallel.reference) and Layout.from_tag(tag) is None:
+        faults.append(
+            ConfigError(
+                "parallel.reference", f"{tag!r} is no layout", "for example TP2.PP4.EP8.span"
+            )
+        )
     if sizes_refused(faults):
         return faults
     layout = layout_of(config, world)
@@ -40,7 +46,8 @@ def check(
 def _with_legal_layouts(fault: ConfigError, config: Config, layout: Layout) -> ConfigError:
     if fault.field != WORLD_SIZE:
         return fault
-    lines = [" ".join(near.overrides()) for near in nearest_layouts(config, layout)]
+    nearest = ranked(config, nearest_layouts(config, layout))
+    lines = [" ".join(near.overrides()) for near in nearest]
     if not lines:
         return fault
     options = "\n      ".join(lines)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from moe_train.backend import groups as backend_groups
 from moe_train.backend import local_group
 from moe_train.backend.cuda.backend import CudaBackend
-from moe_train.parallel.communicators import OPTIMIZER, WORLD, communicators, used_kinds
-from moe_train.parallel.layout import GROUP_KINDS
+from moe_train.parallel.groups import OPTIMIZER, WORLD, communicators, used_kinds
+from moe_train.parallel.layout import GROUPS
 from moe_train.planner.resolution import resolve_run
 from moe_train.testing.world import run_world
 from tests.support.engines import micro_batches, open_engine
@@ -286,7 +286,7 @@ def test_what_a_group_of_one_cannot_do_is_refused() -> None:
 def test_the_plan_counts_what_the_literal_layout_opens() -> None:
     run = resolve_run(["experiment=moe_30b_8x64gb"], 8)
     config, layout = run.config, run.layout
-    groups = {kind: layout.groups(kind) for kind in GROUP_KINDS}
+    groups = {kind: layout.groups(kind) for kind in GROUPS}
     assert communicators(config, layout, groups) == {
         "world": 8,
         "tp": 2,
@@ -297,4 +297,4 @@ def test_the_plan_counts_what_the_literal_layout_opens() -> None:
     }
     run = resolve_run(SMALL, 1)
     config, alone = run.config, run.layout
-    assert communicators(config, alone, {kind: alone.groups(kind) for kind in GROUP_KINDS}) == {}
+    assert communicators(config, alone, {kind: alone.groups(kind) for kind in GROUPS}) == {}

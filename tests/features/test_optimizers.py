@@ -6,8 +6,8 @@ import pytest
 
 from moe_train.config.compose import collect
 from moe_train.features.optimizers import OPTIMIZERS
+from moe_train.parallel.optimizer_state import bytes_per_parameter
 from moe_train.planner.legality import check
-from moe_train.planner.memory.optimizer_bytes import bytes_per_parameter
 from moe_train.testing import layouts
 from moe_train.testing.compare import compare
 from moe_train.testing.layouts import Runs

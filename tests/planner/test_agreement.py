@@ -10,11 +10,12 @@ import pytest
 
 from moe_train.config.schema import to_mapping
 from moe_train.errors import ConfigError
+from moe_train.parallel.sizes import layout_of
 from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.legality import check
 from moe_train.planner.memory.fit import assumptions_of, memory_fault
 from moe_train.planner.report.plan_report import plan_report
-from moe_train.planner.search import planned, resolve
+from moe_train.planner.search import resolve
 from moe_train.testing.world import run_world
 from tests.support.draws import base, draw
 from tests.support.oracle import refusals
@@ -65,7 +66,7 @@ def never_crashes(number: int, seed: int) -> Counter[str]:
         if faults:
             outcomes["refused"] += 1
             continue
-        layout, assumptions = planned(config, world), assumptions_of(config)
+        layout, assumptions = layout_of(config, world), assumptions_of(config)
         report = plan_report(config, layout, assumptions)
         fault = memory_fault(config, layout, vocabulary(config)[0], assumptions)
         assert report["parameters"]["total"] > 0

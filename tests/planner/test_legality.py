@@ -7,9 +7,10 @@ import pytest
 from moe_train.config.compose import compose
 from moe_train.errors import ConfigFaults
 from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
+from moe_train.parallel.sizes import layout_of, legal_layouts
 from moe_train.planner.legality import check
 from moe_train.planner.resolution import resolve_run
-from moe_train.planner.search import legal_layouts, planned, resolve
+from moe_train.planner.search import resolve
 
 
 def faults(overrides: list[str], world: int) -> dict[str, str]:
@@ -191,7 +192,7 @@ def test_search_yields_legal_layouts_only_and_keeps_what_is_set() -> None:
     for one in found:
         pasted = compose(["parallel=auto", *one.overrides()])
         assert check(resolve(pasted, 16), 16) == []
-        assert planned(resolve(pasted, 16), 16) == one
+        assert layout_of(resolve(pasted, 16), 16) == one
 
 
 def test_global_batch_fixes_the_product_for_every_data_size() -> None:

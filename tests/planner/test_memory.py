@@ -13,11 +13,11 @@ from moe_train.config.compose import compose
 from moe_train.config.root import Config
 from moe_train.parallel.in_flight import chunks_in_flight, span_rows_in_flight
 from moe_train.parallel.layout import Layout
+from moe_train.parallel.optimizer_state import bytes_per_parameter, state_bytes, variants
 from moe_train.parallel.parameters import rank_parameters
 from moe_train.parallel.shapes import Assumptions, shapes
 from moe_train.planner.memory.fit import assumptions_of, memory_fault, memory_rows
 from moe_train.planner.memory.layers import INPUT_TWICE, whole_layer
-from moe_train.planner.memory.optimizer_bytes import bytes_per_parameter, state_bytes, variants
 from moe_train.planner.memory.stages import StageMemory, plan_memory, worst
 from moe_train.planner.resolution import resolve_run
 from moe_train.planner.terms import total

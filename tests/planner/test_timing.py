@@ -14,6 +14,7 @@ from moe_train.parallel.flops import flops_per_token
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.parameters import rank_parameters
 from moe_train.parallel.shapes import Assumptions, shapes
+from moe_train.parallel.sizes import legal_layouts
 from moe_train.planner.cost.bubbles import bubble
 from moe_train.planner.cost.communication import gradient_traffic, layer_traffic, step_traffic
 from moe_train.planner.cost.compute import (
@@ -30,7 +31,7 @@ from moe_train.planner.cost.links import (
 from moe_train.planner.cost.timing import end_times, passes_of, step_time
 from moe_train.planner.memory.fit import assumptions_of
 from moe_train.planner.resolution import resolve_run
-from moe_train.planner.search import legal_layouts, ranked
+from moe_train.planner.search import ranked
 
 MISSION = ["experiment=moe_30b_8x64gb"]
 STAGE = [*MISSION, "parallel.placement=stage"]
@@ -272,8 +273,8 @@ def test_ranking_puts_what_fits_first_and_then_the_fastest() -> None:
     options = legal_layouts(dataclasses.replace(config, parallel=free), 8)
     order = ranked(config, options)
     assert sorted(map(str, order)) == sorted(map(str, options))
+    from moe_train.parallel.sizes import with_layout
     from moe_train.planner.memory.fit import fits
-    from moe_train.planner.search import with_layout
 
     taken = assumptions_of(config)
     fit = [fits(with_layout(config, one), one, VOCAB, taken) for one in order]

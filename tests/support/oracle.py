@@ -176,7 +176,7 @@ def _interleaved(engine: Engine, config: Config, microbatches: int) -> None:
 def refusals(rank: int, one: int, drawn: list[tuple[dict[str, Any], int]]) -> list[str]:
     """`refusal` of many (mapping of a resolved config, world) pairs; run by `run_world`."""
     from moe_train.backend.cpu.backend import HostBackend
-    from moe_train.planner.search import planned
+    from moe_train.parallel.sizes import layout_of
 
     said: list[str] = []
     for mapping, world in drawn:
@@ -184,5 +184,5 @@ def refusals(rank: int, one: int, drawn: list[tuple[dict[str, Any], int]]) -> li
         assert not faults
         if not said:
             HostBackend(config.backend).prepare()
-        said.append(refusal(config, planned(config, world)))
+        said.append(refusal(config, layout_of(config, world)))
     return said

@@ -88,7 +88,8 @@ def fastest(overrides: list[str], world: int) -> dict[str, Any]:
     Returns:
         ``tag`` and ``overrides`` of the layout.
     """
-    from moe_train.planner.search import legal_layouts, ranked
+    from moe_train.parallel.sizes import legal_layouts
+    from moe_train.planner.search import ranked
 
     run = _resolved(overrides, world)
     config, sequences = run.config, run.sequences

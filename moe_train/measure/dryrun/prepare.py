@@ -30,7 +30,7 @@ def first_of_stages(layout: Layout) -> list[int]:
     Its peers in tensor, expert and data parallelism hold tensors of the same shapes: sizes are
     divided evenly (legality sees to that), and rows are routed evenly.
     """
-    return [stage * (layout.world // layout.pipeline) for stage in range(layout.pipeline)]
+    return [layout.stage_ranks(stage)[0] for stage in range(layout.pipeline)]
 
 
 def enough_microbatches(layout: Layout) -> int:

@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from moe_train.config.root import Config
 from moe_train.config.schema import dotted_keys, value_at
 from moe_train.config.training import BackendConfig
-from moe_train.parallel.deployment import PATTERN, deployment
-from moe_train.parallel.layout import Layout
+from moe_train.parallel.groups import deployment
+from moe_train.parallel.layout import GROUPS, Layout
+from moe_train.parallel.sizes import legal_layouts, with_layout
 from moe_train.planner.claims.subject import Subject, quantity
 from moe_train.planner.cost.links import group
-from moe_train.planner.search import legal_layouts, ranked, with_layout
+from moe_train.planner.search import ranked
 
 
 def _module(name: str) -> float:
@@ -72,7 +73,7 @@ def _modules(s: Subject) -> float:
 def _patterns(s: Subject) -> float:
     kinds = [kind for kind in ("tp", "cp", "pp", "dp_cp", "ep", "etp", "edp")
              if group(s.layout, s.config.hardware, kind).size > 1]  # fmt: skip
-    return float(bool(kinds) and all(kind in PATTERN for kind in kinds))
+    return float(bool(kinds) and all(GROUPS[kind].traffic for kind in kinds))
 
 
 @quantity("deployment.complete", "yes/no", "the plan has all that a graph of the step needs")

@@ -18,7 +18,7 @@ from moe_train.planner.memory.stages import GB
 
 
 def _parameters(s: Subject) -> list[int]:
-    block = s.layout.world // s.layout.pipeline
+    block = s.layout.ranks_per_stage
     return [
         rank_parameters(s.config.model, s.layout, stage * block, s.vocab).total
         for stage in range(s.layout.pipeline)

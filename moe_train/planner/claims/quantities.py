@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from moe_train.parallel.optimizer_state import variants
 from moe_train.parallel.parameters import model_parameters, rank_parameters
 from moe_train.planner.claims.subject import Subject, quantity
 from moe_train.planner.memory.fit import capacity
-from moe_train.planner.memory.optimizer_bytes import variants
 from moe_train.planner.memory.stages import GB, StageMemory
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from moe_train.config.root import Config
 from moe_train.parallel.layout import Layout
+from moe_train.parallel.optimizer_state import bytes_per_parameter
 from moe_train.parallel.parameters import RankParameters
 from moe_train.parallel.shapes import Shapes
 from moe_train.planner.cost.calls import end_calls, expert_calls, sum_of, tensor_calls
@@ -21,7 +22,6 @@ from moe_train.planner.cost.links import (
     point_to_point,
     reduce_scatter,
 )
-from moe_train.planner.memory.optimizer_bytes import bytes_per_parameter
 
 
 @dataclass(frozen=True)

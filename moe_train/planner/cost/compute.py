@@ -10,7 +10,9 @@ inputs, and a second product makes theirs:
     otherwise  writes a gradient of its own, which an addition then moves into the buffer
                (``DistributedDataParallel``'s hook: reads both, writes one)
 
-Elementwise kernels move every tensor that the layer saves twice: written once, read once.
+Elementwise kernels write every tensor once and read it once. Their bytes are counted here, apart
+from those of `moe_train.planner.memory`: a change of the memory model leaves every time as it is,
+and so the layout that ``parallel=auto`` takes among those that fit.
 """
 
 from __future__ import annotations
@@ -19,16 +21,8 @@ from dataclasses import dataclass
 
 from moe_train.config.hardware import HardwareConfig
 from moe_train.config.root import Config
+from moe_train.parallel.optimizer_state import bytes_per_parameter
 from moe_train.parallel.shapes import Shapes
-from moe_train.planner.memory.activations import (
-    dense_terms,
-    expert_terms,
-    head_terms,
-    routing_terms,
-)
-from moe_train.planner.memory.layers import forward_buffers
-from moe_train.planner.memory.optimizer_bytes import bytes_per_parameter
-from moe_train.planner.terms import total
 
 
 @dataclass(frozen=True)
@@ -99,6 +93,22 @@ def _launches(forward: float, backward: float) -> Part:
     return Part("launches", 0.0, forward, backward, "hardware profile")
 
 
+def _norm_bytes(z: Shapes) -> int:
+    """Output of an RMSNorm and 1 / rms of each row; torch's own makes two fp32 copies."""
+    return z.N * (z.H * z.b + 4) if z.fused else z.N * (8 * z.H + 4)
+
+
+def _written_bytes(z: Shapes) -> int:
+    """Bytes that the kernels of one layer write between its products, experts apart."""
+    attention = z.A * (3 * z.Q + 3 * z.G) * z.b + 4 * z.T * z.D * z.b + 4 * z.A * z.n
+    router = z.N * (4 * z.E + 20 * z.K + 8)
+    permutation = 4 * z.N * (2 * z.E + 1)
+    if not z.fused:
+        permutation = 8 * z.N * (z.E + z.K) + z.N * z.K * z.H * z.b
+    inputs, shared = 2 * z.N * z.H * z.b, 3 * z.A * z.W * z.b
+    return 2 * _norm_bytes(z) + inputs + attention + router + permutation + shared
+
+
 def dense_parts(config: Config, z: Shapes) -> list[Part]:
     """Attention, norms, router and shared expert of one layer, forward."""
     hardware = config.hardware
@@ -115,8 +125,7 @@ def dense_parts(config: Config, z: Shapes) -> list[Part]:
             _product(config, z, "shared expert", 6 * z.A * z.H * z.W, hardware.gemm_efficiency,
                      3 * z.H * z.W, "6 A H W")
         )  # fmt: skip
-    saved = total([*dense_terms(z), *routing_terms(z)])
-    parts.append(_moved(config, "norms and other kernels", 2 * saved))
+    parts.append(_moved(config, "norms and other kernels", 2 * _written_bytes(z)))
     once = hardware.layer_overhead_us * 1e-6
     parts.append(_launches(once, 2 * once))
     return parts
@@ -128,7 +137,11 @@ def expert_parts(config: Config, z: Shapes, share: float = 1.0, layers: int = 1)
     Under ``placement=span`` these belong to `layers` layers, one of each active stage.
     """
     hardware, rows = config.hardware, z.R * share
-    moved = 2 * total(expert_terms(z, rows)) + 2 * share * total(forward_buffers(z))
+    # Input, both halves of fc1, the product of SwiGLU and the probability of every row; then the
+    # buffers that are sent and received.
+    swiglu = rows * z.H * z.b + 2 * rows * z.F * z.b + rows * z.F * z.b + 4 * rows
+    exchanged = z.N * z.K * z.H * z.b + z.R * z.H * z.b
+    moved = 2 * swiglu + 2 * share * exchanged
     modules = layers * z.local_experts
     once = modules * hardware.expert_overhead_us * 1e-6
     return [
@@ -149,12 +162,13 @@ def embedding_parts(config: Config, z: Shapes) -> list[Part]:
 
 def head_parts(config: Config, z: Shapes) -> list[Part]:
     """Output projection and loss on the last stage."""
+    loss = _norm_bytes(z) + z.N * z.H * z.b + 4 * z.A * z.V + 9 * z.A
     # The profile has both passes together.
     launches = config.hardware.microbatch_overhead_us * 1e-6
     return [
         _product(config, z, "head", 2 * z.A * z.H * z.V, config.hardware.gemm_efficiency,
                  z.H * z.V, "2 A H V"),
-        _moved(config, "loss", 2 * total(head_terms(z))),
+        _moved(config, "loss", 2 * loss),
         _launches(launches / 3, 2 * launches / 3),
     ]  # fmt: skip
 

@@ -39,34 +39,6 @@ class Sent(NamedTuple):
     seconds: float
 
 
-def members(layout: Layout, kind: str, rank: int) -> list[int]:
-    """Ranks of `rank`'s group; the same as `Layout.groups` without listing the world."""
-    dense, expert = layout.coordinates(rank)
-    stage = layout.world // layout.pipeline
-    if kind in ("mp", "ep") and (kind == "mp" or layout.span):
-        low = dense.cp * layout.tensor + dense.dp * layout.tensor * layout.context
-        return [t + low + p * stage for p in range(layout.pipeline) for t in range(layout.tensor)]
-    if kind == "edp" and layout.span:
-        kind = "dp_cp"
-    strides = {
-        "tp": (1, layout.tensor, dense.tp),
-        "cp": (layout.tensor, layout.context, dense.cp),
-        "tp_cp": (1, layout.tensor * layout.context, dense.tp + layout.tensor * dense.cp),
-        "dp_cp": (layout.tensor, layout.context * layout.data,
-                  dense.cp + layout.context * dense.dp),
-        "tp_dp_cp": (1, stage, rank % stage),
-        "pp": (stage, layout.pipeline, dense.pp),
-        "etp": (1, layout.expert_tensor, expert.etp),
-        "ep": (layout.expert_tensor, layout.expert, expert.ep),
-        "tp_ep": (1, layout.expert_tensor * layout.expert,
-                  expert.etp + layout.expert_tensor * expert.ep),
-        "edp": (layout.expert_tensor * layout.expert, layout.expert_data, expert.edp),
-    }  # fmt: skip
-    step, size, index = strides[kind]
-    first = rank - index * step
-    return [first + i * step for i in range(size)]
-
-
 def group(layout: Layout, hardware: HardwareConfig, kind: str) -> Group:
     """The worse placed of the first and the last rank's groups of one kind."""
     return _worse(layout, hardware.devices_per_node, kind)
@@ -76,7 +48,7 @@ def group(layout: Layout, hardware: HardwareConfig, kind: str) -> Group:
 def _worse(layout: Layout, devices_per_node: int, kind: str) -> Group:
     found = []
     for rank in {0, layout.world - 1}:
-        ranks = members(layout, kind, rank)
+        ranks = layout.members(kind, rank)
         nodes: dict[int, int] = {}
         for each in ranks:
             node = each // devices_per_node
@@ -142,8 +114,7 @@ def all_to_all(hardware: HardwareConfig, where: Group, data: float) -> Sent:
 def point_to_point(layout: Layout, hardware: HardwareConfig, stage: int, data: float) -> Sent:
     """A message of `data` bytes from `stage` to the next one."""
     fast, slow, latency = _rates(hardware)
-    block = layout.world // layout.pipeline
-    ours, theirs = stage * block, (stage + 1) % layout.pipeline * block
+    ours, theirs = (layout.stage_ranks(s)[0] for s in (stage, (stage + 1) % layout.pipeline))
     if ours // hardware.devices_per_node == theirs // hardware.devices_per_node:
         return Sent(data, 0.0, latency + data / fast)
     return Sent(0.0, data, latency + data / slow)

@@ -17,6 +17,7 @@ from moe_train.config.root import Config
 from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
 from moe_train.parallel.flops import flops_per_token, mfu
 from moe_train.parallel.layout import Layout
+from moe_train.parallel.optimizer_state import owned_parameters
 from moe_train.parallel.parameters import rank_parameters
 from moe_train.parallel.shapes import Assumptions, Shapes, shapes
 from moe_train.parallel.ticks import ticks
@@ -36,7 +37,6 @@ from moe_train.planner.cost.compute import (
 )
 from moe_train.planner.cost.links import point_to_point
 from moe_train.planner.cost.sharing import BUNCHED, VARIATION, shared_seconds
-from moe_train.planner.memory.optimizer_bytes import bytes_per_parameter, state_bytes
 
 
 class Passes(NamedTuple):
@@ -258,7 +258,7 @@ def _work(config: Config, layout: Layout, z: Shapes, count: int, whole: frozense
     layer, local = layer_time(config, layout, z), len(layout.stage_layers(0))
     if not layout.span:
         each = [_stage_time(config, layout, z, layer, s, whole) for s in range(layout.pipeline)]
-        return layout.world // layout.pipeline * count * sum(one.both for one in each)
+        return layout.ranks_per_stage * count * sum(one.both for one in each)
     dense = layer.dense.forward + layer.tensor.forward
     own = layer.dense.backward + layer.tensor.backward
     sources = sum(
@@ -341,12 +341,11 @@ def _update(
     config: Config, layout: Layout, vocab: int, stages: tuple[StageTime, ...]
 ) -> tuple[float, float]:
     """(exposed gradient and weight traffic, optimizer) of the slowest stage, in seconds."""
-    each = bytes_per_parameter(config.dtype, config.optim)
     # On the host a collective takes a core's time, and hides where there is one to spare.
     busy = 0 < config.hardware.cores <= layout.world
     exposed = slowest = 0.0
     for stage in {0, layout.pipeline - 1}:
-        rank = stage * (layout.world // layout.pipeline)
+        rank = layout.stage_ranks(stage)[0]
         held = rank_parameters(config.model, layout, rank, vocab)
         traffic = gradient_traffic(config, layout, held)
         reduce = sum(sent.seconds for name, _, sent in traffic if "weights" not in name)
@@ -356,7 +355,6 @@ def _update(
         if config.parallel.overlap_param_gather and not busy:
             gather = max(gather - stages[stage].forward, gather * 0.1)
         exposed = max(exposed, reduce + gather)
-        state = state_bytes(config, layout, held)
-        owned = (state.optimizer + state.host) // max(each.state, 1)
+        owned = owned_parameters(config, layout, held)
         slowest = max(slowest, optimizer_seconds(config, held.total, owned))
     return exposed, slowest

@@ -9,12 +9,13 @@ from moe_train.config.compose import collect
 from moe_train.config.hardware import MachineFacts
 from moe_train.config.root import AUTO, Config
 from moe_train.errors import ConfigError
+from moe_train.parallel.sizes import layout_of
 from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.legality import check
 from moe_train.planner.machine.profiles import as_found, overridden, profile_overrides
 from moe_train.planner.memory.fit import assumptions_of
 from moe_train.planner.memory.stages import GB, plan_memory, worst
-from moe_train.planner.search import planned, resolve
+from moe_train.planner.search import resolve
 
 LAST = "twin"
 """Taken where nothing else is legal and fits."""
@@ -49,7 +50,7 @@ def needed_gb(name: str, facts: MachineFacts) -> float | None:
     known = config.hardware.peak_tflops
     if faults or config.dtype not in known or check(config, facts.count, here=True):
         return None
-    layout, assumed = planned(config, facts.count), assumptions_of(config)
+    layout, assumed = layout_of(config, facts.count), assumptions_of(config)
     vocab = vocabulary(config)[0]
     return (
         max(
@@ -92,7 +93,7 @@ def resolve_with_batch(config: Config, world: int) -> Config:
     config = resolve(
         dataclasses.replace(config, batch=dataclasses.replace(batch, global_=None)), world
     )
-    unit = max(1, batch.micro * planned(config, world).data)
+    unit = max(1, batch.micro * layout_of(config, world).data)
     near = max(1, round(wanted / unit)) * unit
     return dataclasses.replace(config, batch=dataclasses.replace(batch, global_=near))
 

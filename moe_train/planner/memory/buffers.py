@@ -16,8 +16,8 @@ from itertools import groupby
 from moe_train.config.model import ModelConfig
 from moe_train.config.root import Config
 from moe_train.parallel.layout import Layout
+from moe_train.parallel.optimizer_state import StateBytes, bytes_per_parameter, state_bytes
 from moe_train.parallel.parameters import padded_vocab, rank_parameters
-from moe_train.planner.memory.optimizer_bytes import StateBytes, bytes_per_parameter, state_bytes
 
 ALIGNMENT = 64
 BUCKET_END = 128

@@ -12,9 +12,9 @@ from moe_train.config.root import Config
 from moe_train.config.schema import to_mapping
 from moe_train.errors import ConfigError
 from moe_train.parallel.layout import Layout
+from moe_train.parallel.optimizer_state import bytes_per_parameter, variants
 from moe_train.parallel.shapes import Assumptions
 from moe_train.parallel.vocabulary import vocabulary
-from moe_train.planner.memory.optimizer_bytes import bytes_per_parameter, variants
 from moe_train.planner.memory.stages import GB, StageMemory, plan_memory, stage_memory, worst
 
 FIELD = "memory"

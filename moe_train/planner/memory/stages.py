@@ -15,6 +15,7 @@ from moe_train.config.root import Config
 from moe_train.parallel.batch import microbatches_per_step
 from moe_train.parallel.in_flight import chunks_in_flight, span_rows_in_flight
 from moe_train.parallel.layout import Layout
+from moe_train.parallel.optimizer_state import StateBytes, state_bytes
 from moe_train.parallel.parameters import rank_parameters
 from moe_train.parallel.shapes import Assumptions, Shapes, shapes
 from moe_train.planner.memory.activations import embedding_terms, head_terms
@@ -30,7 +31,6 @@ from moe_train.planner.memory.layers import (
     span_forward_buffers,
     standing_buffers,
 )
-from moe_train.planner.memory.optimizer_bytes import StateBytes, state_bytes
 from moe_train.planner.memory.update import update_terms
 from moe_train.planner.terms import Term, total
 
@@ -93,7 +93,7 @@ def stage_memory(
 ) -> StageMemory:
     """Peak memory of the ranks of pipeline stage `stage` (0-based) of a legal plan."""
     z = shapes(config, layout, vocab, assumptions)
-    rank = stage * (layout.world // layout.pipeline)
+    rank = layout.stage_ranks(stage)[0]
     parameters = rank_parameters(config.model, layout, rank, vocab)
     state = state_bytes(config, layout, parameters)
     count = microbatches_per_step(config, layout.data)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from moe_train.config.root import Config
 from moe_train.features.optimizers import OPTIMIZERS
 from moe_train.parallel.layout import Layout
+from moe_train.parallel.optimizer_state import WIDTH, owned_parameters
 from moe_train.parallel.parameters import RankParameters
-from moe_train.planner.memory.optimizer_bytes import WIDTH
 from moe_train.planner.terms import Term
 
 SCRATCH_BYTES = 128 << 20
@@ -27,17 +27,14 @@ def update_terms(
         fused: TransformerEngine's optimizer, which copies nothing, or torch's kernels.
     """
     optim = config.optim
-    dense, experts = held.dense, held.experts
-    if optim.distributed:
-        dense = -(-dense // (layout.data * layout.context))
-        experts = -(-experts // layout.expert_data)
+    owned = owned_parameters(config, layout, held)
     gradient = WIDTH[optim.grad_dtype] < 4
     if not optim.precision_aware:
         if not gradient:
             return ()
         return (
             Term(
-                "fp32 copies of gradients", 4.0 * (dense + experts),
+                "fp32 copies of gradients", 4.0 * owned,
                 "4 x parameters of this rank's share", "Megatron-Core 0.19, optimizer",
             ),
         )  # fmt: skip
@@ -47,7 +44,7 @@ def update_terms(
         return ()
     return (
         Term(
-            "parts copied to fp32", float(min(SCRATCH_BYTES, copied * (dense + experts))),
+            "parts copied to fp32", float(min(SCRATCH_BYTES, copied * owned)),
             f"128 MiB, or {copied} x parameters if less", "TorchAdam",
         ),
     )  # fmt: skip

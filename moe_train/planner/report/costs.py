@@ -138,7 +138,7 @@ def _communication(
     stage = layout.pipeline // 2
     layers = layout.stage_layers(stage)
     whole = config.recomputed_layers
-    rank = stage * (layout.world // layout.pipeline)
+    rank = layout.stage_ranks(stage)[0]
     held = rank_parameters(config.model, layout, rank, vocab)
     traffic = communication.step_traffic(
         config, layout, z, held, stage, time.microbatches, len(whole.intersection(layers))

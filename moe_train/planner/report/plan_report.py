@@ -10,9 +10,8 @@ from moe_train.config.kernels import KernelChoice, planned_kernels, run_kernels
 from moe_train.config.root import Config
 from moe_train.config.schema import to_mapping
 from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
-from moe_train.parallel.communicators import communicators
-from moe_train.parallel.deployment import deployment
-from moe_train.parallel.layout import GROUP_KINDS, Layout
+from moe_train.parallel.groups import communicators, deployment
+from moe_train.parallel.layout import GROUPS, Layout
 from moe_train.parallel.parameters import (
     RankParameters,
     model_parameters,
@@ -91,12 +90,12 @@ def plan_report(
     vocab, vocab_source = vocabulary(config)
     model = config.model
     counts = model_parameters(model, vocab)
-    per_stage = layout.world // layout.pipeline
+    per_stage = layout.ranks_per_stage
     # All ranks of a stage hold as much.
     held = [
         rank_parameters(model, layout, stage * per_stage, vocab) for stage in range(layout.pipeline)
     ]
-    groups = {kind: layout.groups(kind) for kind in GROUP_KINDS}
+    groups = {kind: layout.groups(kind) for kind in GROUPS}
     ranks = [_rank(config, layout, rank, held[rank // per_stage]) for rank in range(layout.world)]
     return {
         "version": VERSION,

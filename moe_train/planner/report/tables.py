@@ -7,24 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moe_train.parallel.layout import GROUPS
 from moe_train.planner.report.cost_tables import print_costs
 from moe_train.planner.report.style import table_of
 
 SHOWN = 32
 """Ranks or groups shown at most; the JSON has all."""
-
-GROUP_USE = {
-    "tp": "splits matrices, sequences",
-    "cp": "splits sequences",
-    "dp": "replicas of the dense parts",
-    "pp": "stages of one pipeline",
-    "dp_cp": "reduces dense gradients",
-    "mp": "one dense replica",
-    "embd": "first and last stage",
-    "ep": "exchanges tokens",
-    "etp": "splits an expert's matrices",
-    "edp": "reduces expert gradients",
-}
 
 
 def _billions(count: int) -> str:
@@ -136,11 +124,12 @@ def _print_groups(report: dict[str, Any], console: Console) -> None:
     for column in table.columns[2:]:
         column.justify = "left"
     for kind, groups in report["groups"].items():
-        if kind not in GROUP_USE or len(groups[0]) == 1:
+        traffic = GROUPS[kind].traffic
+        if not traffic or len(groups[0]) == 1:
             continue
         shown = " ".join("[" + " ".join(map(str, g[:16])) + "]" for g in groups[:8])
         table.add_row(
-            kind, str(len(groups)), GROUP_USE[kind], shown.replace("[", r"\[") +
+            kind, str(len(groups)), traffic, shown.replace("[", r"\[") +
             (" ..." if len(groups) > 8 or len(groups[0]) > 16 else ""),
         )  # fmt: skip
     if table.row_count:

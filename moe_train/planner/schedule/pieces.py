@@ -198,7 +198,7 @@ def _span_work(
 def _ends(
     config: Config, layout: Layout, vocab: int, assumptions: Assumptions, z: Shapes, time: StepTime
 ) -> Ends:
-    stages, block = layout.pipeline, layout.world // layout.pipeline
+    stages, block = layout.pipeline, layout.ranks_per_stage
     messages, kept, places = [], [], []
     for stage in range(stages):
         sent = point_to_point(layout, config.hardware, stage, z.N * z.H * z.b)

@@ -76,17 +76,21 @@ def bytes_per_parameter(dtype: str, optim: OptimConfig) -> ParameterBytes:
     )
 
 
+def owned_parameters(config: Config, layout: Layout, held: RankParameters) -> int:
+    """Parameters that a rank updates: its shard with the distributed optimizer, else all `held`."""
+    if not config.optim.distributed:
+        return held.total
+    dense = -(-held.dense // (layout.data * layout.context))
+    return dense - (-held.experts // layout.expert_data)
+
+
 def state_bytes(config: Config, layout: Layout, held: RankParameters) -> StateBytes:
     """Weights, gradients and optimizer state of a rank that holds `held`.
 
-    Buffers are padded to multiples of a few hundred elements per replica; that is left out.
+    Without the padding of buffers to multiples of a few hundred elements per replica.
     """
     each, optim = bytes_per_parameter(config.dtype, config.optim), config.optim
-    dense, experts = held.dense, held.experts
-    if optim.distributed:
-        dense = -(-dense // (layout.data * layout.context))
-        experts = -(-experts // layout.expert_data)
-    state = (dense + experts) * each.state
+    state = owned_parameters(config, layout, held) * each.state
     return StateBytes(
         weights=held.total * each.weight,
         gradients=held.total * each.gradient,
