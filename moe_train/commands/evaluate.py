@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_train.config.compose import collect, group_options
-from moe_train.config.files import read_yaml
+from moe_train.config.files import read_config
 from moe_train.errors import EXIT_FINISHED, CheckpointError, ConfigError, MoeTrainError
 from moe_train.run.failure import diagnose, report_error
 from moe_train.run.resolution import resolve_on_all_ranks
@@ -172,7 +172,7 @@ def _inherited(folder: RunFolder, overrides: Sequence[str]) -> list[str]:
         return []
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(str(folder.plan), str(error), "restore it from a copy") from error
-    config = read_yaml(folder.config, str(folder.config))
+    config = read_config(folder.config)
     chosen = {word.partition("=")[0].lstrip("+") for word in overrides} & set(group_options())
     words: list[str] = []
     for key in INHERITED:

@@ -1,4 +1,4 @@
-"""YAML files that people hand in: plain data, of a sane size, or refused."""
+"""YAML files from users: read as plain data of a limited size, or refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from moe_train.config.schema import rename_old_keys
 from moe_train.errors import ConfigError
 
 MAX_BYTES = 4 * 2**20
@@ -30,14 +31,25 @@ def read_yaml(path: Path, field: str) -> Any:
         field: the option or key that named the file, for the message.
 
     Raises:
-        ConfigError: no plain file, too large, no YAML, or YAML that is more than plain data.
+        ConfigError: not a regular file, too large, not YAML, or YAML beyond plain data.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
-            raise ConfigError(
-                field, f"{path} is no plain file of at most {MAX_BYTES} bytes", "give a YAML file"
-            )
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+            problem = f"{path} is not a regular file of at most {MAX_BYTES} bytes"
+            raise ConfigError(field, problem, "give a YAML file")
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(field, f"{path}: {error}", "give a readable YAML file") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The nested mapping in a run's ``config.yaml``, which an earlier version may have written.
+
+    Raises:
+        ConfigError: as `read_yaml`, or the file holds no mapping.
+    """
+    content = read_yaml(path, str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(str(path), "is not a mapping of config keys", "restore it from a copy")
+    return rename_old_keys(content)

@@ -21,6 +21,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from moe_train.errors import ConfigError
 
+OLD_KEYS = {
+    "backend.host_threads": "backend.cpu_threads",  # 0.1
+}
+"""Keys of earlier versions and their present names, by which a ``config.yaml`` is read."""
+
 
 def key_of(field: str) -> str:
     """Config key of a dataclass field: ``global`` for ``global_``, a keyword of Python."""
@@ -60,9 +65,8 @@ class Key:
 
     @property
     def doc(self) -> str:
-        """The string literal under the field, in one line; a group has its class's docstring."""
-        text = self.annotation.__doc__ if self.is_group else _docs(self.group)[self.name]
-        return " ".join((text or "").split())
+        """The string literal under the field, in one line; groups have none."""
+        return " ".join(_docs(self.group).get(self.name.rpartition(".")[2], "").split())
 
 
 @cache
@@ -145,13 +149,31 @@ def nearest(name: str, known: Sequence[str], count: int = 3) -> list[str]:
 
 
 def unknown_key(key: str, known: Sequence[str]) -> ConfigError:
-    """The error for a key that does not exist; names the nearest ones."""
+    """The error for a key that does not exist; names its successor or the nearest ones."""
+    if key in OLD_KEYS:
+        return ConfigError(key, "was renamed", f"set {OLD_KEYS[key]}")
     if close := nearest(key, known):
         return ConfigError(key, "unknown key", "did you mean " + " or ".join(close) + "?")
     parent = key.rpartition(".")[0]
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     siblings = siblings or [k for k in known if "." not in k]
     return ConfigError(key, "unknown key", "known keys here: " + ", ".join(siblings))
+
+
+def rename_old_keys(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The mapping of an earlier version's ``config.yaml`` under the present names of keys."""
+    for old, new in OLD_KEYS.items():
+        *groups, name = old.split(".")
+        *targets, present = new.split(".")
+        node, target = mapping, mapping
+        for group in groups:
+            below = node.get(group)
+            node = below if isinstance(below, dict) else {}
+        if name in node:
+            for group in targets:
+                target = target.setdefault(group, {})
+            target[present] = node.pop(name)
+    return mapping
 
 
 def from_mapping[T](root: type[T], mapping: Any) -> tuple[T, list[ConfigError]]:

@@ -160,8 +160,8 @@ class BackendConfig:
     timeout_seconds: PositiveInteger = 600
     """A step, validation or save that takes longer counts as hung: its rank writes its stacks to
     logs/, names who is to blame and ends with exit code 6."""
-    host_threads: PositiveInteger = 1
-    """CPU threads per rank on the host backend; 1 is bitwise reproducible."""
+    cpu_threads: PositiveInteger = 1
+    """Threads of a rank that runs on a CPU; 1 is bitwise reproducible."""
     cuda_device_max_connections: PositiveInteger | None = None
     """CUDA_DEVICE_MAX_CONNECTIONS; null is by rule: 32 where the expert exchange overlaps, else 1
     under tensor or context parallelism, else unset."""

@@ -104,11 +104,11 @@ def test_files_that_are_no_yaml(tmp_path: Path) -> None:
         read_yaml(path, "field")
     with path.open("r+b") as stream:
         stream.truncate(MAX_BYTES + 1)
-    with pytest.raises(ConfigError, match="no plain file of at most"):
+    with pytest.raises(ConfigError, match="not a regular file of at most"):
         read_yaml(path, "field")
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ConfigError, match="no plain file of at most"):
+    with pytest.raises(ConfigError, match="not a regular file of at most"):
         read_yaml(path, "field")
     assert not canary.exists()
 

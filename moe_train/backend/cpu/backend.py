@@ -24,7 +24,7 @@ class HostBackend:
     communication = "gloo"
 
     def __init__(self, config: BackendConfig) -> None:
-        self._threads = config.host_threads
+        self._threads = config.cpu_threads
         self.kernels = choose_kernels(config, on_cpu=True)
 
     @property
