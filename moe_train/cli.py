@@ -28,6 +28,12 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "moe_train.run.main", "main", "train on this process's rank", "train experiment=single"
     ),
+    "config": Command(
+        "moe_train.commands.config",
+        "config_main",
+        "the composed configuration; every key with its type, default and meaning",
+        "config --keys optim",
+    ),
     "plan": Command(
         "moe_train.commands.plan",
         "plan_main",

@@ -10,8 +10,12 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moe_train import cli
+from moe_train.config.compose import compose, typed
+from moe_train.config.root import Config
+from moe_train.config.schema import keys
 from moe_train.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DATA, CheckpointError
 from moe_train.planner.report.plan_report import VERSION
 from moe_train.run import main as runtime
@@ -25,7 +29,7 @@ def test_help_lists_every_command_with_an_example(capsys: pytest.CaptureFixture[
         assert f"moe-train {command.example}" in text
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "schedule"])
+@pytest.mark.parametrize("command", ["train", "config", "plan", "schedule"])
 def test_command_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = cli.main([command, "--help"])
@@ -134,6 +138,35 @@ def test_a_refused_plan_names_every_fault(capsys: pytest.CaptureFixture[str]) ->
     told = capsys.readouterr().err
     assert "2 config faults" in told
     assert "parallel.tensor=2 parallel.pipeline=4 parallel.expert=2" in told
+
+
+def test_config_shows_what_overrides_compose(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["experiment=single", "train.steps=7"]
+    assert cli.main(["config", *overrides]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert typed(shown) == compose(overrides)
+    assert cli.main(["config", *overrides, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == shown
+    assert cli.main(["config", *overrides, "--json", str(tmp_path / "config.json")]) == 0
+    assert json.loads((tmp_path / "config.json").read_text()) == shown
+    assert cli.main(["config", "train.steps=0"]) == EXIT_CONFIG
+    assert "train.steps: expected integer >= 1, got 0" in capsys.readouterr().err
+
+
+def test_config_lists_every_key_with_its_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "--keys", "--json", "-"]) == 0
+    listed = {each["key"]: each for each in json.loads(capsys.readouterr().out)}
+    assert set(listed) == {key.name for key in keys(Config) if not key.is_group}
+    assert all(each["type"] and each["doc"] for each in listed.values())
+    assert cli.main(["config", "--keys", "model.router.score", "batch"]) == 0
+    shown = capsys.readouterr().out
+    assert 'model.router.score: one of softmax, sigmoid; default "softmax"\n' in shown
+    assert "batch.global: integer >= 1 and <= 1048576 or null; default null\n" in shown
+    assert "train.steps" not in shown
+    assert cli.main(["config", "--keys", "modle"]) == EXIT_CONFIG
+    assert "model" in capsys.readouterr().err
 
 
 def test_unwritable_json_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
