@@ -16,12 +16,12 @@ from moe_train.config.compose import collect, group_options
 from moe_train.config.files import read_config
 from moe_train.errors import EXIT_FINISHED, CheckpointError, ConfigError, MoeTrainError
 from moe_train.run.failure import diagnose, report_error
+from moe_train.run.logs import logging_to_console
 from moe_train.run.resolution import resolve_on_all_ranks
 from moe_train.run.state import RunState
 from moe_train.run.torchelastic import world_of_process
 from moe_train.run_folder.files import write_atomically
 from moe_train.run_folder.folder import RunFolder, default_run_name
-from moe_train.run_folder.rank_log import log_to_file
 
 if TYPE_CHECKING:
     from moe_train.parallel.resolved import ResolvedRun
@@ -52,23 +52,22 @@ def evaluate_main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="config overrides, key=value")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     asked = parser.parse_intermixed_args(argv)
-    try:
-        rank, world = world_of_process()
-        run, root = _resolve(asked.overrides, world)
+    with logging_to_console():
         try:
-            found = evaluate(run, root, rank)
-        except Exception as failure:
-            known = diagnose(failure, RunState(), run)
-            if known is None or known is failure:
-                raise
-            raise known from failure
-        if rank == 0:
-            _show(found, asked.json)
-        return EXIT_FINISHED
-    except MoeTrainError as fault:
-        return report_error(fault)
-    finally:
-        log_to_file(None)
+            rank, world = world_of_process()
+            run, root = _resolve(asked.overrides, world)
+            try:
+                found = evaluate(run, root, rank)
+            except Exception as failure:
+                known = diagnose(failure, RunState(), run)
+                if known is None or known is failure:
+                    raise
+                raise known from failure
+            if rank == 0:
+                _show(found, asked.json)
+            return EXIT_FINISHED
+        except MoeTrainError as fault:
+            return report_error(fault)
 
 
 def evaluate(run: ResolvedRun, root: Path, rank: int) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_train.errors import EXIT_HUNG, EXIT_MEMORY, EXIT_PREEMPTED, MoeTrainError
+from moe_train.run.logs import FILE_ONLY
 from moe_train.run.memory import explain
 from moe_train.run.torchelastic import write_error_file
 from moe_train.run_folder.folder import RunFolder
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from moe_train.parallel.resolved import ResolvedRun
     from moe_train.run.state import RunState
 
+LOGGER = logging.getLogger(__name__)
 FIRST_FAILURE = "cause"
 """File in the logs: the rank that failed first, and its error."""
 STOPPED = "stopped"
@@ -111,10 +113,10 @@ def write_final_status(state: RunState, final: State, reason: str) -> None:
 
 
 def report_error(error: MoeTrainError, state: RunState | None = None) -> int:
-    """Print an error once, from rank 0, and return its exit code.
+    """Log an error, on the console once, from rank 0; returns its exit code.
 
-    The lost peer may be rank 0, and memory may run out on any rank: these errors are printed by
-    the first rank that reports one.
+    The lost peer may be rank 0, and memory may run out on any rank: the first rank that
+    reports one of these errors prints it.
     """
     logs = state.logs if state else None
     first = os.environ.get("RANK", "0") == "0"
@@ -123,6 +125,5 @@ def report_error(error: MoeTrainError, state: RunState | None = None) -> int:
         cause = peer_failure(logs)
         first = report_once(logs, str(error))
     write_error_file(f"ended because another rank failed: {cause}" if cause else str(error))
-    if first:
-        print(f"moe_train: {error}", file=sys.stderr, flush=True)
+    LOGGER.error("%s", error, extra=None if first else FILE_ONLY)
     return error.exit_code

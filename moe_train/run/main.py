@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from moe_train.run.failure import (
     report_once,
     write_final_status,
 )
+from moe_train.run.logs import FILE_ONLY, log_to_file, logging_to_console
 from moe_train.run.resolution import resolve_on_all_ranks
 from moe_train.run.signals import SignalHandler, terminate_with_launcher
 from moe_train.run.state import RunState
@@ -38,13 +40,13 @@ from moe_train.run_folder.folder import (
     default_run_name,
     run_folder_path,
 )
-from moe_train.run_folder.lock import FolderLock
-from moe_train.run_folder.rank_log import log_to_file
+from moe_train.run_folder.lock import lock_run_folder
 from moe_train.run_folder.status import read_status
 
 if TYPE_CHECKING:
     from moe_train.parallel.resolved import ResolvedRun
 
+LOGGER = logging.getLogger(__name__)
 MULTIRUN = ("-m", "--multirun")
 HELP = """usage: moe-train train [overrides ...]   or   python train.py [overrides ...]
 
@@ -75,15 +77,15 @@ def main(argv: Sequence[str]) -> int:
     overrides = [arg for arg in argv if arg not in MULTIRUN]
     multirun = len(overrides) < len(argv)
     codes: list[int] = []
-    with SignalHandler() as signals:
+    with SignalHandler() as signals, logging_to_console():
         terminate_with_launcher()
         try:
             jobs = expand_multirun(overrides) if multirun else [overrides]
         except MoeTrainError as fault:
             return report_error(fault)
         for number, (job, suffix) in enumerate(zip(jobs, suffixes(jobs), strict=True), start=1):
-            if multirun and rank == 0:
-                print(f"job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
+            if multirun:
+                LOGGER.info("job %d of %d: %s", number, len(jobs), " ".join(job))
             codes.append(train(job, signals, suffix))
             # A signal stops the whole sweep, and a world without one of its ranks is over.
             ends = (EXIT_PREEMPTED, EXIT_HUNG, *([EXIT_MEMORY] if world > 1 else []))
@@ -122,9 +124,8 @@ def train(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") ->
                 session = open_session(
                     run, rank, stack, folder=state.folder, fault=fault, joined=state.join
                 )
-                if rank == 0:
-                    taken = session.engine.backend.kernels
-                    print(f"kernels {taken.kernels.name} ({taken.why})", flush=True)
+                kernels = session.engine.backend.kernels
+                LOGGER.info("kernels %s (%s)", kernels.kernels.name, kernels.why)
                 # Only now: it imports Megatron, which the backend had to prepare for.
                 from moe_train.run.training import training_loop
 
@@ -144,6 +145,7 @@ def train(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") ->
         if (known := state.error or lost_peer(crash)) is not None:
             return end_run(known, state)
         write_error_file(traceback.format_exc())
+        LOGGER.critical("the run ends with", exc_info=crash, extra=FILE_ONLY)
         report_once(state.logs, f"{type(crash).__name__}: {crash}")
         write_final_status(state, "failed", f"{type(crash).__name__}: {crash}")
         raise
@@ -199,7 +201,7 @@ def acquire_run_folder(run: ResolvedRun, suffix: str, state: RunState) -> None:
         # Ranks that are started again belong to the run that their first start opened.
         fresh=run.config.checkpoint.resume == "never" and restarts()[0] == 0,
     )
-    state.lock = FolderLock(folder.path)
+    state.lock = lock_run_folder(folder.path)
     take_back(folder.checkpoints)
     state.folder = folder
     if restarts()[0] == 0:
@@ -213,18 +215,17 @@ def announce(run: ResolvedRun) -> None:
     """Print experiment, device and layout (rank 0)."""
     config, layout = run.config, run.layout
     why = f" ({config.experiment_reason})" if config.experiment_reason else ""
-    print(f"experiment {config.experiment}{why}")
+    LOGGER.info("experiment %s%s", config.experiment, why)
     if config.hardware.device:
-        print(f"device {config.device}: {config.hardware.device}, profile {config.hardware.name}")
-    print(
+        hardware = config.hardware
+        LOGGER.info("device %s: %s, profile %s", config.device, hardware.device, hardware.name)
+    LOGGER.info(
         f"layout {layout.tag} on {layout.world} rank(s): tensor {layout.tensor}, pipeline "
         f"{layout.pipeline}, expert {layout.expert}, data {layout.data}, "
-        f"placement {layout.placement}",
-        flush=True,
+        f"placement {layout.placement}"
     )
     if restarts()[1] and config.checkpoint.resume != "auto":
-        print(
-            f"warning: checkpoint.resume={config.checkpoint.resume} holds for every start: after "
-            "a failure the ranks begin there again, not at this run's own last checkpoint",
-            flush=True,
+        LOGGER.warning(
+            f"checkpoint.resume={config.checkpoint.resume} applies to every restart: after a "
+            "failure the ranks start there again, not at this run's own last checkpoint"
         )

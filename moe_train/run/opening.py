@@ -10,8 +10,8 @@ from moe_train.backend.select import select_backend
 from moe_train.data.blend import open_corpus
 from moe_train.errors import MoeTrainError, NonFiniteError, Preempted
 from moe_train.run.failure import clear
+from moe_train.run.logs import log_to_file
 from moe_train.run_folder.folder import RunFolder
-from moe_train.run_folder.rank_log import log_to_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from moe_train.errors import CheckpointError
 from moe_train.parallel.resolved import ResolvedRun
 from moe_train.run.broadcast import agree
 from moe_train.run.opening import Session
+
+LOGGER = logging.getLogger(__name__)
 
 
 def restore(
@@ -32,9 +35,8 @@ def restore(
         CheckpointError: damaged, or of another model or tokenizer; the same on every rank.
     """
     found, warnings = find_checkpoint(root, resume)
-    if session.rank == 0:
-        for warning in warnings:
-            print(f"warning: passed over a damaged checkpoint: {warning}", flush=True)
+    for warning in warnings:
+        LOGGER.warning("passed over a damaged checkpoint: %s", warning)
     if found is None:
         return None, None
     facts = session.facts()
@@ -46,11 +48,11 @@ def restore(
         optimizer=None if weights_only else session.engine.optimizer,
         layout=facts["layout"],
     )
-    if session.rank == 0 and not weights_only:
+    if not weights_only:
         moved = "" if restored else f" (written in layout {manifest.layout})"
-        print(f"resumed {found} at step {manifest.step}{moved}", flush=True)
+        LOGGER.info("resumed %s at step %d%s", found, manifest.step, moved)
         for warning in _other_data(manifest, session.run):
-            print(f"warning: {warning}", flush=True)
+            LOGGER.warning(warning)
     return found, manifest
 
 

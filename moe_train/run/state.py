@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from moe_train.errors import MoeTrainError
 from moe_train.run_folder.folder import RunFolder
-from moe_train.run_folder.lock import FolderLock
 from moe_train.train.callback import Callback, StartEvent, StepEvent
 
 
@@ -19,7 +20,7 @@ class RunState(Callback):
 
     folder: RunFolder | None = None
     """The run folder, on rank 0."""
-    lock: FolderLock | None = None
+    lock: FileLock | None = None
     """Keeps other jobs out of the folder, on rank 0."""
     logs: Path | None = None
     """The run folder's logs, on every rank, once the world is open."""

@@ -1,87 +1,63 @@
-"""One job at a time in a run folder.
+"""Run lock: one job at a time in a run folder, by filelock's kernel lock (flock).
 
-The lock is the kernel's (flock): it ends with the process that holds it, however that ends, so
-nothing that is left behind can block a later run. What the file says is for people.
+The kernel releases the lock with the process that holds it, however that ends: a killed job never
+blocks a later one. filelock's fallback for file systems without flock is a marker file, which does
+outlive a killed job, so there the run goes on without a lock, with a warning.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
+import logging
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from moe_train.errors import ConfigError
 
+LOGGER = logging.getLogger(__name__)
 NAME = ".lock"
-PATIENCE = 5.0
-"""Seconds that a restarted run waits for the processes that it replaces to be gone."""
+RESTART_SECONDS = 5.0
+"""How long a restarted run waits for the processes that it replaces to be gone."""
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class FolderLock:
-    """Held from construction to `release`, or to the end of the process.
+def lock_run_folder(folder: Path, timeout: float = RESTART_SECONDS) -> FileLock:
+    """Lock a run folder until ``release()`` or the end of this process.
 
     Args:
-        folder: the run folder.
-        patience: seconds to wait for another holder to end.
+        timeout: seconds to wait for another holder to end.
 
     Raises:
-        ConfigError: another job holds the folder, and which; or the file cannot be opened.
+        ConfigError: another job holds the lock, and which; or the lock file cannot be opened.
     """
-
-    def __init__(self, folder: Path, patience: float = PATIENCE) -> None:
-        path = folder / NAME
-        # Never inherited by programs that are started, which could outlive this one.
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            self._file = os.open(path, flags, 0o644)
-        except OSError as error:
+    path = folder / NAME
+    lock = FileLock(path, timeout=timeout, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as busy:
+        holder = path.read_text(encoding="utf-8", errors="replace")[:200].strip()
+        raise ConfigError(
+            "run.name",
+            f"another job trains in {folder}: {holder or 'holder unknown'}",
+            "wait for it or end it, or start a run of its own: run.name=NAME",
+        ) from busy
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
             raise ConfigError(
                 "run.dir",
                 f"{path} cannot be opened ({error.strerror})",
                 "remove it if it is a link",
             ) from error
-        until = time.monotonic() + patience
-        while not self._taken():
-            if time.monotonic() >= until:
-                holder = os.pread(self._file, 200, 0).decode(errors="replace").strip()
-                os.close(self._file)
-                raise ConfigError(
-                    "run.name",
-                    f"another job trains in {folder}: {holder or 'holder unknown'}",
-                    "wait for it or end it, or start a run of its own: run.name=NAME",
-                )
-            time.sleep(0.1)
-        os.ftruncate(self._file, 0)
-        begun = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        os.pwrite(
-            self._file, f"process {os.getpid()} on {socket.gethostname()}, {begun}\n".encode(), 0
+        LOGGER.warning(
+            "run.dir: this file system has no locks (%s); do not start a second job in this run "
+            "folder",
+            error.strerror,
         )
-
-    def _taken(self) -> bool:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            # Some network file systems: no reason not to train, but nothing protects the run.
-            print(
-                f"warning: this file system has no locks ({error.strerror}): see to it yourself "
-                "that no second job trains in this run folder",
-                file=sys.stderr,
-                flush=True,
-            )
-        return True
-
-    def release(self) -> None:
-        """Let another job in; may be called again."""
-        if self._file >= 0:
-            os.ftruncate(self._file, 0)
-            os.close(self._file)
-            self._file = -1
+        return lock
+    begun = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()}, {begun}\n")
+    return lock

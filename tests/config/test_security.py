@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from moe_train.config.secrets import secrets
 from moe_train.errors import EXIT_CONFIG, ConfigError
 from moe_train.planner.claims import document
 from moe_train.run.main import main
-from moe_train.run_folder.lock import NAME, FolderLock
+from moe_train.run_folder.lock import NAME, lock_run_folder
 from moe_train.testing.runs import QUIET
 from moe_train.testing.world import run_world
 
@@ -210,8 +211,8 @@ def test_typed_mapping_refuses_code() -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from moe_train.run_folder.lock import FolderLock
-lock = FolderLock(Path(sys.argv[1]))
+from moe_train.run_folder.lock import lock_run_folder
+lock = lock_run_folder(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """
@@ -223,17 +224,16 @@ def test_second_job_is_refused_and_a_killed_one_blocks_nobody(tmp_path: Path) ->
     ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match=f"process {holder.pid} on .*\n.*run.name=NAME"):
-            FolderLock(tmp_path, patience=0.0)
+            lock_run_folder(tmp_path, timeout=0.0)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     assert (tmp_path / NAME).read_text()
-    lock = FolderLock(tmp_path, patience=0.0)
+    lock = lock_run_folder(tmp_path, timeout=0.0)
     with pytest.raises(ConfigError, match=f"process {os.getpid()} on"):
-        FolderLock(tmp_path, patience=0.0)
+        lock_run_folder(tmp_path, timeout=0.0)
     lock.release()
     lock.release()
-    assert not (tmp_path / NAME).read_text()
-    FolderLock(tmp_path, patience=0.0).release()
+    lock_run_folder(tmp_path, timeout=0.0).release()
 
 
 def test_a_restart_waits_for_the_job_that_it_replaces(tmp_path: Path) -> None:
@@ -243,13 +243,26 @@ def test_a_restart_waits_for_the_job_that_it_replaces(tmp_path: Path) -> None:
         text=True,
     ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        FolderLock(tmp_path, patience=30.0).release()
+        lock_run_folder(tmp_path, timeout=30.0).release()
+
+
+def test_a_file_system_without_locks_is_named_and_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    for _ in range(2):
+        # No marker file either: a killed job would leave it behind.
+        lock_run_folder(tmp_path, timeout=0.0).release()
+    assert caplog.text.count("has no locks (Function not implemented)") == 2
 
 
 def test_the_lock_is_no_link(tmp_path: Path) -> None:
     (tmp_path / NAME).symlink_to(tmp_path / "victim")
     with pytest.raises(ConfigError, match="cannot be opened"):
-        FolderLock(tmp_path)
+        lock_run_folder(tmp_path)
     assert not (tmp_path / "victim").exists()
 
 
@@ -258,7 +271,7 @@ def test_two_jobs_in_one_run_folder(tmp_path: Path) -> None:
     """The second one ends on all its ranks and leaves the folder as it is."""
     folder = tmp_path / "runs/r"
     folder.mkdir(parents=True)
-    held = FolderLock(folder)
+    held = lock_run_folder(folder)
     log = tmp_path / "log"
     words = [*QUIET, *SMALL, f"run.dir={tmp_path}/runs", "run.name=r", "parallel.expert=2"]
     begun = time.monotonic()

@@ -68,6 +68,7 @@ def open(overrides: list[str]) -> dict[str, Any]:
 
 
 def _start(overrides: list[str]) -> None:
+    from moe_train.run.logs import logging_to_console
     from moe_train.run.opening import open_session
     from moe_train.run.resolution import resolve_on_all_ranks
     from moe_train.run_folder.folder import create_run_folder
@@ -77,6 +78,7 @@ def _start(overrides: list[str]) -> None:
     folder = create_run_folder(config.run.dir, config.run.name, "session")
     stack = ExitStack()
     try:
+        stack.enter_context(logging_to_console())
         session = open_session(run, 0, stack, folder=folder)
         # Only now: they import Megatron, which the backend had to prepare for.
         from moe_train.data.batches import BatchSource
@@ -101,15 +103,12 @@ def close() -> None:
     """Close the open session and give back what it and :func:`hold` had."""
     import torch
 
-    from moe_train.run_folder.rank_log import log_to_file
-
     _held.clear()
     if _open.words is not None:
         _open.words = None
         stack = _open.stack
         del _open.session, _open.source, _open.stack
         stack.close()
-        log_to_file(None)
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
