@@ -38,8 +38,8 @@ class KernelSet:
     """Whether it multiplies in fp8."""
     context: bool
     """Whether its attention works on parts of a sequence (context parallelism)."""
-    flex: bool
-    """Whether Megatron's flex dispatcher (DeepEP) finds its fused permutation."""
+    fused_permutation: bool
+    """Whether dispatchers that need TransformerEngine's permutation (flex) find it."""
     ignored: tuple[Setting, ...] = ()
     """Fields of TransformerConfig that these kernels do not read, with Megatron's default."""
 
@@ -74,7 +74,7 @@ TE = KernelSet(
     ),
     fp8=True,
     context=True,
-    flex=True,
+    fused_permutation=True,
 )
 
 TORCH = KernelSet(
@@ -99,7 +99,7 @@ TORCH = KernelSet(
     ),
     fp8=False,
     context=False,
-    flex=False,
+    fused_permutation=False,
     ignored=(
         Setting("softmax_type", "vanilla", "scaled_dot_product_attention has no softmax offset"),
         Setting("window_size", None, "attention is causal over the whole sequence"),

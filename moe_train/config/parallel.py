@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_train.config.types import Batch, Bool, Placement, PositiveInteger, Text
+from moe_train.config.types import Batch, Bool, DispatcherName, Placement, PositiveInteger, Text
 from moe_train.errors import ConfigError
 
 
@@ -32,8 +32,8 @@ class ParallelConfig:
     """Tensor-parallel ranks inside each expert."""
     placement: Placement | None = None
     """Where experts live: stage (inside their pipeline stage) | span (over all stages)."""
-    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    """Token dispatcher: alltoall | allgather | flex (DeepEP, CUDA only)."""
+    dispatcher: DispatcherName = "alltoall"
+    """How tokens reach their experts; flex is DeepEP, on CUDA only."""
     overlap_expert_comm: Bool = False
     """Hide expert all-to-all behind compute (stage: Megatron's combined 1F1B, bf16; span: a tick's
     two halves take turns)."""

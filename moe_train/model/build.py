@@ -6,12 +6,15 @@ all-to-all overlap today, and it announces its own replacement.
 
 from __future__ import annotations
 
+import pkgutil
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from moe_train.features.dispatchers import dispatcher
 from moe_train.model.initialise import initialise
 from moe_train.model.spec import block_spec
 from moe_train.model.transformer_config import ddp_config
@@ -48,11 +51,14 @@ def build_chunks(
     layers = megatron.num_layers // stages // chunks
     stage = groups.pp.rank()
     provider = backend.spec_provider()
+    layer = dispatcher(config.parallel.dispatcher, span=span is not None).layer
+    extra = {} if span is None else {"span": span}
+    moe_layer = partial(pkgutil.resolve_name(layer), **extra) if layer else None
     models = []
     for chunk in range(chunks):
         model = GPTModel(
             config=megatron,
-            transformer_layer_spec=block_spec(provider, megatron, layers, recomputed, span),
+            transformer_layer_spec=block_spec(provider, megatron, layers, recomputed, moe_layer),
             vocab_size=padded_vocab,
             max_sequence_length=config.data.sequence,
             pre_process=stage == 0 and chunk == 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -15,32 +15,31 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from moe_train.model.layer import Layer
-from moe_train.model.span.layer import SpanMoELayer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from megatron.core.models.backends import BackendSpecProvider
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from moe_train.model.span.exchange import Span
 
 
 def layer_spec(
     provider: BackendSpecProvider,
     config: TransformerConfig,
     recomputed: frozenset[int],
-    span: Span | None = None,
+    moe_layer: Callable[..., Any] | None = None,
 ) -> ModuleSpec:
     """One MoE transformer layer on the provider's modules.
 
     Args:
         recomputed: 1-based global numbers of the layers that are recomputed whole.
-        span: the exchange, where experts span pipeline stages.
+        moe_layer: builds the MoE layer instead of Megatron's class.
     """
     mlp = get_mlp_module_spec_for_backend(
         backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
     )
-    if span is not None:
-        mlp = partial(SpanMoELayer, span=span, **mlp.keywords)
+    if moe_layer is not None:
+        mlp = partial(moe_layer, **mlp.keywords)
     fused = provider.fuse_layernorm_and_linear()
     norm = provider.layer_norm(rms_norm=True, has_residual=True)
     qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
@@ -78,10 +77,10 @@ def block_spec(
     config: TransformerConfig,
     layers: int,
     recomputed: frozenset[int],
-    span: Span | None = None,
+    moe_layer: Callable[..., Any] | None = None,
 ) -> TransformerBlockSubmodules:
     """The ``layers`` layers of one pipeline stage (or chunk of one), and the final norm."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(provider, config, recomputed, span)] * layers,
+        layer_specs=[layer_spec(provider, config, recomputed, moe_layer)] * layers,
         layer_norm=provider.layer_norm(rms_norm=True),
     )

@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_train.errors import ConfigError
+from moe_train.features.dispatchers import DISPATCHERS
 from moe_train.features.optimizers import OPTIMIZERS, Optimizer
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _moe_fields(config: Config) -> dict[str, Any]:
         "moe_ffn_hidden_size": model.expert_hidden,
         "moe_shared_expert_intermediate_size": model.shared_expert_hidden or None,
         "moe_grouped_gemm": True,
-        "moe_token_dispatcher_type": config.parallel.dispatcher,
+        "moe_token_dispatcher_type": DISPATCHERS[config.parallel.dispatcher].megatron,
         "moe_router_topk": model.experts_per_token,
         "moe_router_load_balancing_type": BALANCING[router.balancing],
         "moe_aux_loss_coeff": router.aux_coeff if weighted else 0.0,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from moe_train.config.kernels import KernelSet
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
+from moe_train.features.dispatchers import DISPATCHERS
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.shapes import DTYPE_BYTES
 
@@ -38,10 +39,13 @@ def kernel_options(config: Config, kernels: KernelSet, on_cpu: bool) -> Iterator
         )
     if config.dtype == "fp8" and not kernels.fp8:
         yield ConfigError("dtype", f"fp8 needs TransformerEngine {where}", "dtype=bf16 or fp32")
-    if config.parallel.dispatcher == "flex" and not kernels.flex:
+    dispatcher = DISPATCHERS[config.parallel.dispatcher]
+    if dispatcher.fused_permutation and not kernels.fused_permutation:
         needs = "a GPU" if on_cpu else "TransformerEngine's permutation (backend.kernels=te)"
         yield ConfigError(
-            "parallel.dispatcher", f"flex needs {needs}", "parallel.dispatcher=alltoall"
+            "parallel.dispatcher",
+            f"{dispatcher.name} needs {needs}",
+            "parallel.dispatcher=alltoall",
         )
     for setting in kernels.ignored:
         value = config.megatron.transformer.get(setting.field, setting.value)

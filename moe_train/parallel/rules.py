@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
+from moe_train.features.dispatchers import DISPATCHERS, SPAN
 from moe_train.parallel.batch import microbatches_per_step
 from moe_train.parallel.layout import Layout, divisors
 from moe_train.parallel.parameters import padded_vocab
@@ -226,17 +227,17 @@ def _sequence(config: Config, layout: Layout) -> Iterator[ConfigError]:
 
 def _options(config: Config, layout: Layout) -> Iterator[ConfigError]:
     parallel, optim, router = config.parallel, config.optim, config.model.router
-    if parallel.dispatcher == "flex":
-        if layout.expert_tensor * layout.expert == 1:
-            yield ConfigError(
-                "parallel.dispatcher", "flex needs ETP x EP > 1", "parallel.dispatcher=alltoall"
-            )
-        if router.pad_to_capacity:
-            yield ConfigError(
-                "model.router.pad_to_capacity",
-                "DeepEP (parallel.dispatcher=flex) does not pad",
-                "parallel.dispatcher=alltoall",
-            )
+    name, dispatcher = parallel.dispatcher, DISPATCHERS[parallel.dispatcher]
+    if not dispatcher.single and layout.expert_tensor * layout.expert == 1:
+        yield ConfigError(
+            "parallel.dispatcher", f"{name} needs ETP x EP > 1", "parallel.dispatcher=alltoall"
+        )
+    if not dispatcher.pads and router.pad_to_capacity:
+        yield ConfigError(
+            "model.router.pad_to_capacity",
+            f"parallel.dispatcher={name} does not pad",
+            "parallel.dispatcher=alltoall",
+        )
     if parallel.overlap_param_gather and not (optim.distributed and parallel.overlap_grad_reduce):
         yield ConfigError(
             "parallel.overlap_param_gather",
@@ -263,7 +264,7 @@ def _options(config: Config, layout: Layout) -> Iterator[ConfigError]:
 
 def _span_options(config: Config) -> Iterator[ConfigError]:
     """What the spanning exchange does not do, because it replaces Megatron's dispatcher."""
-    if config.parallel.dispatcher != "alltoall":
+    if config.parallel.dispatcher != SPAN.megatron:
         yield ConfigError(
             "parallel.dispatcher",
             f"{config.parallel.dispatcher}: span exchanges tokens by all-to-all",
@@ -309,7 +310,7 @@ def _overlap(config: Config, layout: Layout) -> Iterator[ConfigError]:
         yield ConfigError(field, "forbids recomputing whole layers", "recompute.layers=none")
     if "moe" in config.recompute.modules:
         yield ConfigError(field, "forbids recomputing moe", "drop moe from recompute.modules")
-    if config.parallel.dispatcher == "allgather":
+    if not DISPATCHERS[config.parallel.dispatcher].overlaps:
         yield ConfigError(field, "needs all-to-all dispatch", "parallel.dispatcher=alltoall")
 
 

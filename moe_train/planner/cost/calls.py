@@ -2,9 +2,7 @@
 
 Sequence parallelism all-gathers before and reduce-scatters after each tensor-parallel pair of
 products and repeats the first gather in the backward pass (Korthikanti et al., arXiv:2205.05198,
-section 4.2.2). Expert parallelism exchanges tokens twice forward and twice backward (GShard,
-arXiv:2006.16668); Megatron's all-to-all dispatcher sends the probabilities apart and first gathers
-everyone's counts. The spanning exchange packs rows with their probabilities (model/span/exchange).
+section 4.2.2). What experts exchange is in `moe_train.features.dispatchers`.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config.root import Config
+from moe_train.features.dispatchers import dispatcher
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.shapes import Shapes
 from moe_train.planner.cost.links import (
@@ -24,8 +23,13 @@ from moe_train.planner.cost.links import (
     uneven_reduce_scatter,
 )
 
-COUNT, PROBABILITY, SCORE = 8, 4, 4
-"""Bytes of a row count (int64), of a routing probability and of a loss term (fp32)."""
+SCORE = 4
+"""Bytes of a loss term (fp32)."""
+
+OPERATIONS = {
+    one.__name__: one
+    for one in (all_gather, all_reduce, all_to_all, reduce_scatter, uneven_reduce_scatter)
+}
 
 
 @dataclass(frozen=True)
@@ -83,95 +87,17 @@ def tensor_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
 
 
 def expert_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
-    """Of one layer's exchange."""
-    if layout.span:
-        return _span(config, layout, z)
-    if config.parallel.dispatcher == "allgather":
-        return _gathered(config, layout, z)
-    hardware, row, rows = config.hardware, z.H * z.b, z.N * z.K
-    ep = group(layout, hardware, "ep")
+    """Of one layer's exchange, as its dispatcher's descriptor lists them."""
+    hardware, padded = config.hardware, config.model.router.pad_to_capacity
     found = []
-    if config.parallel.dispatcher == "alltoall":
-        if not config.model.router.pad_to_capacity:
-            where = group(layout, hardware, "tp_ep")
-            size = where.size * z.E * COUNT
-            found.append(Call("experts, counts", "tp_ep", "dispatch",
-                              all_gather(hardware, where, size), 1, 0, "8 E e x"))  # fmt: skip
-        found += [
-            Call("experts, rows out", "ep", "dispatch", all_to_all(hardware, ep, rows * row),
-                 1, 1, "N K H b"),
-            Call("experts, probabilities", "ep", "dispatch",
-                 all_to_all(hardware, ep, rows * PROBABILITY), 1, 1, "4 N K"),
-        ]  # fmt: skip
-    else:
-        # DeepEP's one kernel takes both and counts by itself.
-        found.append(Call("experts, rows out", "ep", "dispatch",
-                          all_to_all(hardware, ep, rows * (row + PROBABILITY)),
-                          1, 1, "N K (H b + 4)"))  # fmt: skip
-    found.append(Call("experts, rows back", "ep", "combine", all_to_all(hardware, ep, rows * row),
-                      1, 1, "N K H b"))  # fmt: skip
-    if layout.expert_tensor > 1:
-        found += _expert_tensor(config, layout, z)
+    for one in dispatcher(config.parallel.dispatcher, span=layout.span).collectives:
+        where = group(layout, hardware, one.group)
+        if not (one.unpadded and padded):
+            sent = OPERATIONS[one.operation](hardware, where, one.size(z, where.size))
+            found.append(
+                Call(one.name, one.group, one.part, sent, one.forward, one.backward, one.formula)
+            )
     return found
-
-
-def _expert_tensor(config: Config, layout: Layout, z: Shapes) -> list[Call]:
-    """Rows, as many as were routed, are shared by the ranks that hold parts of the same experts."""
-    hardware, size = config.hardware, z.R * z.H * z.b
-    where = group(layout, hardware, "etp")
-    gather = all_gather(hardware, where, size)
-    scatter = uneven_reduce_scatter(hardware, where, size)
-    name, thin = "expert tensor parallel", z.R * PROBABILITY
-    return [
-        Call(f"{name}, gather", "etp", "dispatch", gather, 1, 0, "R H b"),
-        Call(f"{name}, scatter back", "etp", "dispatch", scatter, 0, 1, "R H b"),
-        Call(f"{name}, probabilities", "etp", "dispatch", all_gather(hardware, where, thin),
-             1, 0, "4 R"),
-        Call(f"{name}, probabilities back", "etp", "dispatch",
-             uneven_reduce_scatter(hardware, where, thin), 0, 1, "4 R"),
-        Call(f"{name}, scatter", "etp", "combine", scatter, 1, 0, "R H b"),
-        Call(f"{name}, gather back", "etp", "combine", gather, 0, 1, "R H b"),
-    ]  # fmt: skip
-
-
-def _gathered(config: Config, layout: Layout, z: Shapes) -> list[Call]:
-    """Every rank gets all tokens of the group, and adds its experts' results up."""
-    hardware = config.hardware
-    where = group(layout, hardware, "tp_ep")
-    tokens = z.N * where.size
-
-    def gather(size: float) -> Sent:
-        return all_gather(hardware, where, size)
-
-    def scatter(size: float) -> Sent:
-        return reduce_scatter(hardware, where, size)
-
-    rows, scores, name = tokens * z.H * z.b, tokens * z.E * PROBABILITY, "experts"
-    return [
-        Call(f"{name}, routing map", "tp_ep", "dispatch", gather(tokens * z.E), 1, 0, "N e x E"),
-        Call(f"{name}, probabilities", "tp_ep", "dispatch", gather(scores), 1, 0, "4 N e x E"),
-        Call(f"{name}, tokens", "tp_ep", "dispatch", gather(rows), 1, 0, "N e x H b"),
-        Call(f"{name}, probabilities back", "tp_ep", "dispatch", scatter(scores),
-             0, 1, "4 N e x E"),
-        Call(f"{name}, tokens back", "tp_ep", "dispatch", scatter(rows), 0, 1, "N e x H b"),
-        Call(f"{name}, results", "tp_ep", "combine", scatter(rows), 1, 0, "N e x H b"),
-        Call(f"{name}, results back", "tp_ep", "combine", gather(rows), 0, 1, "N e x H b"),
-    ]  # fmt: skip
-
-
-def _span(config: Config, layout: Layout, z: Shapes) -> list[Call]:
-    """Both sides know the counts by the time of the backward pass."""
-    hardware, row, rows = config.hardware, z.H * z.b, z.N * z.K
-    where = group(layout, hardware, "ep")
-    packed = all_to_all(hardware, where, rows * z.packed_row)
-    return [
-        Call("experts, counts", "ep", "dispatch", all_to_all(hardware, where, z.E * COUNT),
-             1, 0, "8 E"),
-        Call("experts, rows and probabilities", "ep", "dispatch", packed, 1, 1,
-             "N K (H b + 4), rows in multiples of 16"),
-        Call("experts, results", "ep", "combine", all_to_all(hardware, where, rows * row),
-             1, 1, "N K H b"),
-    ]  # fmt: skip
 
 
 def end_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
