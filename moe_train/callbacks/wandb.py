@@ -1,8 +1,9 @@
-"""Weights & Biases as a mirror of metrics.jsonl that can neither block nor kill a run.
+"""Weights & Biases (``log.wandb``): a process of its own follows metrics.jsonl.
 
-Everything of W&B lives in a process of its own (``mirror_process``): its import, its service, its
-exit hooks and its network. A thread feeds that process from a bounded queue. Whatever happens over
-there (no network, a hang, a kill), the run loses the mirror and nothing else, and says so.
+Everything of W&B lives in that process (``wandb_process.py``): import, service, exit hooks,
+network. The run writes metrics.jsonl in any case, starts the process, and at its end waits for it
+for at most FINISH_SECONDS. Whatever happens there (no network, a hang, a kill), the run loses the
+copy and nothing else, and says so.
 """
 
 from __future__ import annotations
@@ -12,12 +13,9 @@ import importlib.util
 import json
 import netrc
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,28 +24,22 @@ from urllib.parse import urlsplit
 
 from moe_train.callbacks.recorders import MetricsRecorder
 from moe_train.errors import ConfigError
-from moe_train.train.callback import Callback, EndEvent, StepEvent, ValidationEvent
+from moe_train.run_folder.folder import RunFolder
+from moe_train.train.callback import Callback, EndEvent, StartEvent, StepEvent
 
-QUEUE_RECORDS = 1024
-"""Records kept while W&B is slow; more are dropped and counted."""
+FINISH_SECONDS = 10.0
 DEFAULT_URL = "https://api.wandb.ai"
 
 
-class Mirror(Callback):
-    """Sends config, records and summary to W&B; every method returns at once.
+class WandbFollower(Callback):
+    """Starts W&B's process, passes its messages on, ends it (rank 0).
 
     Args:
         mode: ``log.wandb``: auto (online with a key, else offline) | online | offline | disabled.
-        project, name: of the W&B run.
-        folder: W&B's own folder inside the run folder; created when needed.
+        project: of the W&B run, whose name is the run folder's.
         config: the resolved configuration.
-        warn: told, from another thread, about anything that goes wrong, once for each kind.
-        log: file for what W&B itself prints.
-
-    Attributes:
-        state: starting | online | offline | failed | disabled.
-        problem: why the mirror is not what was asked for; empty when it is.
-        dropped: records that did not reach W&B's process.
+        warn: called with each message about what W&B does not do.
+        metrics: gives the summary, and comes before this one in the list.
     """
 
     def __init__(
@@ -55,173 +47,103 @@ class Mirror(Callback):
         mode: str,
         *,
         project: str,
-        name: str,
-        folder: Path,
+        folder: RunFolder,
         config: Mapping[str, Any],
         warn: Callable[[str], None],
-        log: Path,
         metrics: MetricsRecorder | None = None,
     ) -> None:
-        self._metrics = metrics
-        self.state = "disabled" if mode == "disabled" else "starting"
-        self.problem = ""
-        self.dropped = 0
-        self._given_up = False
-        self._warn = warn
-        self._queue: queue.Queue[str | None] = queue.Queue(QUEUE_RECORDS)
-        self._process: subprocess.Popen[str] | None = None
-        if mode == "disabled":
-            return
-        if mode == "auto" and not installed():
-            self.state = "disabled"
-            self.problem = (
-                "wandb is not installed, so log.wandb=auto mirrors nothing; metrics.jsonl has "
-                "everything (log.wandb=disabled hides this line)"
-            )
-            warn(f"W&B mirror: {self.problem}")
-            return
+        self._mode, self._project, self._folder, self._config = mode, project, folder, config
+        self._metrics, self._warn = metrics, lambda message: warn(f"W&B: {message}")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+
+    def on_start(self, event: StartEvent) -> None:
+        """Start the process, unless W&B is disabled or not installed."""
+        mode = self._mode
         if mode == "auto":
+            if not installed():
+                self._warn(
+                    "wandb is not installed, so log.wandb=auto copies nothing; metrics.jsonl has "
+                    "everything (log.wandb=disabled hides this line)"
+                )
+                return
             mode = "online" if has_key() else "offline"
+        elif mode == "disabled":
+            return
         elif mode == "online" and not has_key():
-            # wandb would stop to ask for a key on the terminal of the run.
-            self._lose("log.wandb=online, but no key is configured: the copy is kept offline")
+            # W&B would stop to ask for a key on the terminal of the run.
+            self._warn("log.wandb=online, but no key is configured: the copy is kept offline")
             mode = "offline"
         start = {
             "mode": mode,
-            "project": project,
-            "name": name,
-            "folder": str(folder),
-            "config": config,
             "url": base_url(),
+            "project": self._project,
+            "name": self._folder.path.name,
+            "config": self._config,
+            "folder": str(self._folder.wandb),
+            "metrics": str(self._folder.metrics),
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with log.open("a", encoding="utf-8") as log_file:
-                self._process = subprocess.Popen(
-                    # -P: the script's own folder would shadow modules that W&B imports.
-                    [sys.executable, "-P", str(Path(__file__).with_name("wandb_process.py"))],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log_file,
-                    text=True,
-                    # Signals for the ranks are not for the mirror: it ends when its input does.
-                    start_new_session=True,
-                )
-        except OSError as error:
-            self._fail(f"its process cannot be started ({error.strerror})")
-            return
-        self._put({"start": start})
-        self._threads = [
-            threading.Thread(target=self._feed, name="mirror-feed", daemon=True),
-            threading.Thread(target=self._listen, name="mirror-listen", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        # -P: the script's own folder would shadow modules that W&B imports.
+        script = Path(__file__).with_name("wandb_process.py")
+        command = [sys.executable, "-P", str(script), json.dumps(start, default=str)]
+        self._folder.wandb.mkdir(parents=True, exist_ok=True)
+        with (self._folder.logs / "wandb.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                # Signals for the ranks are not for W&B: it ends when the run does.
+                start_new_session=True,
+            )
+        assert self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
 
     def on_step(self, event: StepEvent) -> None:
-        """Mirror the step's record."""
-        self.log(event.record)
-
-    def on_validation(self, event: ValidationEvent) -> None:
-        """Mirror the validation's record."""
-        self.log(event.record)
+        """Pass messages on; the process reads the step's record from metrics.jsonl itself."""
+        self._pass_messages()
 
     def on_end(self, event: EndEvent) -> None:
-        """Send the summary of a finished run and end W&B's process."""
-        if self._metrics is not None and self._metrics.summary is not None:
-            values = asdict(self._metrics.summary)
-            self.summary({key: value for key, value in values.items() if key != "run_folder"})
-        self.finish(timeout=10.0)
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Mirror one record of metrics.jsonl."""
-        self._put({"log": record})
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Set values of the W&B run's summary."""
-        self._put({"summary": values})
-
-    def finish(self, timeout: float, exit_code: int = 0) -> None:
-        """Let W&B send what it has for at most `timeout` seconds, then end its process.
-
-        Args:
-            timeout: seconds in all; afterwards the process is killed and the rest is given up.
-            exit_code: 0 shows the W&B run as finished, anything else as failed.
-        """
-        process, self._process = self._process, None
+        """Let W&B send what it has for FINISH_SECONDS, then end its process."""
+        process = self._process
         if process is None:
             return
-        deadline = time.monotonic() + timeout
-        farewell = json.dumps({"finish": exit_code}, default=str)
-        try:
-            self._queue.put(farewell, timeout=timeout / 2)
-            self._queue.put(None, timeout=timeout / 2)
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except (queue.Full, subprocess.TimeoutExpired):
-            self._given_up = True
-            self._lose(
-                f"W&B did not finish within {timeout:g} s and was ended; "
-                "`wandb sync` on the run's wandb folder sends what is missing"
+        summary = asdict(self._metrics.summary) if self._metrics and self._metrics.summary else {}
+        summary.pop("run_folder", None)
+        end = {"exit_code": int(event.state == "failed"), "summary": summary}
+        assert process.stdin is not None
+        # Broken where the process is gone.
+        with contextlib.suppress(OSError), process.stdin:
+            process.stdin.write(json.dumps(end).encode() + b"\n")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(FINISH_SECONDS)
+        if self._pass_messages():
+            self._warn(
+                f"did not finish within {FINISH_SECONDS:g} s and was ended; `wandb sync` on the "
+                "run's wandb folder sends what is missing"
             )
-        finally:
-            _kill_group(process)
-        # The listener ends with the process's output and has then seen its last words.
-        for thread in self._threads:
-            thread.join(1.0)
-        if self.dropped:
-            self._warn(f"W&B mirror: {self.dropped} records were dropped; metrics.jsonl has them")
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
-    def _put(self, message: Mapping[str, Any]) -> None:
-        if self._process is None:
-            return
-        if self.state == "failed":
-            self.dropped += "log" in message
-            return
-        try:
-            self._queue.put_nowait(json.dumps(message, default=str))
-        except queue.Full:
-            if not self.dropped:
-                self._warn("W&B mirror: W&B is too slow, records are dropped from now on")
-            self.dropped += 1
-
-    def _feed(self) -> None:
-        """Thread: from the queue into the process, which may take its time."""
+    def _pass_messages(self) -> bool:
+        """Warn of what the process has written and of its end; returns whether it still runs."""
         process = self._process
-        assert process is not None and process.stdin is not None
-        try:
-            while (line := self._queue.get()) is not None:
-                process.stdin.write(line + "\n")
-                process.stdin.flush()
-            process.stdin.close()
-        except (OSError, ValueError):
-            # The pipe broke: the process is gone, which the listener reports with its reason.
-            return
-
-    def _listen(self) -> None:
-        """Thread: what the process tells about itself."""
-        process = self._process
-        assert process is not None and process.stdout is not None
-        finished = False
-        for line in process.stdout:
-            event = json.loads(line)
-            if event["state"] == "finished":
-                finished = True
-            elif event["state"] == "failed":
-                self._fail(event["detail"])
-            else:
-                self.state = event["state"]
-                if event["detail"]:
-                    self._lose(event["detail"])
-        if not finished and self.state != "failed" and not self._given_up:
-            self._fail("its process ended unexpectedly")
-
-    def _fail(self, reason: str) -> None:
-        self.state = "failed"
-        self._lose(f"lost ({reason}); the run goes on, metrics.jsonl has everything")
-
-    def _lose(self, problem: str) -> None:
-        self.problem = problem
-        self._warn(f"W&B mirror: {problem}")
+        if process is None:
+            return False
+        assert process.stdout is not None
+        code = process.poll()
+        with contextlib.suppress(BlockingIOError):
+            self._unread += os.read(process.stdout.fileno(), 1 << 16)
+        *lines, self._unread = self._unread.split(b"\n")
+        for line in lines:
+            self._warn(line.decode())
+        if code is None:
+            return True
+        self._process = None
+        if code not in (0, 1):
+            self._warn("its process ended unexpectedly; metrics.jsonl has everything")
+        return False
 
 
 def installed() -> bool:
@@ -234,7 +156,7 @@ def installed() -> bool:
 def mode_fault(mode: str) -> ConfigError | None:
     """Why ``log.wandb`` cannot be had here, or None.
 
-    Only a mode that was named is refused; auto does without.
+    Only online and offline are refused; auto does without W&B.
     """
     if mode not in ("online", "offline") or installed():
         return None
@@ -260,10 +182,3 @@ def has_key() -> bool:
         return netrc.netrc(str(path)).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _kill_group(process: subprocess.Popen[str]) -> None:
-    """End the process and its group; W&B's own service ends when it sees its parent gone."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

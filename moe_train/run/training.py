@@ -13,7 +13,7 @@ from moe_train.callbacks.garbage import GarbageCollection
 from moe_train.callbacks.progress import ConsoleProgress
 from moe_train.callbacks.recorders import ExpertLoad, MetricsRecorder, StatusWriter
 from moe_train.callbacks.trace import StepTrace
-from moe_train.callbacks.wandb import Mirror
+from moe_train.callbacks.wandb import WandbFollower
 from moe_train.checkpoint.folders import drop_earlier
 from moe_train.config.schema import to_mapping
 from moe_train.data.batches import BatchSource
@@ -142,14 +142,12 @@ def build_callbacks(
             ExpertLoad(folder.tokens),
             StatusWriter(folder.status),
             console,
-            Mirror(
+            WandbFollower(
                 config.log.wandb,
                 project=config.log.wandb_project,
-                name=folder.path.name,
-                folder=folder.wandb,
+                folder=folder,
                 config=to_mapping(config),
                 warn=console.message,
-                log=folder.logs / "wandb.log",
                 metrics=console.metrics,
             ),
         ]

@@ -64,7 +64,7 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
-        """Log files of ranks and of the mirror."""
+        """Log files of ranks and of W&B."""
         return self.path / "logs"
 
     @property

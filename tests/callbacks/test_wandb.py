@@ -1,11 +1,12 @@
-"""The W&B mirror: the real client offline, and clients that hang, raise, die or stay deaf.
+"""The W&B follower: the real client offline, and clients that hang, raise, die or refuse.
 
-A fake client is a module called wandb that comes first on the path of the mirror's process.
+A fake client is a module called wandb that comes first on the path of W&B's process.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -14,11 +15,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from moe_train.callbacks import wandb as mirror
-from moe_train.callbacks.wandb import Mirror, has_key
+from moe_train.callbacks import wandb
+from moe_train.callbacks.recorders import MetricsRecorder
+from moe_train.callbacks.summary import summarise
+from moe_train.callbacks.wandb import WandbFollower, has_key
+from moe_train.run_folder.folder import RunFolder
+from moe_train.run_folder.metrics import JsonLines
+from moe_train.train.callback import EndEvent
+from tests.support import events
 
 RECORDER = """
 import json, os, pathlib, time
@@ -43,26 +51,45 @@ def init(mode, **options):
 
 
 class Bench:
-    """A mirror in a folder of its own, and everything that it said."""
+    """A run folder whose metrics.jsonl W&B follows, and everything that was said about it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, path: Path) -> None:
+        self.path, self.folder = path, RunFolder(path)
+        self.folder.logs.mkdir()
         self.warnings: list[str] = []
 
-    def start(self, mode: str) -> Mirror:
-        return Mirror(
+    def start(self, mode: str) -> WandbFollower:
+        self.lines = JsonLines(self.folder.metrics, 1 << 40)
+        self.follower = WandbFollower(
             mode,
             project="p",
-            name="n",
-            folder=self.folder / "wandb",
+            folder=self.folder,
             config={"model": {"layers": 16}},
             warn=self.warnings.append,
-            log=self.folder / "wandb.log",
+            metrics=MetricsRecorder(self.folder.metrics, 0.0),
         )
+        self.follower.on_start(events.start())
+        return self.follower
 
-    def seen(self) -> list[list[object]]:
-        path = self.folder / "seen.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def log(self, *steps: int, **values: float | str) -> None:
+        for step in steps:
+            self.lines.append({"step": step, "loss": 1.0 / step} | values)
+            self.follower.on_step(events.step(step))
+
+    def end(self, error: BaseException | None = None) -> None:
+        self.follower.on_end(EndEvent(0, error))
+
+    def seen(self, kind: str = "") -> list[list[Any]]:
+        path = self.path / "seen.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [entry for line in lines if (entry := json.loads(line))[0].startswith(kind)]
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        until = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < until, "it did not come to pass"
+            time.sleep(0.02)
+            self.follower.on_step(events.step(1))
 
 
 @pytest.fixture
@@ -79,7 +106,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 @pytest.fixture
 def client(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def install(extra: str = "") -> None:
-        path = bench.folder / "fake"
+        path = bench.path / "fake"
         path.mkdir()
         (path / "wandb.py").write_text(RECORDER + extra)
         monkeypatch.setenv("PYTHONPATH", str(path))
@@ -87,119 +114,139 @@ def client(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
     return install
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until, "it did not come to pass"
-        time.sleep(0.02)
-
-
 def test_disabled_starts_nothing(bench: Bench) -> None:
-    found = bench.start("disabled")
-    found.log({"step": 1})
-    found.finish(5)
-    assert found.state == "disabled" and list(bench.folder.iterdir()) == []
+    bench.start("disabled")
+    bench.log(1)
+    bench.end()
+    assert not bench.folder.wandb.exists() and bench.warnings == []
 
 
-def test_the_real_client_keeps_an_offline_copy(bench: Bench) -> None:
-    found = bench.start("auto")
-    for step in range(1, 4):
-        found.log({"step": step, "loss": 1.0 / step})
-    found.summary({"valid_loss": 0.5})
-    found.finish(60)
-    assert found.state == "offline" and bench.warnings == []
-    copies = list((bench.folder / "wandb").glob("offline-run-*/*.wandb"))
+def test_the_real_client_keeps_an_offline_copy(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb, "FINISH_SECONDS", 60.0)
+    follower = bench.start("auto")
+    bench.log(1, 2, 3)
+    assert follower._metrics is not None
+    follower._metrics.summary = summarise(
+        [{"step": 3, "valid_loss": 0.5}],
+        state="finished",
+        wall_seconds=1.0,
+        run_folder=bench.path,
+    )
+    bench.end()
+    assert bench.warnings == []
+    copies = list(bench.folder.wandb.glob("offline-run-*/*.wandb"))
     assert len(copies) == 1 and copies[0].stat().st_size > 0
     content = copies[0].read_bytes()
     assert b"valid_loss" in content and b"layers" in content
 
 
-def test_records_summary_and_exit_code_arrive_in_order(
+def test_records_and_exit_code_arrive_in_order(bench: Bench, client: Callable[[str], None]) -> None:
+    client("")
+    bench.start("offline")
+    bench.log(1, loss=float("nan"), name="x")
+    bench.lines.append({"step": 1, "valid_loss": 2.0})
+    bench.log(2)
+    bench.end(ZeroDivisionError())
+    assert [entry[0] for entry in bench.seen()] == ["init", *["log"] * 3, "summary", "finish"]
+    assert bench.seen("finish") == [["finish", 1]]
+    first, *others = (entry[1] for entry in bench.seen("log"))
+    assert math.isnan(first.pop("loss")) and first == {"step": 1, "name": "x"}
+    assert others == [{"step": 1, "valid_loss": 2.0}, {"step": 2, "loss": 0.5}]
+    assert bench.seen("init")[0][2]["config"] == {"model": {"layers": 16}}
+    assert bench.warnings == []
+
+
+def test_a_resumed_run_continues_the_same_copy_without_duplicate_steps(
     bench: Bench, client: Callable[[str], None]
 ) -> None:
     client("")
-    found = bench.start("offline")
-    found.log({"step": 1, "loss": float("nan")})
-    found.summary({"a": 1})
-    found.finish(30, exit_code=5)
-    kinds = [entry[0] for entry in bench.seen()]
-    assert kinds == ["init", "log", "summary", "finish"]
-    assert bench.seen()[-1] == ["finish", 5]
-    options = bench.seen()[0][2]
-    assert isinstance(options, dict) and options["config"] == {"model": {"layers": 16}}
-    assert bench.warnings == [] and found.dropped == 0
-
-
-def test_a_resumed_run_continues_the_same_mirror(
-    bench: Bench, client: Callable[[str], None]
-) -> None:
-    client("")
-    for _ in range(2):
-        bench.start("offline").finish(30)
-    ids = [entry[2]["id"] for entry in bench.seen() if entry[0] == "init"]  # type: ignore[index]
+    for resumed_at, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        JsonLines(bench.folder.metrics, resumed_at).close()
+        bench.start("offline")
+        bench.log(*steps)
+        bench.end()
+    ids = [entry[2]["id"] for entry in bench.seen("init")]
     assert len(ids) == 2 and len(set(ids)) == 1
+    assert [entry[1]["step"] for entry in bench.seen("log")] == [1, 2, 3, 4]
+
+
+def test_steps_after_a_rollback_are_logged_once(
+    bench: Bench, client: Callable[[str], None]
+) -> None:
+    client("")
+    bench.start("offline")
+    bench.log(1, 2, 3)
+    bench.wait_for(lambda: len(bench.seen("log")) == 3)
+    bench.lines.truncate_after(1)
+    bench.log(2, 3, 4, 5)
+    bench.end()
+    assert [entry[1]["step"] for entry in bench.seen("log")] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "message"),
     [
         ("def init(mode, **o): raise RuntimeError('no such entity')", "no such entity"),
         ("raise ImportError('broken install')", "broken install"),
         ("def init(mode, **o): os._exit(3)", "ended unexpectedly"),
         ("Run.log = lambda self, r: 1 / 0", "ZeroDivisionError"),
+        ("Run.finish = lambda self, exit_code: os._exit(3)", "ended unexpectedly"),
     ],
 )
-def test_a_client_that_fails_costs_the_mirror_only(
-    bench: Bench, client: Callable[[str], None], fault: str, words: str
+def test_a_client_that_fails_costs_the_copy_only(
+    bench: Bench, client: Callable[[str], None], fault: str, message: str
 ) -> None:
     client(fault)
-    found = bench.start("offline")
-    found.log({"step": 1})
-    wait_for(lambda: found.state == "failed")
-    found.log({"step": 2})
-    found.finish(10)
-    assert words in found.problem
-    assert sum("lost" in text for text in bench.warnings) == 1, bench.warnings
-    assert found.dropped == 1 and "1 records were dropped" in bench.warnings[-1]
+    bench.start("offline")
+    bench.log(1)
+    if "finish" not in fault:
+        bench.wait_for(lambda: bool(bench.warnings))
+    bench.log(2)
+    bench.end()
+    assert len(bench.warnings) == 1 and message in bench.warnings[0]
+    assert bench.warnings[0].startswith("W&B: ") and "metrics.jsonl" in bench.warnings[0]
+
+
+HANG = "def init(mode, **o):\n    note('hangs', os.getpid())\n    time.sleep(600)"
 
 
 def test_a_client_that_hangs_blocks_neither_steps_nor_the_end(
     bench: Bench, client: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror, "QUEUE_RECORDS", 8)
-    client("def init(mode, **o):\n    note('hangs', os.getpid())\n    time.sleep(600)")
-    found = bench.start("offline")
-    wait_for(lambda: bool(bench.seen()))
-    padding = "x" * 4096  # more than the pipe and the queue hold together
+    monkeypatch.setattr(wandb, "FINISH_SECONDS", 1.0)
+    client(HANG)
+    bench.start("offline")
+    bench.wait_for(lambda: bool(bench.seen()))
     slowest = 0.0
-    for step in range(200):
+    for step in range(1, 200):
         before = time.monotonic()
-        found.log({"step": step, "padding": padding})
+        bench.log(step, padding="x" * 4096)
         slowest = max(slowest, time.monotonic() - before)
     before = time.monotonic()
-    found.finish(1.0)
+    bench.end()
     # Both bounds are far below the 600 s of the hang and far above any scheduling noise.
     assert slowest < 5 and time.monotonic() - before < 20
-    assert found.dropped > 100
-    assert any("too slow" in text for text in bench.warnings)
-    assert any("did not finish" in text for text in bench.warnings)
-    pid = int(str(bench.seen()[0][1]))
+    assert len(bench.warnings) == 1 and "did not finish" in bench.warnings[0]
     with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+        os.kill(bench.seen()[0][1], 0)
 
 
 def test_a_hung_client_does_not_keep_a_killed_run_alive(
     bench: Bench, client: Callable[[str], None]
 ) -> None:
-    """An exception in the run, without finish(): the interpreter must still end."""
-    client("def init(mode, **o):\n    note('hangs', os.getpid())\n    time.sleep(600)")
+    """A run that ends without on_end: the interpreter must still end."""
+    client(HANG)
+    bench.folder.metrics.touch()
     script = (
-        "import pathlib, time, os\n"
-        "from moe_train.callbacks.wandb import Mirror\n"
-        f"folder = pathlib.Path({str(bench.folder)!r})\n"
-        "m = Mirror('offline', project='p', name='n', folder=folder / 'wandb', config={},\n"
-        "           warn=print, log=folder / 'wandb.log')\n"
-        "while not (folder / 'seen.jsonl').exists(): time.sleep(0.02)\n"
+        "import pathlib, time\n"
+        "from moe_train.callbacks.wandb import WandbFollower\n"
+        "from moe_train.run_folder.folder import RunFolder\n"
+        f"folder = RunFolder(pathlib.Path({str(bench.path)!r}))\n"
+        "WandbFollower('offline', project='p', folder=folder, config={}, warn=print)"
+        ".on_start(None)\n"
+        "while not (folder.path / 'seen.jsonl').exists(): time.sleep(0.02)\n"
         "raise SystemExit(7)\n"
     )
     root = Path(__file__).resolve().parents[2]
@@ -209,38 +256,28 @@ def test_a_hung_client_does_not_keep_a_killed_run_alive(
         timeout=60,
     )
     assert done.returncode == 7
-    os.kill(int(str(bench.seen()[0][1])), signal.SIGKILL)
+    os.kill(bench.seen()[0][1], signal.SIGKILL)
 
 
 def test_a_killed_process_is_reported(bench: Bench, client: Callable[[str], None]) -> None:
     client("def init(mode, **o):\n    note('init', os.getpid())\n    return Run()")
-    found = bench.start("offline")
-    wait_for(lambda: found.state == "offline")
-    os.kill(int(str(bench.seen()[0][1])), signal.SIGKILL)
-    wait_for(lambda: found.state == "failed")
-    for step in range(5):
-        found.log({"step": step})
-    found.finish(5)
-    assert "ended unexpectedly" in found.problem
-
-
-def test_a_process_that_dies_at_the_end_is_reported(
-    bench: Bench, client: Callable[[str], None]
-) -> None:
-    client("Run.finish = lambda self, exit_code: os._exit(3)")
-    found = bench.start("offline")
-    found.finish(30)
-    assert found.state == "failed" and "ended unexpectedly" in bench.warnings[0]
+    bench.start("offline")
+    bench.wait_for(lambda: bool(bench.seen()))
+    os.kill(bench.seen()[0][1], signal.SIGKILL)
+    bench.wait_for(lambda: bool(bench.warnings))
+    bench.log(1, 2, 3)
+    bench.end()
+    assert len(bench.warnings) == 1 and "ended unexpectedly" in bench.warnings[0]
 
 
 def test_online_without_a_key_is_loud_and_asks_nobody(
     bench: Bench, client: Callable[[str], None]
 ) -> None:
     client("")
-    found = bench.start("online")
-    found.finish(30)
-    assert "no key" in found.problem and "no key" in bench.warnings[0]
-    assert [entry[1] for entry in bench.seen() if entry[0] == "init"] == ["offline"]
+    bench.start("online")
+    bench.end()
+    assert "no key" in bench.warnings[0]
+    assert [entry[1] for entry in bench.seen("init")] == ["offline"]
 
 
 @pytest.mark.parametrize("mode", ["online", "auto"])
@@ -253,13 +290,13 @@ def test_an_unreachable_server_is_named_and_the_copy_kept_offline(
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        found = bench.start(mode)
-        found.log({"step": 1})
-        found.finish(30)
-    assert url in found.problem and "unreachable" in bench.warnings[0]
-    assert "wandb sync" in found.problem
-    assert [entry[1] for entry in bench.seen() if entry[0] == "init"] == ["offline"]
-    assert ["log", {"step": 1}] in bench.seen()
+        bench.start(mode)
+        bench.log(1)
+        bench.end()
+    assert url in bench.warnings[0] and "unreachable" in bench.warnings[0]
+    assert "wandb sync" in bench.warnings[0]
+    assert [entry[1] for entry in bench.seen("init")] == ["offline"]
+    assert bench.seen("log") == [["log", {"step": 1, "loss": 1.0}]]
 
 
 def test_a_server_that_refuses_leaves_an_offline_copy(
@@ -274,9 +311,11 @@ def test_a_server_that_refuses_leaves_an_offline_copy(
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        found = bench.start("online")
-        found.finish(30)
-    assert "permission denied" in bench.warnings[0] and found.state == "offline"
+        bench.start("online")
+        bench.log(1)
+        bench.end()
+    assert "permission denied" in bench.warnings[0]
+    assert [entry[1] for entry in bench.seen("init")] == ["offline"] and bench.seen("log")
 
 
 def test_a_reachable_server_is_used(
@@ -286,16 +325,16 @@ def test_a_reachable_server_is_used(
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        found = bench.start("auto")
-        found.finish(30)
-    assert found.state == "online" and bench.warnings == []
+        bench.start("auto")
+        bench.end()
+    assert [entry[1] for entry in bench.seen("init")] == ["online"] and bench.warnings == []
 
 
 def test_keys_are_found_where_wandb_keeps_them(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not has_key()
-    path = bench.folder / "netrc"
+    path = bench.path / "netrc"
     path.write_text("machine api.wandb.ai login user password secret\n")
     path.chmod(0o600)
     monkeypatch.setenv("NETRC", str(path))

@@ -1,6 +1,6 @@
 """Whole runs beside a W&B that hangs, raises, dies or is not there: same losses, same pace.
 
-A fake client is a module called wandb that comes first on the path of the mirror's process.
+A fake client is a module called wandb that comes first on the path of W&B's process.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -59,27 +59,25 @@ NOISE = 3.0
 
 
 def paced(rank: int, world: int, words: list[str], env: dict[str, str], result: str) -> int:
-    """Train, and note when each step begins: what lies between has the listeners in it."""
+    """Train, and note when each step begins: what lies between has the callbacks in it."""
     os.environ.update(env)
-    from dataclasses import replace
-
-    from moe_train.callbacks.wandb import Mirror
     from moe_train.run.main import main
+    from moe_train.run_folder.metrics import JsonLines
     from moe_train.train import loop
 
-    plain, log_step = loop.train_step, Mirror.on_step
+    plain, append = loop.train_step, JsonLines.append
     begun: list[float] = []
 
     def step(*args: Any, **options: Any) -> Any:
         begun.append(time.perf_counter())
         return plain(*args, **options)
 
-    def on_step(self: Any, event: Any) -> None:
-        # More than a pipe holds: only the queue stands between the step and the client.
-        log_step(self, replace(event, record=event.record | {"padding": "x" * 100_000}))
+    def padded(self: Any, record: Mapping[str, Any]) -> None:
+        # More than a pipe holds: nothing but a file may lie between the step and the client.
+        append(self, {**record, "padding": "x" * 100_000})
 
     loop.train_step = step
-    Mirror.on_step = on_step  # type: ignore[method-assign]
+    JsonLines.append = padded  # type: ignore[method-assign]
     code = main(words)
     Path(result).write_text(json.dumps(begun))
     return code
@@ -103,7 +101,7 @@ def pace(folder: Path, mode: str, client: str = "", **env: str) -> tuple[list[st
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str], float], None]:
-    """Holds losses and pace against a run without any mirror."""
+    """Holds losses and pace against a run without W&B."""
     losses, between, _ = pace(tmp_path_factory.mktemp("alone"), "disabled")
 
     def hold(others: list[str], pace: float) -> None:
@@ -124,7 +122,7 @@ def test_a_client_that_fails(
     losses, between, told = pace(tmp_path, "offline", fault)
     alone(losses, between)
     assert "fault" in (tmp_path / "seen").read_text().split(), "the fault never came"
-    assert "W&B mirror: " in told
+    assert "W&B: " in told
 
 
 def test_a_server_that_does_not_answer(

@@ -382,7 +382,7 @@ def test_unreachable_wandb_is_told_and_the_run_goes_on(bytes_data: Path, tmp_pat
     ]
     assert run_world(_mirrored, 1, overrides, url, timeout=120.0, log=log) == [0]
     told = log.read_text()
-    assert "W&B mirror: " in told and "finished after 2 steps" in told
+    assert "W&B: " in told and "finished after 2 steps" in told
     assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "r" / "status.json").read_text())["state"] == "finished"
 

@@ -185,7 +185,7 @@ def _with_key(rank: int, world: int, overrides: list[str], url: str) -> int:
 
 @pytest.mark.world
 def test_secrets_do_not_enter_a_run_folder(tmp_path: Path) -> None:
-    """A run with a key, whose mirror cannot reach its server and so has much to log."""
+    """A run with a key, whose W&B cannot reach its server and so has much to log."""
     log = tmp_path / "log"
     words = ["device=cpu", "log.console=lines", *SMALL, f"run.dir={tmp_path}/runs", "run.name=r"]
     url = "http://127.0.0.1:9"

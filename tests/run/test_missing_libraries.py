@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.callbacks.wandb import Mirror, installed
+from moe_train.callbacks.wandb import WandbFollower, installed
 from moe_train.data.sources import Source, read
 from moe_train.errors import ConfigFaults, DataError
 from moe_train.run.resolution import resolve_on_all_ranks
+from moe_train.run_folder.folder import RunFolder
+from tests.support import events
 from tests.support.survival import FAULTY
 
 ABSENT = ("wandb", "pyarrow", "zstandard", "pydantic", "scipy", "matplotlib", "transformers",
@@ -43,24 +45,25 @@ def test_training_does_without_them_and_says_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_a_mirror_that_was_named_is_refused(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_wandb_by_name_without_the_library_is_refused(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     absent(monkeypatch, "wandb")
     with pytest.raises(ConfigFaults, match=r"log\.wandb: .* not installed"):
         resolve_on_all_ranks(["experiment=single", "device=cpu", f"log.wandb={mode}"], 1)
     resolve_on_all_ranks(["experiment=single", "device=cpu"], 1)
 
 
-def test_a_mirror_without_its_library_takes_records_and_ends(
+def test_wandb_auto_without_the_library_says_so_and_does_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     absent(monkeypatch, "wandb")
     lines: list[str] = []
-    mirror = Mirror("auto", project="p", name="n", folder=tmp_path / "w", config={},
-                    warn=lines.append, log=tmp_path / "log")  # fmt: skip
-    mirror.log({"step": 1})
-    mirror.finish(1.0)
-    assert mirror.state == "disabled" and len(lines) == 1
-    assert not (tmp_path / "w").exists()
+    folder = RunFolder(tmp_path)
+    follower = WandbFollower("auto", project="p", folder=folder, config={}, warn=lines.append)
+    events.play(follower, [{"step": 1, "loss": 1.0}])
+    assert len(lines) == 1 and "not installed" in lines[0]
+    assert not folder.wandb.exists()
 
 
 def test_a_folder_called_wandb_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
