@@ -45,6 +45,7 @@ from moe_train.run_folder.status import read_status
 
 if TYPE_CHECKING:
     from moe_train.parallel.resolved import ResolvedRun
+    from moe_train.train.callback import Callback
 
 LOGGER = logging.getLogger(__name__)
 MULTIRUN = ("-m", "--multirun")
@@ -63,8 +64,11 @@ Overrides are key=value; moe-train plan shows what they lead to and names every 
 """
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> int:
     """Train with Hydra overrides; ``-m a=1,2`` runs every combination in turn.
+
+    Args:
+        callbacks: your own, called on every rank after the built-in ones; see ``Callback``.
 
     Returns:
         The rank's exit code; the first failed job's, for several.
@@ -86,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
         for number, (job, suffix) in enumerate(zip(jobs, suffixes(jobs), strict=True), start=1):
             if multirun:
                 LOGGER.info("job %d of %d: %s", number, len(jobs), " ".join(job))
-            codes.append(train(job, signals, suffix))
+            codes.append(train(job, signals, suffix, callbacks))
             # A signal stops the whole sweep, and a world without one of its ranks is over.
             ends = (EXIT_PREEMPTED, EXIT_HUNG, *([EXIT_MEMORY] if world > 1 else []))
             if codes[-1] in ends:
@@ -94,13 +98,19 @@ def main(argv: Sequence[str]) -> int:
     return next((code for code in codes if code != EXIT_FINISHED), EXIT_FINISHED)
 
 
-def train(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") -> int:
+def train(
+    overrides: Sequence[str],
+    signals: SignalHandler,
+    suffix: str = "",
+    callbacks: Sequence[Callback] = (),
+) -> int:
     """One run on this rank, from resolution to exit code.
 
     Args:
         signals: handled as long as the process has something to do. A request that comes in the
             last step of a sweep's job stops the next one before its first, on all ranks.
         suffix: goes to the run's name, which all jobs of a sweep would share otherwise.
+        callbacks: the caller's own.
     """
     begun = time.perf_counter()
     rank, world = world_of_process()
@@ -129,7 +139,7 @@ def train(overrides: Sequence[str], signals: SignalHandler, suffix: str = "") ->
                 # Only now: it imports Megatron, which the backend had to prepare for.
                 from moe_train.run.training import training_loop
 
-                training_loop(session, state, stack, begun, signals)()
+                training_loop(session, state, stack, begun, signals, callbacks)()
             except BaseException as failure:
                 state.error = diagnose(failure, state, run)
                 if state.error is None or state.error is failure:

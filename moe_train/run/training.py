@@ -83,11 +83,7 @@ def training_loop(
     )
     built_in = build_callbacks(session, folder, state, console, begin)
     listening = stack.enter_context(CallbackList([*built_in, *callbacks]))
-    listening.on_start(
-        StartEvent(
-            start, config.train.steps, session.rank, session.layout.world, config, folder.path
-        )
-    )
+    listening.on_start(StartEvent(start, session.rank, session.run, folder.path))
 
     def validation() -> list[list[MicroBatch]]:
         same = _source(session, datasets.valid, 0)

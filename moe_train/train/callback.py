@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from moe_train.errors import MoeTrainError, Preempted
 
 if TYPE_CHECKING:
-    from moe_train.config.root import Config
+    from moe_train.parallel.resolved import ResolvedRun
     from moe_train.train.step import StepResult
 
 logger = logging.getLogger(__name__)
@@ -23,14 +23,16 @@ class StartEvent:
 
     step: int
     """Completed optimizer steps: 0, or those of the checkpoint that was loaded."""
-    steps: int
-    """The run's last step."""
     rank: int
-    world: int
-    config: Config
-    """The resolved configuration; read only."""
+    run: ResolvedRun
+    """Configuration, layout and sizes; frozen, and equal on all ranks."""
     folder: Path
     """The run folder, shared by all ranks."""
+
+    @property
+    def steps(self) -> int:
+        """The run's last step."""
+        return self.run.config.train.steps
 
 
 @dataclass(frozen=True)

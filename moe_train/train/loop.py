@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -141,14 +142,14 @@ def run_loop(
             work=work,
             config=engine.config,
         )
-        callbacks.on_step(StepEvent(step, record, result))
+        callbacks.on_step(StepEvent(step, MappingProxyType(record), result))
         if not stop and intervals.validates(step):
             with watchdog.phase("validation", step), budget.measure("validation"):
                 loss = validate(engine, validation())
             record = {"step": step, "valid_loss": loss}
             if unigram_entropy is not None:
                 record["unigram_entropy"] = unigram_entropy
-            callbacks.on_validation(ValidationEvent(step, record))
+            callbacks.on_validation(ValidationEvent(step, MappingProxyType(record)))
             stop = sync_control_flags(engine, signals, saver).stop
         if intervals.saves(step) or (stop and intervals.save):
             with watchdog.phase("checkpoint", step):

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config.root import Config
+from moe_train.config.training import TrainConfig
+from moe_train.parallel.layout import Layout
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.train.callback import (
     Callback,
     EndEvent,
@@ -19,7 +22,9 @@ from moe_train.train.callback import (
 
 def start(step: int = 0, steps: int = 4, folder: Path = Path("run")) -> StartEvent:
     """The start of a run on one rank."""
-    return StartEvent(step, steps, 0, 1, Config(), folder)
+    config = Config(train=TrainConfig(steps=steps))
+    run = ResolvedRun(config, Layout(1), 256, "made up")
+    return StartEvent(step, 0, run, folder)
 
 
 def step(number: int, result: Any = None, **record: Any) -> StepEvent:
