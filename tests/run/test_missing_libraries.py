@@ -19,7 +19,7 @@ from moe_train.run_folder.folder import RunFolder
 from tests.support import events
 from tests.support.survival import FAULTY
 
-ABSENT = ("wandb", "pyarrow", "zstandard", "pydantic", "scipy", "matplotlib", "transformers",
+ABSENT = ("wandb", "pyarrow", "zstandard", "scipy", "matplotlib", "transformers",
           "transformer_engine", "pytest")  # fmt: skip
 TRAIN = f"""
 import sys
