@@ -13,6 +13,7 @@ from moe_train.checkpoint.model_state import model_entries, sharded_model_state
 from moe_train.checkpoint.reading import OTHER, read_entries
 from moe_train.checkpoint.together import together
 from moe_train.errors import CheckpointError
+from moe_train.features.balancing import BALANCING
 
 
 def check_fits(folder: Path, model: dict[str, Any], tokenizer: str) -> Manifest:
@@ -48,6 +49,9 @@ def _advice(name: str, theirs: Any) -> str:
     """The override that would make the model the checkpoint's, where there is one."""
     if name == "padded_vocab":
         return "data of the checkpoint's tokenizer continues it; "
+    for method in BALANCING.values():
+        if name in method.state:
+            return f"model.router.balancing={method.name} continues it; "
     key = "router.expert_bias" if name == "expert_bias" else name
     return f"model.{key}={str(theirs).lower()} continues it; "
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moe_train.config.types import (
+    BalancingName,
     Bool,
     Count,
     NonNegativeInteger,
@@ -18,6 +19,7 @@ from moe_train.config.types import (
     Tokens,
     Width,
 )
+from moe_train.features.balancing import Balancing, methods
 
 
 @dataclass
@@ -26,8 +28,8 @@ class RouterConfig:
 
     score: Literal["softmax", "sigmoid"] = "softmax"
     """Score function over expert logits: softmax | sigmoid."""
-    balancing: Literal["aux", "seq_aux", "global_aux", "sinkhorn", "none"] = "aux"
-    """Load balancing: aux | seq_aux | global_aux | sinkhorn | none."""
+    balancing: BalancingName = "aux"
+    """Load-balancing loss or routing method."""
     aux_coeff: NonNegativeNumber = 1e-2
     """Weight of the auxiliary load-balancing loss (unused by sinkhorn and none)."""
     z_coeff: NonNegativeNumber = 0.0
@@ -52,6 +54,11 @@ class RouterConfig:
     """Factor on the chosen probabilities (DeepSeek-V3); None leaves them as they are."""
     force_balance: Bool = False
     """Random, even routing for benchmarks; such runs are labelled in their metrics."""
+
+    @property
+    def balancing_methods(self) -> list[Balancing]:
+        """Descriptors of the methods in effect; a loss without weight is not."""
+        return [*methods(self.balancing, aux_coeff=self.aux_coeff, expert_bias=self.expert_bias)]
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
+from moe_train.features.balancing import BALANCING
 from moe_train.features.dispatchers import DISPATCHERS
 from moe_train.features.optimizers import OPTIMIZERS
 
@@ -57,8 +58,10 @@ GradientDtype = Literal["fp32", "bf16"]
 
 # Names that the descriptors of features bring; a type checker cannot read them from a table.
 if TYPE_CHECKING:
+    BalancingName = str
     DispatcherName = str
     OptimizerName = str
 else:
+    BalancingName = Literal[*BALANCING]
     DispatcherName = Literal[*DISPATCHERS]
     OptimizerName = Literal[*OPTIMIZERS]

@@ -8,6 +8,7 @@ from moe_train.config import environment, nccl
 from moe_train.config.root import Config
 from moe_train.config.schema import keys
 from moe_train.errors import ConfigError
+from moe_train.features.balancing import BALANCING
 from moe_train.features.optimizers import OPTIMIZERS
 
 _SIZES = ("model.", "parallel.", "batch.", "data.sequence")
@@ -78,7 +79,7 @@ def _model(config: Config) -> Iterable[ConfigError]:
 def _router(config: Config) -> Iterable[ConfigError]:
     """Rules of Megatron's TransformerConfig.__post_init__ and TopKRouter (0.19)."""
     router, model = config.model.router, config.model
-    key = "model.router."
+    key, method = "model.router.", BALANCING[router.balancing]
     if router.expert_bias and router.score != "sigmoid":
         yield ConfigError(
             key + "expert_bias", f"needs sigmoid scores, not {router.score}", key + "score=sigmoid"
@@ -87,23 +88,18 @@ def _router(config: Config) -> Iterable[ConfigError]:
         model.experts_per_token == 1
         and router.score == "softmax"
         and not router.pre_softmax
-        and router.balancing != "sinkhorn"
+        and not method.computes_scores
     ):
         yield ConfigError(
             key + "pre_softmax",
             "a softmax over one chosen expert is constant and trains no router",
             f"{key}pre_softmax=true or {key}score=sigmoid",
         )
-    if router.balancing == "sinkhorn":
-        for name, used in (
-            ("capacity_factor", router.capacity_factor is not None),
-            ("expert_bias", router.expert_bias),
-            ("groups", router.groups is not None),
-        ):
-            if used:
-                yield ConfigError(
-                    key + name, "does not work with sinkhorn", f"{key}balancing=aux or none"
-                )
+    for name in method.excludes:
+        if getattr(router, name):
+            yield ConfigError(
+                key + name, f"does not work with {method.name}", f"{key}balancing=aux or none"
+            )
     if router.pad_to_capacity and router.capacity_factor is None:
         yield ConfigError(
             key + "pad_to_capacity", "needs a capacity", f"set {key}capacity_factor, e.g. 1.0"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_train.errors import ConfigError
+from moe_train.features.balancing import BALANCING
 
 if TYPE_CHECKING:
     from moe_train.config.model import ModelConfig
@@ -230,7 +231,7 @@ def mixtral_config(model: ModelConfig, vocab: int, sequence: int) -> dict[str, A
     for name, differs, need in (
         ("shared_expert_hidden", model.shared_expert_hidden, "0"),
         ("router.score", router.score != "softmax", "softmax"),
-        ("router.balancing", router.balancing == "sinkhorn", "aux"),
+        ("router.balancing", not BALANCING[router.balancing].plain_top_k, "aux"),
         ("router.pre_softmax", router.pre_softmax, "false"),
         ("router.expert_bias", router.expert_bias, "false"),
         ("router.groups", router.groups, "null"),

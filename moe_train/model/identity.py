@@ -22,4 +22,5 @@ def identity(model: ModelConfig, padded_vocab: int) -> dict[str, Any]:
         "padded_vocab": padded_vocab,
         "tied_embeddings": model.tied_embeddings,
         "expert_bias": model.router.expert_bias,
+        **{name: True for method in model.router.balancing_methods for name in method.state},
     }

@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_train.errors import ConfigError
+from moe_train.features.balancing import BALANCING
 from moe_train.features.dispatchers import DISPATCHERS
 from moe_train.features.optimizers import OPTIMIZERS, Optimizer
 
@@ -20,13 +21,6 @@ if TYPE_CHECKING:
     from moe_train.config.root import Config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-BALANCING = {
-    "aux": "aux_loss",
-    "seq_aux": "seq_aux_loss",
-    "global_aux": "global_aux_loss",
-    "sinkhorn": "sinkhorn",
-    "none": "none",
-}
 
 
 def transformer_config(config: Config, backend: Backend) -> TransformerConfig:
@@ -92,7 +86,7 @@ def _chunks(virtual_pipeline: int | None) -> int | None:
 
 def _moe_fields(config: Config) -> dict[str, Any]:
     model, router = config.model, config.model.router
-    weighted = router.balancing in ("aux", "seq_aux", "global_aux")
+    balancing = BALANCING[router.balancing]
     return {
         "num_moe_experts": model.experts,
         "moe_ffn_hidden_size": model.expert_hidden,
@@ -100,8 +94,8 @@ def _moe_fields(config: Config) -> dict[str, Any]:
         "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": DISPATCHERS[config.parallel.dispatcher].megatron,
         "moe_router_topk": model.experts_per_token,
-        "moe_router_load_balancing_type": BALANCING[router.balancing],
-        "moe_aux_loss_coeff": router.aux_coeff if weighted else 0.0,
+        "moe_router_load_balancing_type": balancing.megatron,
+        "moe_aux_loss_coeff": router.aux_coeff if balancing.weighted else 0.0,
         "moe_z_loss_coeff": router.z_coeff or None,
         "moe_router_score_function": router.score,
         "moe_router_enable_expert_bias": router.expert_bias,

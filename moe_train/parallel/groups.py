@@ -28,7 +28,6 @@ def used_kinds(config: Config, layout: Layout) -> list[str]:
     stage, distributed = not layout.span, config.optim.distributed
     # Megatron's linear layers count experts among the dense parts where both are split alike.
     separate = layout.expert_in_stage > 1 or layout.tensor != layout.expert_tensor
-    router = config.model.router
     kinds = {
         "tp": True,
         "pp": True,
@@ -42,11 +41,11 @@ def used_kinds(config: Config, layout: Layout) -> list[str]:
         "ep": stage,
         "tp_ep": stage,
         "etp": stage,
-        # Loads of the experts, for the router's losses and biases.
-        "tp_cp": router.balancing in ("aux", "seq_aux") and router.aux_coeff > 0,
-        "tp_dp_cp": (router.balancing == "global_aux" and router.aux_coeff > 0)
-        or router.expert_bias,
     }
+    # Loads of the experts, for the router's losses and biases.
+    for method in config.model.router.balancing_methods:
+        kinds |= dict.fromkeys([one.group for one in method.collectives], True)
+        kinds |= dict.fromkeys(method.step_groups, True)
     everybody = [WORLD, OPTIMIZER] if distributed else [WORLD]
     return [*everybody, *(kind for kind, used in kinds.items() if used)]
 

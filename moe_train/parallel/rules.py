@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
+from moe_train.features.balancing import CAPACITY, RANDOM
 from moe_train.features.dispatchers import DISPATCHERS, SPAN
 from moe_train.parallel.batch import microbatches_per_step
 from moe_train.parallel.layout import Layout, divisors
@@ -40,31 +41,23 @@ def per_rank_options(config: Config, layout: Layout) -> dict[str, str]:
         A warning by option; empty where the layout is equal to a single process in all of them.
     """
     router = config.model.router
-    rank_tokens = "one rank's tokens of a micro-batch"
     dimensions = {
         "parallel.tensor": layout.tensor,
         "parallel.context": layout.context,
         "data parallelism": layout.data,
     }
     options = {
-        "model.router.capacity_factor": (
-            router.capacity_factor is not None, f"an expert's capacity is a share of {rank_tokens}",
-            ("parallel.tensor", "parallel.context")),
-        "model.router.balancing=sinkhorn": (
-            router.balancing == "sinkhorn", f"balances {rank_tokens}",
-            ("parallel.tensor", "parallel.context")),
-        "model.router.balancing=global_aux": (
-            router.balancing == "global_aux" and router.aux_coeff > 0,
-            "counts tokens of all micro-batches that came before it, several replicas' at a time",
-            ("data parallelism",)),
-        "model.router.force_balance": (
-            router.force_balance, "every rank draws its own random experts", tuple(dimensions)),
-    }  # fmt: skip
+        "model.router.capacity_factor": CAPACITY if router.capacity_factor is not None else None,
+        "model.router.force_balance": RANDOM if router.force_balance else None,
+        **{f"model.router.balancing={m.name}": m.per_rank for m in router.balancing_methods},
+    }
     warnings = {}
-    for option, (enabled, reason, over) in options.items():
-        if enabled and (split := [name for name in over if dimensions[name] > 1]):
+    for option, counted in options.items():
+        over = counted.dimensions if counted else ()
+        if counted and (split := [name for name in over if dimensions[name] > 1]):
             warnings[option] = (
-                f"{option}: {reason} (Megatron-Core), so the curve depends on {', '.join(split)}"
+                f"{option}: {counted.reason} (Megatron-Core), so the curve depends on "
+                f"{', '.join(split)}"
             )
     return warnings
 

@@ -151,8 +151,7 @@ def _cache(s: Subject) -> float:
 
 @quantity("router.balances", "yes/no", "whether routing is learnt and balanced")
 def _balances(s: Subject) -> float:
-    router = s.config.model.router
-    return float(router.balancing != "none" or router.expert_bias)
+    return float(bool(s.config.model.router.balancing_methods))
 
 
 @quantity("recompute.layers", "layers", "layers recomputed whole")

@@ -7,10 +7,11 @@ section 4.2.2). What experts exchange is in `moe_train.features.dispatchers`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_train.config.root import Config
-from moe_train.features.dispatchers import dispatcher
+from moe_train.features.dispatchers import Collective, dispatcher
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.shapes import Shapes
 from moe_train.planner.cost.links import (
@@ -73,27 +74,24 @@ def tensor_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
         Call("tensor parallel, scatter", "tp", "scatter", reduce_scatter(hardware, where, hidden),
              pairs, pairs, "A H b"),
     ]  # fmt: skip
-    # Each loss sums the tokens of every expert over the ranks that share its tokens.
-    kind = {"aux": "tp_cp", "seq_aux": "tp_cp", "global_aux": "tp_dp_cp"}.get(
-        config.model.router.balancing
-    )
-    if kind:
-        where = group(layout, hardware, kind)
-        sequences = config.batch.micro if config.model.router.balancing == "seq_aux" else 1
-        size = z.E * SCORE * sequences
-        found.append(Call("auxiliary loss, all-reduce", kind, "router",
-                          all_reduce(hardware, where, size), 1, 0, "4 E"))  # fmt: skip
-    return found
+    router = [one for each in config.model.router.balancing_methods for one in each.collectives]
+    return found + _priced(config, layout, z, router)
 
 
 def expert_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
     """Of one layer's exchange, as its dispatcher's descriptor lists them."""
-    hardware, padded = config.hardware, config.model.router.pad_to_capacity
+    exchange = dispatcher(config.parallel.dispatcher, span=layout.span).collectives
+    return _priced(config, layout, z, exchange)
+
+
+def _priced(
+    config: Config, layout: Layout, z: Shapes, collectives: Iterable[Collective]
+) -> list[Call]:
     found = []
-    for one in dispatcher(config.parallel.dispatcher, span=layout.span).collectives:
-        where = group(layout, hardware, one.group)
-        if not (one.unpadded and padded):
-            sent = OPERATIONS[one.operation](hardware, where, one.size(z, where.size))
+    for one in collectives:
+        where = group(layout, config.hardware, one.group)
+        if not (one.unpadded and config.model.router.pad_to_capacity):
+            sent = OPERATIONS[one.operation](config.hardware, where, one.size(z, where.size))
             found.append(
                 Call(one.name, one.group, one.part, sent, one.forward, one.backward, one.formula)
             )
