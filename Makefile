@@ -41,7 +41,7 @@ train: $(STAMP) ## the main job: the 30B on 8 GPUs that fit it, a smaller model 
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $$ranks train.py $(ARGS)
 
 test: $(STAMP) ## the default test-suite, in WORKERS processes (2)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-full: $(STAMP) ## the default suite and the long grids
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m '' $(ARGS)

@@ -25,3 +25,16 @@ os.environ.pop("WANDB_API_KEY", None)
 def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Runs of the small model, each made once for all tests."""
     return Runs(tmp_path_factory.mktemp("small"), SMALL)
+
+
+# Started first, so that no process ends alone with one of them.
+LONGEST = ("rehearsal/test_rehearsal", "measure/test_dryrun", "model/test_router", "run/test_")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files by how long they take; tests of a file stay together."""
+
+    def place(item: pytest.Item) -> int:
+        return next((n for n, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+
+    items.sort(key=place)

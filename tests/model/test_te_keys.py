@@ -39,7 +39,7 @@ def interpreter() -> str:
 
 def ask(interpreter: str, module: str, words: Sequence[str], world: int) -> Any:
     done = subprocess.run(
-        [interpreter, "-W", "ignore", "-m", f"moe_train.testing.{module}", str(world), *words],
+        [interpreter, "-W", "ignore", "-m", f"tests.support.{module}", str(world), *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
