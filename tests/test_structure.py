@@ -37,6 +37,7 @@ HEIGHT = {
     "rehearsal": 8,
     "testing": 9,
     "commands": 9,
+    "api": 10,
     "gpu_check": 10,
     "cli": 11,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from moe_train.backend.cuda.environment import set_environment
@@ -10,6 +11,8 @@ from moe_train.backend.protocol import Backend
 from moe_train.config.environment import ORDER
 from moe_train.config.training import BackendConfig
 from moe_train.errors import ConfigError
+
+LOGGER = logging.getLogger(__name__)
 
 
 def select_backend(device: str, config: BackendConfig) -> Backend:
@@ -34,9 +37,8 @@ def select_backend(device: str, config: BackendConfig) -> Backend:
         if index < count and not lonely:
             from moe_train.backend.cuda.backend import CudaBackend
 
-            if os.environ.get("RANK", "0") == "0":
-                for note in notes:
-                    print(f"note: {note}", flush=True)
+            for note in notes:
+                LOGGER.info("note: %s", note)
             return CudaBackend(index, config)
         if device == "cuda":
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
@@ -20,6 +21,7 @@ from moe_train.train.callback import (
     ValidationEvent,
 )
 
+LOGGER = logging.getLogger(__name__)
 SMOOTHING = 0.1
 """Weight of the newest step in the running mean behind the remaining time."""
 
@@ -83,8 +85,8 @@ class ConsoleProgress(Callback):
         figures = f"{step_figures(event.record)}  left {left}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
-        elif step % self._every == 0 or step == self._total:
-            self._line(f"step {step}/{self._total}  {figures}")
+        if step % self._every == 0 or step == self._total:
+            self.message(f"step {step}/{self._total}  {figures}", shown=self._bar is None)
 
     def on_validation(self, event: ValidationEvent) -> None:
         """Show the validation loss and, where known, the unigram entropy of the same tokens, which
@@ -94,12 +96,11 @@ class ConsoleProgress(Callback):
             text += f"  (unigram entropy {entropy:.4f})"
         self.message(text)
 
-    def message(self, text: str) -> None:
-        """Show a line of text; above the bar where there is one."""
-        if self.mode == "bar":
+    def message(self, text: str, shown: bool = True) -> None:
+        """Log a line of text and, where ``shown``, print it; above the bar where there is one."""
+        LOGGER.info(text, extra={"console": False})
+        if shown and self.mode != "none":
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            self._line(text)
 
     def on_end(self, event: EndEvent) -> None:
         """Close the bar and show the summary of a finished run."""
@@ -110,10 +111,6 @@ class ConsoleProgress(Callback):
         if summary is not None and self.mode != "none":
             render_summary(summary, self._console)
             self._stream.flush()
-
-    def _line(self, text: str) -> None:
-        if self.mode != "none":
-            print(text, file=self._stream, flush=True)
 
 
 def step_figures(record: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
+import moe_train
 from moe_train.checkpoint.folders import take_back
 from moe_train.config.sweep import expand_multirun, suffixes
 from moe_train.errors import (
@@ -77,6 +78,10 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> int:
     if {"-h", "--help"} & set(argv):
         if rank == 0:
             print(HELP)
+        return EXIT_FINISHED
+    if "--version" in argv:
+        if rank == 0:
+            print(f"moe_train {moe_train.__version__}")
         return EXIT_FINISHED
     overrides = [arg for arg in argv if arg not in MULTIRUN]
     multirun = len(overrides) < len(argv)

@@ -8,6 +8,7 @@ they differ, all ranks refuse with the same error.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from moe_train.parallel.resolved import ResolvedRun
 from moe_train.planner.machine.decision import Place, RankTable, decide, place_of
 from moe_train.planner.resolution import Composed, certain_faults, resolve_launch
 
+LOGGER = logging.getLogger(__name__)
 SHOWN = 4
 """Differing keys that a refusal names."""
 
@@ -79,9 +81,8 @@ def resolve_on_all_ranks(
             raise unusable
     if run is None:
         on_resolved(compared)
-    if place.rank == 0:
-        for note in compared.notes:
-            print(f"warning: {note}", flush=True)
+    for note in compared.notes:
+        LOGGER.warning(note)
     return compared
 
 

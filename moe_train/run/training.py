@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -22,6 +22,7 @@ from moe_train.data.entropy import dataset_entropy
 from moe_train.errors import HungError, NonFiniteError
 from moe_train.parallel.flops import flops_per_token
 from moe_train.run.failure import peer_failure, report_once
+from moe_train.run.logs import FILE_ONLY
 from moe_train.run.opening import Session
 from moe_train.run.records import describe_run, device_peak
 from moe_train.run.restore import restore
@@ -39,6 +40,8 @@ from moe_train.train.metrics import StepWork
 
 if TYPE_CHECKING:
     from moe_train.data.batches import MicroBatch
+
+LOGGER = logging.getLogger(__name__)
 
 
 def training_loop(
@@ -154,8 +157,9 @@ def _hung(folder: RunFolder, state: RunState, problem: str) -> None:
     """End this process, from the watchdog's thread: the main thread waits for ever."""
     fault = HungError(f"rank {os.environ.get('RANK', '0')}", problem, f"see {folder.logs}/*.stacks")
     write_error_file(str(fault))
-    if report_once(folder.logs, str(fault)):
-        print(f"moe_train: {fault}", file=sys.stderr, flush=True)
+    first = report_once(folder.logs, str(fault))
+    LOGGER.error("%s", fault, extra=None if first else FILE_ONLY)
+    if first:
         write_status(folder.status, "failed", state.step, str(fault))
     os._exit(fault.exit_code)
 

@@ -72,9 +72,14 @@ def test_a_group_shows_its_commands_alone(
     assert not told.err
 
 
-def test_no_command_shows_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_lists_the_groups_one_line_a_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main([]) == EXIT_CONFIG
-    assert "usage" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("usage") and all(f"{title}:" in lines for title in cli.GROUPS)
+    for name, command in cli.COMMANDS.items():
+        assert sum(line.split() == [*name.split(), *command.summary.split()] for line in lines) == 1
 
 
 def test_every_command_has_its_function() -> None:

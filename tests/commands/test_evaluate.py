@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from moe_train.commands import evaluate
+from moe_train.commands.evaluate import evaluate_main
 from moe_train.config.compose import compose
 from moe_train.config.schema import to_mapping
 from moe_train.config.sweep import LONGEST, suffixes
 from moe_train.errors import EXIT_CHECKPOINT, EXIT_CONFIG
+from moe_train.run import evaluation
 from moe_train.testing.runs import train_run
 from moe_train.testing.world import run_world
 
@@ -79,9 +80,9 @@ def test_nothing_to_evaluate(tmp_path: Path) -> None:
 
 
 def test_config_faults(capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.evaluate_main(["checkpoint.resume=never", "device=cpu"]) == EXIT_CONFIG
+    assert evaluate_main(["checkpoint.resume=never", "device=cpu"]) == EXIT_CONFIG
     assert "checkpoint.resume" in capsys.readouterr().err
-    assert evaluate.evaluate_main(["train.stps=3", "device=cpu"]) == EXIT_CONFIG
+    assert evaluate_main(["train.stps=3", "device=cpu"]) == EXIT_CONFIG
     assert "train.steps" in capsys.readouterr().err
 
 
@@ -100,7 +101,7 @@ def test_inherited_settings_survive_the_grammar_of_overrides() -> None:
     config.model.norm_epsilon = 1e-05
     config.model.router.pre_softmax = True
     wanted = to_mapping(config)
-    words = [w for key in ("model", "data") for w in evaluate._words(key, wanted[key])]
+    words = [w for key in ("model", "data") for w in evaluation._as_overrides(key, wanted[key])]
     found = to_mapping(compose(["experiment=twin", "recompute=none", *words]))
     assert (found["model"], found["data"]) == (wanted["model"], wanted["data"])
 

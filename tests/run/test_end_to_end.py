@@ -78,7 +78,15 @@ def test_sweep_under_torchrun_each_job_its_own_folder_and_a_quiet_console(tmp_pa
     assert losses[0][0] == losses[1][0]
     # What libraries had to say before the folder was known is not lost.
     for rank in (0, 1):
-        assert "UserWarning" in (runs[0] / "logs" / f"rank_{rank}.log").read_text()
+        text = (runs[0] / "logs" / f"rank_{rank}.log").read_text()
+        assert "UserWarning" in text
+        assert re.search(
+            rf"^[\d-]+ [\d:,]+ rank {rank} INFO moe_train\.run\.main: kernels ", text, re.M
+        )
+    # What rank 0 shows of a run is in its log as well.
+    shown = (runs[0] / "logs" / "rank_0.log").read_text()
+    for line in done.stdout.split("job 2 of 2")[0].splitlines():
+        assert line in shown or re.fullmatch(LINES["summary"], line) or not line.strip(), line
 
 
 @pytest.mark.world

@@ -1,0 +1,63 @@
+"""Python API: what the commands do, as functions. Import the names from ``moe_train``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_train.config.root import Config
+    from moe_train.train.callback import Callback
+
+
+def load_config(overrides: Sequence[str] = ()) -> Config:
+    """The typed configuration that Hydra ``overrides`` compose; imports no torch.
+
+    Raises:
+        ConfigFaults: all faults together.
+    """
+    from moe_train.config.compose import compose
+
+    return compose(overrides)
+
+
+def plan(overrides: Sequence[str] = (), world: int = 8) -> dict[str, Any]:
+    """The plan of a run on ``world`` ranks, as in ``plan.json``; imports no torch.
+
+    Returns:
+        Among others ``parameters``, ``memory`` (bytes per stage), ``time`` and ``layout``;
+        ``fits`` is False where a stage needs more than the device's memory.
+
+    Raises:
+        ConfigFaults: all faults together, with the nearest legal layouts.
+    """
+    from moe_train.planner.memory.fit import assumptions_of, memory_fault
+    from moe_train.planner.report.plan_report import plan_report
+    from moe_train.planner.resolution import resolve_run
+
+    run = resolve_run(overrides, world)
+    fault = memory_fault(run.config, run.layout, run.vocab, assumptions_of(run.config))
+    return plan_report(run.config, run.layout) | {"fits": fault is None}
+
+
+def train_model(overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> int:
+    """Train on this process's rank, like ``train.py``; errors are reported, not raised.
+
+    Args:
+        callbacks: called after the built-in ones, on every rank.
+
+    Returns:
+        The exit code (see :mod:`moe_train.errors`); 0 when the run finished.
+    """
+    from moe_train.run.main import main
+
+    return main(overrides, callbacks)
+
+
+def evaluate(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Loss and perplexity of a checkpoint; see :func:`moe_train.run.evaluation.evaluate`."""
+    from moe_train.run.evaluation import evaluate as run_evaluation
+    from moe_train.run.logs import logging_to_console
+
+    with logging_to_console():
+        return run_evaluation(overrides)
