@@ -54,14 +54,14 @@ def calibrate_main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--rounds", type=int, default=1, metavar="N", help="measure N times, take medians (1)"
     )
-    asked = parser.parse_args(argv)
-    name: str = asked.calibrate
+    args = parser.parse_args(argv)
+    name: str = args.calibrate
     if not name.isidentifier():
         raise ConfigError("--calibrate", f"{name!r} is no name", "letters, digits and _")
     if name.lower() in ("null", "true", "false", "nan", "inf"):
         raise ConfigError("--calibrate", f"{name} is a value and no word in a config", "another")
-    if asked.rounds < 1:
-        raise ConfigError("--rounds", f"{asked.rounds} is no number of rounds", "1 or more")
+    if args.rounds < 1:
+        raise ConfigError("--rounds", f"{args.rounds} is no number of rounds", "1 or more")
     target = config_dir() / "hardware" / f"{name}.yaml"
     if target.exists() and not target.read_text(encoding="utf-8").startswith(MARK):
         raise ConfigError(
@@ -73,7 +73,7 @@ def calibrate_main(argv: Sequence[str]) -> int:
         # What Megatron says of packages that a CPU does without.
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-        profile = medians([measure(name) for _ in range(asked.rounds)])
+        profile = medians([measure(name) for _ in range(args.rounds)])
     import yaml
 
     try:

@@ -41,38 +41,38 @@ def dryrun_main(argv: Sequence[str]) -> int:
     Raises:
         ConfigFaults: the plan is refused.
     """
-    asked = _parser().parse_intermixed_args(argv)
-    if not 1 <= asked.imbalance < inf:
-        raise ConfigError("--imbalance", f"{asked.imbalance:g} makes no sense", "give 1 or more")
-    if asked.microbatches is not None and asked.microbatches < 1:
+    args = _parser().parse_intermixed_args(argv)
+    if not 1 <= args.imbalance < inf:
+        raise ConfigError("--imbalance", f"{args.imbalance:g} makes no sense", "give 1 or more")
+    if args.microbatches is not None and args.microbatches < 1:
         raise ConfigError("--microbatches", "a step has at least one", "give 1 or more")
 
     from rich.console import Console
 
     from moe_train.commands.plan import refuse_unwritable, write_text
 
-    refuse_unwritable("--json", asked.json)
-    refuse_unwritable("--table", asked.table)
+    refuse_unwritable("--json", args.json)
+    refuse_unwritable("--table", args.table)
 
-    if asked.table:
+    if args.table:
         from moe_train.measure.dryrun.document import write_document
 
-        write_text("--table", asked.table, write_document(asked.workers, Console(stderr=True)))
+        write_text("--table", args.table, write_document(args.workers, Console(stderr=True)))
         return EXIT_FINISHED
 
     from moe_train.commands.plan import DEFAULT_WORLD, natural_world
     from moe_train.config.compose import collect
     from moe_train.planner.resolution import resolve_run
 
-    world = asked.world
+    world = args.world
     if world is None:
-        config, faults = collect(asked.overrides)
+        config, faults = collect(args.overrides)
         world = natural_world(config) if not faults else DEFAULT_WORLD
     if world < 1:
         raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
-    policies = asked.recompute.split(",") if asked.recompute else [None]
+    policies = args.recompute.split(",") if args.recompute else [None]
     plans = [
-        resolve_run([*asked.overrides, *([f"recompute.layers={one}"] if one else [])], world)
+        resolve_run([*args.overrides, *([f"recompute.layers={one}"] if one else [])], world)
         for one in policies
     ]
     from moe_train.measure.dryrun.prepare import first_of_stages, host_backend
@@ -86,7 +86,7 @@ def dryrun_main(argv: Sequence[str]) -> int:
             "the dry run follows one pass at a time, and overlap runs two side by side",
             "false: the plain schedule's memory",
         )
-    ranks = _ranks(asked.ranks, layout) if asked.ranks else first_of_stages(layout)
+    ranks = _ranks(args.ranks, layout) if args.ranks else first_of_stages(layout)
     # Megatron's modules come only after the host is prepared for them.
     backend = host_backend(plans[0].config)
 
@@ -99,27 +99,27 @@ def dryrun_main(argv: Sequence[str]) -> int:
                 resolved,
                 backend,
                 rank,
-                imbalance=asked.imbalance,
-                microbatches=asked.microbatches,
-                block=BLOCK if asked.device_like else 1,
+                imbalance=args.imbalance,
+                microbatches=args.microbatches,
+                block=BLOCK if args.device_like else 1,
             )
-            plan = planned(resolved, run.stage, asked.imbalance)
+            plan = planned(resolved, run.stage, args.imbalance)
             rows.append((resolved.config.recompute.layers, run, plan))
     console = Console()
     print_stages(rows, console)
     for recompute in dict.fromkeys(row[0] for row in rows):
         most = max((row[1] for row in rows if row[0] == recompute), key=lambda run: run.peak.bytes)
         print_modules(most, recompute, console)
-    if asked.json:
+    if args.json:
         report = {
             "version": VERSION,
             "layout": layout.tag,
             "world": world,
-            "imbalance": asked.imbalance,
-            "block_bytes": BLOCK if asked.device_like else 1,
+            "imbalance": args.imbalance,
+            "block_bytes": BLOCK if args.device_like else 1,
             "ranks": [rank_report(run, plan, recompute) for recompute, run, plan in rows],
         }
-        write_text("--json", asked.json, json.dumps(report, indent=1) + "\n")
+        write_text("--json", args.json, json.dumps(report, indent=1) + "\n")
     return EXIT_FINISHED
 
 
@@ -148,13 +148,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ranks(asked: str, layout: Layout) -> list[int]:
-    if asked == "all":
+def _ranks(args: str, layout: Layout) -> list[int]:
+    if args == "all":
         return list(range(layout.world))
-    words = asked.split(",")
-    if not all(word.isdecimal() and int(word) < layout.world for word in words):
+    overrides = args.split(",")
+    if not all(word.isdecimal() and int(word) < layout.world for word in overrides):
         last = layout.world - 1
         raise ConfigError(
-            "--ranks", f"{asked!r} names no ranks", f"all, or numbers from 0 to {last}"
+            "--ranks", f"{args!r} names no ranks", f"all, or numbers from 0 to {last}"
         )
-    return [int(word) for word in words]
+    return [int(word) for word in overrides]

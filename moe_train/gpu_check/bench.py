@@ -124,7 +124,7 @@ class Bench:
         named = [f"run.dir={folder.parent}", f"run.name={folder.name}"]
         code = worker.call("train", self.left, overrides=[*overrides, *named])
         if code != 0:
-            raise Failed(f"training {name} ended with exit code {code}\n{worker.said()}")
+            raise Failed(f"training {name} ended with exit code {code}\n{worker.output_tail()}")
         return folder
 
     def _data(self) -> list[str]:

@@ -28,7 +28,7 @@ TASKS = {
     "update": "session",
     "save_and_load": "session",
     "close": "session",
-    "hold": "session",
+    "fill_memory": "session",
     "profile": "profile",
     "grouped": "kernels",
     "attention": "kernels",

@@ -131,7 +131,7 @@ class Worker:
             raise Failed(f"{answer['error']}\n{answer['trace']}")
         return answer["value"]
 
-    def said(self) -> str:
+    def output_tail(self) -> str:
         """The end of what the last task printed."""
         return tail(self.log, self._offset)
 
@@ -142,7 +142,7 @@ class Worker:
             kill_group(process)
 
     def _said(self) -> str:
-        return f"its last output:\n{self.said()}"
+        return f"its last output:\n{self.output_tail()}"
 
     def _alive(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:

@@ -83,7 +83,7 @@ def _storage(bench: Bench, findings: Findings) -> None:
 def _oom(bench: Bench, findings: Findings) -> None:
     if bench.device == "gpu":
         # The plan fits the card, so it is not refused; another process has the memory.
-        held = bench.do("hold", leave_gb=HELD_BACK_GB)
+        held = bench.do("fill_memory", leave_gb=HELD_BACK_GB)
         findings.note(held_gb=held)
         ended = bench.launch("wide", [*WIDE, "train.steps=3"])
         bench.do("close")

@@ -46,7 +46,7 @@ def _curve(dtype: str, bench: Bench, findings: Findings) -> None:
     judge(findings, "the same run again", again, ours, dtype)
     code = bench.host.finish(bench.left)
     if code != 0:
-        raise Failed(f"the CPU's run ended with exit code {code}\n{bench.host.said()}")
+        raise Failed(f"the CPU's run ended with exit code {code}\n{bench.host.output_tail()}")
     theirs = curve(bench.run_folder(f"{dtype}-host"))
     judge(findings, "against this machine's CPU", ours, theirs, dtype)
 

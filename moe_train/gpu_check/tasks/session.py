@@ -22,7 +22,7 @@ SAMPLES = 4096
 class _Open:
     """The worker's session, if there is one."""
 
-    words: list[str] | None = None
+    overrides: list[str] | None = None
     stack: ExitStack
     session: Session
     source: BatchSource
@@ -46,7 +46,7 @@ def open(overrides: list[str]) -> dict[str, Any]:
     from moe_train.run.records import device_peak
 
     begun = time.perf_counter()
-    if _open.words != overrides:
+    if _open.overrides != overrides:
         close()
         _open.base = DeviceMemory().peaks().get("allocated_bytes", 0)
         _start(overrides)
@@ -96,16 +96,16 @@ def _start(overrides: list[str]) -> None:
         stack.close()
         raise
     _open.source = BatchSource(dataset, session.run.sequences, config.batch.micro, 0, 1)
-    _open.words, _open.stack, _open.session, _open.step = overrides, stack, session, 0
+    _open.overrides, _open.stack, _open.session, _open.step = overrides, stack, session, 0
 
 
 def close() -> None:
-    """Close the open session and give back what it and :func:`hold` had."""
+    """Close the open session and free what it and :func:`fill_memory` hold."""
     import torch
 
     _held.clear()
-    if _open.words is not None:
-        _open.words = None
+    if _open.overrides is not None:
+        _open.overrides = None
         stack = _open.stack
         del _open.session, _open.source, _open.stack
         stack.close()
@@ -185,7 +185,7 @@ def save_and_load() -> dict[str, Any]:
     return result
 
 
-def hold(leave_gb: float) -> float:
+def fill_memory(leave_gb: float) -> float:
     """Allocate the device's memory but ``leave_gb`` (1e9 bytes); returns the GB held."""
     import torch
 

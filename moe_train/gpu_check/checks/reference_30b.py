@@ -10,15 +10,20 @@ from moe_train.gpu_check.check import Check
 from moe_train.gpu_check.findings import Findings
 from moe_train.gpu_check.programs import Ended
 
-MISSION = ["experiment=moe_30b_8x64gb", "model.vocab=50304", "train.eval_every=0", "train.steps=5"]
+REFERENCE = [
+    "experiment=moe_30b_8x64gb",
+    "model.vocab=50304",
+    "train.eval_every=0",
+    "train.steps=5",
+]
 CHECKPOINT_BYTES = 14 * 30.1e9
 """bf16 weights and 12 bytes of fp32 master weights and moments a parameter."""
 
 
-def _span(bench: Bench, findings: Findings) -> None:
+def _spanning_layout(bench: Bench, findings: Findings) -> None:
     room = shutil.disk_usage(bench.folder).free > 1.2 * CHECKPOINT_BYTES
     findings.note(saves=room)
-    overrides = [*MISSION, *(["checkpoint.every=5", "checkpoint.keep=1"] if room else [])]
+    overrides = [*REFERENCE, *(["checkpoint.every=5", "checkpoint.keep=1"] if room else [])]
     _compare(bench.launch("span", overrides, 8), findings)
     saved = bench.run_folder("span") / "checkpoints"
     if room and saved.exists():
@@ -29,9 +34,9 @@ def _span(bench: Bench, findings: Findings) -> None:
 
 
 def _fastest(bench: Bench, findings: Findings) -> None:
-    best = bench.do("fastest", overrides=bench.overrides_of(MISSION), world=8)
+    best = bench.do("fastest", overrides=bench.overrides_of(REFERENCE), world=8)
     findings.note(fastest=best["tag"])
-    _compare(bench.launch("fastest", [*MISSION, *best["overrides"]], 8), findings)
+    _compare(bench.launch("fastest", [*REFERENCE, *best["overrides"]], 8), findings)
 
 
 def _compare(ended: Ended, findings: Findings) -> None:
@@ -53,7 +58,7 @@ def _compare(ended: Ended, findings: Findings) -> None:
 
 EIGHT = [
     Check("30b-span", "do five steps and a save of the 30B run as planned, spanning?", 8, 1500,
-          _span),
+          _spanning_layout),
     Check("30b-fastest", "does the planner's fastest layout of the 30B run as planned?", 8, 1200,
           _fastest),
 ]  # fmt: skip
