@@ -1,18 +1,22 @@
-"""Real ranks that see different GPUs, or have different configs, are refused together."""
+"""Ranks that see different GPUs, or read different config files, are refused together."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from moe_train.config import compose
 from moe_train.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_HUNG
+from moe_train.planner.resolution import resolve_run
+from moe_train.run.resolution import compare_outcomes, first_difference
 from moe_train.testing.world import run_world
 
 pytestmark = pytest.mark.world
 
-WORDS = ["log.wandb=disabled", "log.console=none", "experiment=single", "parallel=auto",
+OVERRIDES = ["log.wandb=disabled", "log.console=none", "experiment=single", "parallel=auto",
          "train.steps=1", "train.eval_every=0", "checkpoint.every=0"]  # fmt: skip
 LINE = "NVIDIA H100 80GB HBM3, 81559"
 
@@ -27,7 +31,11 @@ def driver(folder: Path, gpus: int) -> str:
 
 
 def _start(
-    rank: int, world: int, words: list[str], variables: list[dict[str, str]], own: list[list[str]]
+    rank: int,
+    world: int,
+    overrides: list[str],
+    variables: list[dict[str, str]],
+    configs: dict[int, Path],
 ) -> tuple[int, bool]:
     """Exit code of a rank, and whether it ever had a process group."""
     import torch.distributed as dist
@@ -43,19 +51,25 @@ def _start(
 
     dist.init_process_group = noted  # type: ignore[assignment]
     os.environ.update(variables[rank])
-    return main([*words, *(own[rank] if own else [])]), bool(opened)
+    if rank in configs:
+        compose.config_dir = lambda: configs[rank]
+    return main(overrides), bool(opened)
 
 
 def start(
     folder: Path,
     variables: list[dict[str, str]],
-    own: list[list[str]] | None = None,
-    *words: str,
+    *overrides: str,
+    configs: dict[int, Path] | None = None,
 ) -> tuple[list[int], str]:
-    """Exit codes and output of a world that is to be refused without a group or a folder."""
+    """Exit codes and output of a world that is to be refused without a group or a folder.
+
+    Args:
+        configs: the folder of config files of ranks that have one of their own.
+    """
     log = folder / "log"
-    run = [*WORDS, f"run.dir={folder / 'runs'}", *words]
-    ended = run_world(_start, len(variables), run, variables, own, timeout=120.0, log=log)
+    run = [*OVERRIDES, f"run.dir={folder / 'runs'}", *overrides]
+    ended = run_world(_start, len(variables), run, variables, configs or {}, timeout=120.0, log=log)
     if all(code == EXIT_CONFIG for code, _ in ended):
         assert not any(opened for _, opened in ended), "refused before process groups exist"
         assert not (folder / "runs").exists()
@@ -98,13 +112,38 @@ def test_gpus_that_torch_cannot_use_are_refused_and_not_replaced(tmp_path: Path)
     assert said.count("torch shows 0 usable GPU(s): ") == 1, said
 
 
-def test_ranks_with_other_configs_are_refused_by_key(tmp_path: Path) -> None:
+def test_a_rank_with_another_config_file_is_refused_by_key(tmp_path: Path) -> None:
+    """As on a node whose copy of the package is older."""
+    shutil.copytree(compose.config_dir(), tmp_path / "older")
+    file = tmp_path / "older" / "experiment" / "single.yaml"
+    file.write_text(file.read_text().replace("lr: 3e-3", "lr: 4e-3"))
     variables: list[dict[str, str]] = [{}, {}, {}]
-    own = [["optim.lr=0.1"], ["optim.lr=0.1"], ["optim.lr=0.2"]]
-    codes, said = start(tmp_path, variables, own, "device=cpu")
+    codes, said = start(tmp_path, variables, "device=cpu", configs={2: tmp_path / "older"})
     assert codes == [EXIT_CONFIG] * 3, said
-    assert "rank 2: its config differs" in said
-    assert said.count("optim.lr is 0.2 there and 0.1 on rank 0") == 1, said
+    assert said.count("moe_train: ") == 1 and "rank 2: its config differs" in said, said
+    assert said.count("optim.lr is 0.004 there and 0.003 on rank 0") == 1, said
+
+
+def test_digests_differ_exactly_where_the_runs_do() -> None:
+    overrides = ["experiment=single", "device=cpu"]
+    run, same, other = (
+        resolve_run([*overrides, *more], 1) for more in ([], [], ["model.heads=4", "run.seed=7"])
+    )
+    assert run == same and run.digest == same.digest != other.digest
+    assert run.with_name("x").digest != run.digest, "every key counts"
+    [[field, problem, _]] = first_difference(
+        [run.to_mapping(), same.to_mapping(), other.to_mapping()]
+    )
+    assert field == "rank 2" and "run.seed is 7 there and" in problem and "model.heads" in problem
+
+
+def test_faults_of_one_rank_name_it_and_shared_ones_do_not() -> None:
+    fault = ["device", "no GPU", "repair it"]
+    assert compare_outcomes([([], "a"), ([], "a")]) == ([], True)
+    assert compare_outcomes([([], "a"), ([], "b")]) == ([], False)
+    assert compare_outcomes([([fault], ""), ([fault], "")])[0] == [fault]
+    [[_, problem, _]] = compare_outcomes([([], "a"), ([fault], "")])[0]
+    assert problem == "rank 1: no GPU"
 
 
 def test_cpus_agree_and_train(tmp_path: Path) -> None:
@@ -115,12 +154,12 @@ def test_cpus_agree_and_train(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_never_comes_is_waited_for_no_longer_than_said(tmp_path: Path) -> None:
-    alone = run_world(_alone, 1, [*WORDS, f"run.dir={tmp_path}", "device=cpu"], timeout=120.0)
+    alone = run_world(_alone, 1, [*OVERRIDES, f"run.dir={tmp_path}", "device=cpu"], timeout=120.0)
     assert alone == [EXIT_HUNG]
 
 
-def _alone(rank: int, world: int, words: list[str]) -> int:
+def _alone(rank: int, world: int, overrides: list[str]) -> int:
     from moe_train.run.main import main
 
     os.environ["WORLD_SIZE"] = "2"
-    return main([*words, "backend.timeout_seconds=1"])
+    return main([*overrides, "backend.timeout_seconds=1"])
