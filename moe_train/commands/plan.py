@@ -89,7 +89,7 @@ def plan_main(argv: Sequence[str]) -> int:
     from moe_train.backend.cuda.devices import read_devices
     from moe_train.config.compose import collect
     from moe_train.parallel.vocabulary import vocabulary
-    from moe_train.planner.machine.decision import facts_here
+    from moe_train.planner.machine.devices import local_facts
     from moe_train.planner.memory.fit import assumptions_of, memory_fault
     from moe_train.planner.report.plan_report import plan_report
     from moe_train.planner.report.tables import print_plan
@@ -121,7 +121,7 @@ def plan_main(argv: Sequence[str]) -> int:
             world = min(world, len(here.gpus))
     if world < 1:
         raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
-    facts = facts_here(here, world) if here is not None else None
+    facts = local_facts(here, world) if here is not None else None
     run = resolve_run(asked.overrides, world, facts)
     config, layout = run.config, run.layout
     if unfit := dtype_faults(config):

@@ -13,8 +13,12 @@ from moe_train.errors import ConfigError, ConfigFaults
 from moe_train.parallel.resolved import ResolvedRun, resolved_run
 from moe_train.parallel.rules import per_rank_options
 from moe_train.planner.legality import check
-from moe_train.planner.machine.choice import batch_is_open, collect_on, resolve_with_batch
-from moe_train.planner.machine.profiles import profile_note
+from moe_train.planner.machine.experiment import (
+    compose_for_machine,
+    leaves_batch_open,
+    resolve_layout_and_batch,
+)
+from moe_train.planner.machine.profiles import unknown_device_warning
 from moe_train.planner.memory.fit import launch_fault, unpriced
 from moe_train.planner.search import resolve
 
@@ -45,11 +49,11 @@ def resolve_run(
     if facts is None:
         config, faults = composed or collect(overrides)
     else:
-        config, faults, chosen = collect_on(overrides, facts, composed)
+        config, faults, chosen = compose_for_machine(overrides, facts, composed)
     refused = {fault.field for fault in faults}
     if not sizes_refused([*faults, *validate(config)]):
-        open_batch = chosen and batch_is_open(overrides)
-        config = settled((resolve_with_batch if open_batch else resolve)(config, world))
+        open_batch = chosen and leaves_batch_open(overrides)
+        config = settled((resolve_layout_and_batch if open_batch else resolve)(config, world))
     # A refused value stands at its default, which is not the user's to answer for.
     # The GPUs that a run is chosen for are this machine's, and so are its kernels.
     here = facts is not None and facts.kind != "cpu"
@@ -77,7 +81,7 @@ def resolve_launch(
     run = resolve_run(overrides, world, facts, composed)
     notes = [*facts.notes, *per_rank_options(run.config, run.layout).values()]
     if facts.kind != "cpu":
-        notes += filter(None, [profile_note(run.config.hardware)])
+        notes += filter(None, [unknown_device_warning(run.config.hardware)])
         fault = launch_fault(run.config, run.layout, facts)
         if fault is not None:
             if not (uncounted := unpriced(run.config)):

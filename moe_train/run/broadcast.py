@@ -1,4 +1,4 @@
-"""One outcome for all ranks of a collective step that some of them may have failed."""
+"""Broadcast rank 0's value, or raise the same error on all ranks; compare kernel sets."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from moe_train.config.kernels import KernelChoice
 from moe_train.errors import ConfigError, MoeTrainError
 
 
-def agree[T](fault: MoeTrainError | None, value: T) -> T:
+def broadcast_or_raise[T](fault: MoeTrainError | None, value: T) -> T:
     """Rank 0's ``value`` on every rank, unless a rank has a fault; collective over the world.
 
-    Without this a rank that cannot go on would leave its peers waiting in their next
-    collective until the timeout.
+    Without it, peers of a faulty rank would wait in their next collective until the timeout.
 
     Raises:
         MoeTrainError: the first fault by rank, the same on every rank.
     """
     outcomes: list[tuple[MoeTrainError | None, T] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (fault, value))
-    told = [outcome for outcome in outcomes if outcome is not None]
-    for other, _ in told:
+    received = [outcome for outcome in outcomes if outcome is not None]
+    for other, _ in received:
         if other is not None:
-            # This rank's own keeps its cause.
+            # This rank's own error keeps its cause.
             raise fault if fault is not None and str(fault) == str(other) else other
-    return told[0][1]
+    return received[0][1]
 
 
-def same_kernels(choice: KernelChoice) -> None:
-    """Refuse a world whose ranks took different kernel sets; collective over the world.
+def check_same_kernels(choice: KernelChoice) -> None:
+    """Refuse a world whose ranks chose different kernel sets; collective over the world.
 
     Raises:
         ConfigError: TransformerEngine imports on some nodes only; the same on every rank.
@@ -39,7 +38,7 @@ def same_kernels(choice: KernelChoice) -> None:
     if other is not None:
         raise ConfigError(
             "backend.kernels",
-            f"rank 0 takes {sets[0][0]} ({sets[0][1]}), rank {other} {sets[other][0]} "
+            f"rank 0 uses {sets[0][0]} ({sets[0][1]}), rank {other} {sets[other][0]} "
             f"({sets[other][1]})",
             "backend.kernels=torch, or the same TransformerEngine on every node",
         )

@@ -1,4 +1,4 @@
-"""A run from overrides to exit code: plan, open, train, close."""
+"""Entry of every rank: resolve overrides, acquire the run folder, open, train, exit code."""
 
 from __future__ import annotations
 
@@ -112,12 +112,12 @@ def train(
     """One run on this rank, from resolution to exit code.
 
     Args:
-        signals: handled as long as the process has something to do. A request that comes in the
-            last step of a sweep's job stops the next one before its first, on all ranks.
-        suffix: goes to the run's name, which all jobs of a sweep would share otherwise.
+        signals: of the whole process: a signal in the last step of a sweep's job stops the next
+            one before its first step, on all ranks.
+        suffix: of the run's name, to tell the jobs of a sweep apart.
         callbacks: the caller's own.
     """
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     rank, world = world_of_process()
     state = RunState()
     try:
@@ -128,7 +128,7 @@ def train(
                 acquire_run_folder(run, suffix, state)
                 announce(run)
             except ConfigError as refused:
-                # The peers are on their way into the world: they are told there.
+                # The peers are about to open the world: open_session raises it on all ranks.
                 fault = refused
         if fault is not None and world == 1:
             raise fault
@@ -141,10 +141,10 @@ def train(
                 )
                 kernels = session.engine.backend.kernels
                 LOGGER.info("kernels %s (%s)", kernels.kernels.name, kernels.why)
-                # Only now: it imports Megatron, which the backend had to prepare for.
+                # It imports Megatron, which must come after the backend's preparation.
                 from moe_train.run.training import training_loop
 
-                training_loop(session, state, stack, begun, signals, callbacks)()
+                training_loop(session, state, stack, begin, signals, callbacks)()
             except BaseException as failure:
                 state.error = diagnose(failure, state, run)
                 if state.error is None or state.error is failure:
@@ -156,7 +156,7 @@ def train(
     except BaseException as crash:
         from moe_train.backend.groups import lost_peer
 
-        # Closing what is left of a world may fail as well, and is not why the run ends.
+        # Closing the process groups may fail after the failure that ended the run.
         if (known := state.error or lost_peer(crash)) is not None:
             return end_run(known, state)
         write_error_file(traceback.format_exc())

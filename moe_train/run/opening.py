@@ -1,4 +1,4 @@
-"""Open what training and evaluation share: data, world, groups, model."""
+"""Open a session for training or evaluation: data, process groups, model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Session:
-    """One rank's open program."""
+    """What a rank has open: its resolved run, data, engine and run folder."""
 
     run: ResolvedRun
     """With the vocabulary of the data and the name of the run folder."""
@@ -35,7 +35,7 @@ class Session:
     corpus: Corpus
     engine: Engine
     folder: RunFolder | None
-    """The run folder, the same on every rank; None for a program that has none."""
+    """The run folder, the same on every rank; None for an evaluation."""
 
     @property
     def config(self) -> Config:
@@ -48,7 +48,7 @@ class Session:
         return self.run.layout
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says about this program."""
+        """The fields of a checkpoint's manifest that describe this session."""
         from moe_train.model.identity import identity
 
         run = self.run
@@ -71,12 +71,12 @@ def open_session(
     fault: MoeTrainError | None = None,
     joined: Callable[[Path], None] | None = None,
 ) -> Session:
-    """Check the data, join the world and build the model; ``stack`` closes what is opened.
+    """Open the data and the process groups and build the model; ``stack`` closes them.
 
     Args:
-        folder: the run folder, on rank 0; the others are told.
-        fault: why this rank cannot go on; its peers are told before it is raised everywhere.
-        joined: called with the run folder's logs, once all ranks know of them.
+        folder: the run folder, on rank 0, which broadcasts it.
+        fault: an earlier error of this rank, to be raised on all ranks.
+        joined: called with the folder of logs, once all ranks know it.
 
     Raises:
         MoeTrainError: this rank's fault or a peer's, the same on every rank.
@@ -99,7 +99,7 @@ def open_session(
     try:
         backend.prepare()
     except MoeTrainError as unusable:
-        # The peers are on their way into the world: they are told there.
+        # The peers are about to open the world: _join raises it on all ranks.
         fault = fault or unusable
         if world == 1:
             raise
@@ -109,7 +109,7 @@ def open_session(
     log_to_file(folder.rank_log(rank) if folder else None)
     if folder is not None and joined is not None:
         joined(folder.logs)
-    # Only now: it imports Megatron, which the backend had to prepare for.
+    # They import Megatron, which must come after the backend's preparation.
     from moe_train.backend.groups import open_groups
     from moe_train.train.engine import build_engine, release
 
@@ -136,17 +136,17 @@ def _join(
 ) -> Path | None:
     """Open the world; returns rank 0's ``path`` unless a rank has a fault."""
     from moe_train.backend.groups import close_world, open_world
-    from moe_train.run.broadcast import agree, same_kernels
+    from moe_train.run.broadcast import broadcast_or_raise, check_same_kernels
 
-    # The watchdog speaks first; a collective that gives up by itself names nobody.
+    # Longer than the watchdog's: a collective's own timeout does not name the lost rank.
     open_world(backend, rank, world, 2 * config.backend.timeout_seconds)
 
     def close(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        # Peers of a rank that fails alone may never come to the end that a graceful close awaits.
+        # A graceful close waits for peers, which may hang if this rank alone has failed.
         close_world(abort=error is not None and not isinstance(error, together))
 
     together = (NonFiniteError, Preempted)
     stack.push(close)
-    path = agree(fault, path)
-    same_kernels(backend.kernels)
+    path = broadcast_or_raise(fault, path)
+    check_same_kernels(backend.kernels)
     return path

@@ -19,12 +19,12 @@ from moe_train.config.compose import collect
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError, ConfigFaults
 from moe_train.parallel.resolved import ResolvedRun
-from moe_train.planner.machine.decision import Place, RankTable, decide, place_of
+from moe_train.planner.machine.devices import Place, RankTable, decide_device, place_of
 from moe_train.planner.resolution import Composed, certain_faults, resolve_launch
 
 LOGGER = logging.getLogger(__name__)
 SHOWN = 4
-"""Differing keys that a refusal names."""
+"""Most differing keys that a refusal names."""
 
 
 def resolve_on_all_ranks(
@@ -34,7 +34,7 @@ def resolve_on_all_ranks(
 ) -> ResolvedRun:
     """Resolve on this rank and compare with the others; call on every rank.
 
-    What needs no look at other ranks is refused before torch is imported.
+    Faults that do not depend on other ranks are raised before torch is imported.
 
     Args:
         on_resolved: called as soon as this rank has resolved, on a CPU before torch is imported;
@@ -44,7 +44,7 @@ def resolve_on_all_ranks(
         ConfigFaults: all faults together.
         ConfigError: the plan does not fit the GPUs' memory, torch cannot use them, or the ranks
             come to different configs.
-        HungError: a rank did not come in time.
+        HungError: a rank did not reach this call in time.
     """
     place, composed = place_of(), collect(overrides)
     config, form_faults = composed
@@ -82,7 +82,7 @@ def resolve_on_all_ranks(
     if run is None:
         on_resolved(compared)
     for note in compared.notes:
-        LOGGER.warning(note)
+        LOGGER.warning("%s", note)
     return compared
 
 
@@ -119,7 +119,7 @@ def resolve_on_devices(
     """
     world, composed = len(tables), composed or collect(overrides)
     try:
-        facts = decide(composed[0].device, tables)
+        facts = decide_device(composed[0].device, tables)
     except ConfigError as refused:
         raise ConfigFaults([*certain_faults(overrides, world), refused]) from refused
     return resolve_launch(overrides, world, facts, composed)

@@ -12,7 +12,7 @@ from moe_train.checkpoint.load import check_fits, load_checkpoint
 from moe_train.checkpoint.manifest import Manifest
 from moe_train.errors import CheckpointError
 from moe_train.parallel.resolved import ResolvedRun
-from moe_train.run.broadcast import agree
+from moe_train.run.broadcast import broadcast_or_raise
 from moe_train.run.opening import Session
 
 LOGGER = logging.getLogger(__name__)
@@ -89,6 +89,6 @@ def _check(found: Path, facts: dict[str, Any]) -> Manifest:
         manifest = check_fits(found, facts["model"], facts["tokenizer"])
     except CheckpointError as misfit:
         fault = misfit
-    agreed = agree(fault, manifest)
-    assert agreed is not None
-    return agreed
+    shared = broadcast_or_raise(fault, manifest)
+    assert shared is not None
+    return shared

@@ -13,7 +13,7 @@ from moe_train.config.compose import compose, config_dir, group_options
 from moe_train.config.hardware import MachineFacts
 from moe_train.errors import ConfigError
 from moe_train.parallel.resolved import ResolvedRun
-from moe_train.planner.machine.choice import CANDIDATES, SHARE, choose
+from moe_train.planner.machine.experiment import CANDIDATES, SHARE, choose_experiment
 from moe_train.planner.machine.profiles import UNKNOWN, profile_of
 from moe_train.planner.report.plan_report import plan_report
 from moe_train.run.records import device_peak
@@ -129,7 +129,7 @@ def test_a_batch_of_the_user_stands() -> None:
     ],
 )
 def test_experiments_by_memory(facts: MachineFacts, want: str) -> None:
-    name, reason = choose(facts)
+    name, reason = choose_experiment(facts)
     assert name == want and reason
     assert want == "twin" or f"{want} needs" in reason
 

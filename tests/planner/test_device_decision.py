@@ -16,7 +16,7 @@ from moe_train.backend.cuda.probe import disagreement
 from moe_train.config import kernels as kernel_sets
 from moe_train.errors import ConfigError
 from moe_train.parallel.resolved import ResolvedRun
-from moe_train.planner.machine.decision import Place, decide
+from moe_train.planner.machine.devices import Place, decide_device
 from moe_train.planner.machine.profiles import UNKNOWN
 from moe_train.planner.report.plan_report import plan_report
 from moe_train.run.resolution import _unusable, resolve_on_devices
@@ -49,9 +49,9 @@ def test_one_node(gpus: int, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_cpu_is_had_by_asking_on_any_machine(ranks: int) -> None:
-    want = decide("auto", tables((ranks, ())))
+    want = decide_device("auto", tables((ranks, ())))
     for gpus in GPUS:
-        assert decide("cpu", tables((ranks, node(gpus)))) == want
+        assert decide_device("cpu", tables((ranks, node(gpus)))) == want
 
 
 def test_cuda_by_name_is_refused_without_a_gpu_on_any_node() -> None:
@@ -139,7 +139,7 @@ def test_no_rank_falls_back_alone(
     enough = all(gpus >= ranks for ranks, gpus, _ in nodes)
     none = not any(gpus for _, gpus, _ in nodes)
     try:
-        facts = decide(wanted, seen)
+        facts = decide_device(wanted, seen)
     except ConfigError as refused:
         assert refused.field == "device" and refused.fix
         assert wanted != "cpu" and not enough and not (none and wanted == "auto")
@@ -149,7 +149,7 @@ def test_no_rank_falls_back_alone(
     if facts.kind == "gpu":
         assert enough
         assert facts.memory_gb == min(kind[1] for _, _, kind in nodes)
-    assert decide(wanted, list(reversed(seen))) == facts, "the order of arrival decides"
+    assert decide_device(wanted, list(reversed(seen))) == facts, "the order of arrival decides"
 
 
 TORCH_ENTRIES = st.sampled_from(

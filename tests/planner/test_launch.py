@@ -14,7 +14,7 @@ from moe_train.backend.cuda.devices import Gpu
 from moe_train.cli import main
 from moe_train.config import kernels
 from moe_train.errors import EXIT_CONFIG, ConfigError, ConfigFaults
-from moe_train.planner.machine.decision import Place, RankTable
+from moe_train.planner.machine.devices import Place, RankTable
 from moe_train.run.resolution import resolve_on_devices
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from moe_train.errors import EXIT_CONFIG, ConfigError
 from moe_train.parallel.resolved import ResolvedRun
 from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.legality import check
-from moe_train.planner.machine.decision import Place, RankTable, decide
+from moe_train.planner.machine.devices import Place, RankTable, decide_device
 from moe_train.planner.memory.fit import assumptions_of, fits
 from moe_train.planner.resolution import resolve_run
 
@@ -46,7 +46,7 @@ def outcome(seen: Sequence[RankTable], *overrides: str) -> ResolvedRun | str:
     assert copies == list(seen), "a table changes on its way through the store"
     wanted = next((word[7:] for word in overrides if word.startswith("device=")), "auto")
     try:
-        facts = decide(wanted, copies)
+        facts = decide_device(wanted, copies)
     except ConfigError as refused:
         assert refused.exit_code == EXIT_CONFIG
         return str(refused)

@@ -1,7 +1,7 @@
 """Which GPUs this process sees, from nvidia-smi and CUDA_VISIBLE_DEVICES, without importing torch.
 
 ``python -m moe_train.backend.cuda.devices`` shows the table. Every rank reads its own; what all of
-them make of it together is `moe_train.planner.machine.decision`'s.
+them make of it together is `moe_train.planner.machine.devices`'s.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def plan(overrides: list[str], world: int) -> dict[str, Any]:
 def _resolved(overrides: list[str], world: int) -> ResolvedRun:
     """The run of ``world`` ranks on this node, without having them here."""
     from moe_train.backend.cuda.devices import Devices, read_devices
-    from moe_train.planner.machine.decision import Place, RankTable
+    from moe_train.planner.machine.devices import Place, RankTable
     from moe_train.run.resolution import resolve_on_devices
 
     result = Devices() if "device=cpu" in overrides else read_devices()

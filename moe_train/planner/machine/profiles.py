@@ -1,8 +1,8 @@
-"""The hardware profile of a device, by the name that its driver has for it.
+"""The hardware profile of a GPU, by the name that its driver reports.
 
-Profiles are the files of ``configs/hardware``; the ``devices`` of each are regular expressions of
-whole names. Where several profiles have a name, as the custom parts of 64 GB share theirs with
-parts of other sizes, memory decides.
+Profiles are the files of ``configs/hardware``; ``devices`` of each are regular expressions of whole
+names. If several profiles match a name (custom 64 GB parts share theirs with parts of other sizes),
+memory decides.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from moe_train.config.files import read_yaml
 from moe_train.config.hardware import HardwareConfig, MachineFacts
 
 UNKNOWN = "unknown_gpu"
-"""Profile of a GPU that no other profile names: assumed figures, and no peak to compare with."""
+"""Profile of a GPU that no other profile names: assumed figures, and no MFU."""
 CLOSE = 0.2
-"""Share by which a device's memory may differ from the data sheet's: drivers count in GiB and keep
-some; a slice of a GPU has another profile."""
+"""Share by which a device's memory may differ from its profile's: drivers count in GiB and reserve
+some."""
 
 
 @cache
@@ -36,11 +36,11 @@ def _profiles() -> dict[str, dict[str, Any]]:
 
 
 def profile_of(device: str, memory_gb: float) -> str | None:
-    """The profile of one kind of GPU; None where there is none.
+    """The profile of one kind of GPU; None if no profile matches.
 
     Args:
-        device: name as the driver writes it.
-        memory_gb: memory that it really has, in GB (1e9 bytes).
+        device: name that the driver reports.
+        memory_gb: memory that the driver reports, in GB (1e9 bytes).
     """
     if memory_gb <= 0:
         return None
@@ -54,7 +54,7 @@ def profile_of(device: str, memory_gb: float) -> str | None:
 
 
 def profile_for(facts: MachineFacts) -> str:
-    """The profile of a run's GPUs: of the slowest kind, or `UNKNOWN` if one kind is unknown."""
+    """The profile of the slowest kind of GPU, or `UNKNOWN` if one kind has no profile."""
     matched = [profile_of(name, memory_gb) for name, memory_gb in facts.kinds]
     known = [name for name in matched if name]
     return min(known, key=_speed) if known and len(known) == len(matched) else UNKNOWN
@@ -65,26 +65,26 @@ def _speed(profile: str) -> float:
     return float(peaks.get("bf16", peaks.get("fp32", 0.0)))
 
 
-def overridden(overrides: Sequence[str]) -> set[str]:
-    """Keys and groups that the overrides set."""
+def override_keys(overrides: Sequence[str]) -> set[str]:
+    """Config keys and groups that the overrides set."""
     return {text.partition("=")[0].lstrip("+~") for text in overrides}
 
 
 def profile_overrides(overrides: Sequence[str], facts: MachineFacts) -> list[str]:
-    """The override that chooses the devices' profile; none where the user names one."""
-    if facts.kind == "cpu" or "hardware" in overridden(overrides):
+    """The override that chooses the devices' profile; none if the user chooses one."""
+    if facts.kind == "cpu" or "hardware" in override_keys(overrides):
         return []
     return [f"hardware={profile_for(facts)}"]
 
 
-def as_found(
+def with_device_figures(
     hardware: HardwareConfig, overrides: Sequence[str], facts: MachineFacts
 ) -> HardwareConfig:
-    """The chosen profile with the devices' own figures: name, memory, devices a node.
+    """`hardware` with the devices' own name, memory and number per node.
 
-    What the user sets stands, and a profile that the user names is left as it is.
+    Overrides win, and a profile that the user chooses is not changed.
     """
-    keys = overridden(overrides)
+    keys = override_keys(overrides)
     if facts.kind == "cpu" or "hardware" in keys:
         return hardware
     changes: dict[str, Any] = {"device": facts.device}
@@ -97,8 +97,8 @@ def as_found(
     return replace(hardware, sources=sources, **changes)
 
 
-def profile_note(hardware: HardwareConfig) -> str:
-    """The warning where the device has no profile; empty where it has one."""
+def unknown_device_warning(hardware: HardwareConfig) -> str:
+    """The warning that a device has no profile; empty if it has one."""
     if hardware.name != UNKNOWN:
         return ""
     return (

@@ -1,8 +1,8 @@
-"""One decision on the device for all ranks, from the GPUs that each of them sees.
+"""Which device a run takes, CPU or GPUs, from the GPUs that each rank sees.
 
-A pure function of all ranks' tables: every rank holds the same tables, so every rank decides the
-same. Per node: as many GPUs as local ranks, or none. Anything between is refused for all ranks,
-since a run that goes on beside idle GPUs, or in part on the CPU, is what nobody wants.
+A pure function of all ranks' tables: every rank has the same tables, so every rank decides the
+same. A node must have as many GPUs as local ranks, or none; anything between is refused on all
+ranks, so that no run leaves GPUs idle or trains partly on the CPU.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from moe_train.errors import ConfigError
 FIELD = "device"
 CPU_FIX = "device=cpu to train on the CPU"
 UNEVEN = 0.02
-"""Share by which the memory of GPUs of one kind may differ without a word."""
+"""Share by which the memory of GPUs of one kind may differ without a warning."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs, from the launcher's environment."""
+    """Rank, world size, local rank and local world size, from the launcher's environment."""
 
     rank: int
     world: int
@@ -54,7 +54,7 @@ class RankTable:
     place: Place
     gpus: tuple[Gpu, ...] = ()
     problem: str = ""
-    """Why the list may be wrong; empty where it is not."""
+    """Why the list may be wrong; empty if it is right."""
 
     @property
     def node(self) -> int:
@@ -74,7 +74,7 @@ class RankTable:
 
 @dataclass(frozen=True)
 class _Node:
-    """One node's ranks and what they see."""
+    """The ranks of a node and the GPUs that they see."""
 
     number: int
     tables: tuple[RankTable, ...]
@@ -86,12 +86,12 @@ class _Node:
 
     @property
     def shared(self) -> bool:
-        """Whether every rank sees the same list, and takes its own by local rank."""
+        """Whether every rank sees the same list, of which it takes the GPU of its local rank."""
         return len({table.gpus for table in self.tables}) == 1
 
     @property
     def private(self) -> bool:
-        """Whether the launcher shows each rank one GPU of its own (Slurm's --gpus-per-task)."""
+        """Whether each rank sees one GPU, its own (Slurm's --gpus-per-task)."""
         seen = [table.gpus for table in self.tables]
         return all(len(gpus) == 1 for gpus in seen) and len(set(seen)) == len(seen)
 
@@ -106,7 +106,7 @@ class _Node:
         return self.gpus if self.private else list(self.tables[0].gpus[: len(self.tables)])
 
     def fault(self) -> str:
-        """What keeps this node's ranks from having a GPU each; empty if nothing does."""
+        """Why the ranks of this node cannot have a GPU each; empty if they can."""
         if self.private or (self.shared and len(self.gpus) >= len(self.tables)):
             return ""
         where = f"node {self.number} ({self.ranks})"
@@ -127,15 +127,15 @@ def nodes_of(tables: Sequence[RankTable]) -> list[_Node]:
     return [_Node(number, tuple(group)) for number, (_, group) in enumerate(grouped)]
 
 
-def decide(wanted: str, tables: Sequence[RankTable]) -> MachineFacts:
-    """The device of all ranks.
+def decide_device(wanted: str, tables: Sequence[RankTable]) -> MachineFacts:
+    """Choose the device of all ranks.
 
     Args:
         wanted: ``device`` of the config: auto, cpu or cuda.
         tables: of every rank.
 
     Raises:
-        ConfigError: there is no one device for all of them.
+        ConfigError: the ranks cannot all have the same kind of device.
     """
     nodes = nodes_of(tables)
     most = max(len(node.tables) for node in nodes)
@@ -147,23 +147,23 @@ def decide(wanted: str, tables: Sequence[RankTable]) -> MachineFacts:
         if wanted == "cuda":
             raise ConfigError(
                 FIELD,
-                "cuda was asked for, but this machine shows no usable GPU" + _because(problems),
+                "device=cuda, but this machine shows no usable GPU" + _reasons(problems),
                 "device=cpu runs the same program on gloo; device=auto picks what is there",
             )
         notes = tuple(f"training on the CPU: {problem}" for problem in problems)
         return MachineFacts("cpu", len(tables), 0.0, per_node=most, notes=notes)
     faults = [fault for node in nodes if (fault := node.fault())]
     if faults:
-        raise ConfigError(FIELD, "; ".join(faults) + _because(problems), _fix(nodes, with_gpus))
+        raise ConfigError(FIELD, "; ".join(faults) + _reasons(problems), _fix(nodes, with_gpus))
     return _gpus(nodes, most, problems)
 
 
-def _because(problems: Sequence[str]) -> str:
+def _reasons(problems: Sequence[str]) -> str:
     return f" ({'; '.join(problems)})" if problems else ""
 
 
 def _fix(nodes: Sequence[_Node], with_gpus: Sequence[_Node]) -> str:
-    """What to start instead."""
+    """The fix of a refusal."""
     if any(not node.shared and not node.private for node in nodes):
         return f"show all ranks of a node the same CUDA_VISIBLE_DEVICES, or one each; or {CPU_FIX}"
     fewest = min(len(node.gpus) for node in with_gpus)
@@ -196,15 +196,15 @@ def _gpus(nodes: Sequence[_Node], most: int, problems: Sequence[str]) -> Machine
 
 
 def _kinds(gpus: Sequence[Gpu]) -> tuple[tuple[str, float], ...]:
-    """Names, and the smallest memory of each."""
+    """Names of the kinds of GPUs, and the smallest memory of each in GB."""
     smallest: dict[str, float] = {}
     for gpu in gpus:
         smallest[gpu.name] = min(gpu.memory_gb, smallest.get(gpu.name, gpu.memory_gb))
     return tuple(sorted(smallest.items()))
 
 
-def facts_here(devices: Devices, world: int) -> MachineFacts:
-    """Facts of a plan for ``world`` ranks on machines like this one."""
+def local_facts(devices: Devices, world: int) -> MachineFacts:
+    """Facts for ``world`` ranks on machines like this one."""
     gpus = devices.gpus
     if not gpus:
         return MachineFacts("cpu", world, 0.0, per_node=world)
