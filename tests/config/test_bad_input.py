@@ -333,8 +333,9 @@ def _plain(rank: int, world: int, overrides: list[str]) -> int:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but the ranks' logs."""
+    """Every file of a run but the ranks' logs and the lock, which names its last holder."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "logs"]
+    files = [path for path in files if path.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
