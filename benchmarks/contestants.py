@@ -22,7 +22,7 @@ type Step = Callable[[], float]
 
 
 def ours(case: Case) -> Step:
-    """moe_train: Megatron-Core on the host backend."""
+    """moe_train: Megatron-Core on the CPU backend."""
     from moe_train.train.engine import build_engine
     from moe_train.train.step import train_step
 

@@ -16,7 +16,7 @@ class Backend(Protocol):
     """One kind of machine. Built by :func:`moe_train.backend.select.select_backend`."""
 
     name: str
-    """``host`` or ``cuda``."""
+    """``cpu`` or ``cuda``."""
     communication: str
     """torch.distributed backend name."""
     kernels: KernelChoice
@@ -48,7 +48,7 @@ class Backend(Protocol):
         """Devices behind ``world`` ranks: what a peak rate is multiplied by."""
 
     def peak_memory_bytes(self) -> int:
-        """Peak memory of this process: device allocator's, or resident set on the host."""
+        """Peak memory of this process: device allocator's, or resident set on a CPU."""
 
     def synchronize(self) -> None:
         """Wait until queued device work is done."""

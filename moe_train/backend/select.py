@@ -48,6 +48,6 @@ def select_backend(device: str, config: BackendConfig) -> Backend:
                 "repair driver or torch (python -c 'import torch; torch.cuda.init()' shows "
                 "what fails), or device=cpu runs the same program on gloo",
             )
-    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.backend.cpu.backend import CpuBackend
 
-    return HostBackend(config)
+    return CpuBackend(config)

@@ -75,7 +75,7 @@ def dryrun_main(argv: Sequence[str]) -> int:
         resolve_run([*args.overrides, *([f"recompute.layers={one}"] if one else [])], world)
         for one in policies
     ]
-    from moe_train.measure.dryrun.prepare import first_of_stages, host_backend
+    from moe_train.measure.dryrun.prepare import cpu_backend, first_of_stages
     from moe_train.measure.dryrun.report import VERSION, planned, rank_report
     from moe_train.measure.dryrun.tables import print_modules, print_stages
 
@@ -88,7 +88,7 @@ def dryrun_main(argv: Sequence[str]) -> int:
         )
     ranks = _ranks(args.ranks, layout) if args.ranks else first_of_stages(layout)
     # Megatron's modules come only after the host is prepared for them.
-    backend = host_backend(plans[0].config)
+    backend = cpu_backend(plans[0].config)
 
     from moe_train.measure.dryrun.rank import dry_run
 

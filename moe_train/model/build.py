@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from moe_train.backend.protocol import Backend
     from moe_train.config.root import Config
-    from moe_train.model.span.exchange import Span
+    from moe_train.model.span.dispatcher import CrossStageDispatcher
 
 
 def build_chunks(
@@ -36,7 +36,7 @@ def build_chunks(
     *,
     padded_vocab: int,
     recomputed: frozenset[int],
-    span: Span | None = None,
+    cross_stage: CrossStageDispatcher | None = None,
 ) -> list[GPTModel]:
     """This rank's model chunks (one, or one per virtual pipeline stage), uninitialised.
 
@@ -44,15 +44,15 @@ def build_chunks(
         megatron: the TransformerConfig that every module keeps.
         padded_vocab: rows of the embedding over all tensor-parallel ranks.
         recomputed: 1-based global numbers of the layers that are recomputed whole.
-        span: the exchange, where experts span pipeline stages.
+        cross_stage: dispatcher of all layers with ``placement=span``.
     """
     chunks = megatron.virtual_pipeline_model_parallel_size or 1
     stages = megatron.pipeline_model_parallel_size
     layers = megatron.num_layers // stages // chunks
     stage = groups.pp.rank()
     provider = backend.spec_provider()
-    layer = dispatcher(config.parallel.dispatcher, span=span is not None).layer
-    extra = {} if span is None else {"span": span}
+    layer = dispatcher(config.parallel.dispatcher, span=cross_stage is not None).layer
+    extra = {} if cross_stage is None else {"dispatcher": cross_stage}
     moe_layer = partial(pkgutil.resolve_name(layer), **extra) if layer else None
     models = []
     for chunk in range(chunks):
@@ -83,7 +83,7 @@ def build_model(
     *,
     padded_vocab: int,
     recomputed: frozenset[int],
-    span: Span | None = None,
+    cross_stage: CrossStageDispatcher | None = None,
 ) -> list[DistributedDataParallel]:
     """Chunks with layout-invariant weights, each wrapped in Megatron's DDP."""
     chunks = build_chunks(
@@ -93,7 +93,7 @@ def build_model(
         groups,
         padded_vocab=padded_vocab,
         recomputed=recomputed,
-        span=span,
+        cross_stage=cross_stage,
     )
     initialise(chunks, megatron, config.run.seed)
     ddp = ddp_config(config)

@@ -74,7 +74,7 @@ PLACES = {
     "save": ("moe_train/checkpoint/save",),
     "load": ("moe_train/checkpoint",),
     "update": ("megatron/core/optimizer/distrib_optimizer", KERNELS + "adam"),
-    "schedule": ("megatron/core/pipeline_parallel", "moe_train/train/span_schedule",
+    "schedule": ("megatron/core/pipeline_parallel", "moe_train/model/span/schedule",
                  "moe_train/train/forward"),
     "build": ("moe_train/train/engine",),
     "step end": ("moe_train/train",),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 
-from moe_train.backend.cpu.backend import HostBackend
+from moe_train.backend.cpu.backend import CpuBackend
 from moe_train.config.compose import collect
 from moe_train.config.training import BackendConfig
 
-HostBackend(BackendConfig()).prepare()
+CpuBackend(BackendConfig()).prepare()
 
 import moe_train.checkpoint.load  # noqa: E402
 import moe_train.checkpoint.save  # noqa: E402

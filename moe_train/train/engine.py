@@ -15,11 +15,11 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from moe_train.backend import patches
 from moe_train.features.optimizers import OPTIMIZERS
 from moe_train.model.build import build_model
-from moe_train.model.span.exchange import Span
+from moe_train.model.span.dispatcher import CrossStageDispatcher
+from moe_train.model.span.schedule import SpanSchedule
 from moe_train.model.transformer_config import optimizer_config, transformer_config
 from moe_train.train.lr_schedule import build_scheduler
 from moe_train.train.router_stats import RoutingRecorder
-from moe_train.train.span_schedule import SpanSchedule
 from moe_train.train.tracing import Tracer
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollect
     config = run.config
     seed_everything(config.run.seed)
     megatron = transformer_config(config, backend)
-    span = open_span(config, megatron, backend, groups) if run.layout.span else None
+    cross_stage = build_dispatcher(config, megatron, backend, groups) if run.layout.span else None
     chunks = build_model(
         config,
         megatron,
@@ -78,7 +78,7 @@ def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollect
         groups,
         padded_vocab=run.padded_vocab,
         recomputed=config.recomputed_layers,
-        span=span,
+        cross_stage=cross_stage,
     )
     with patches.optimizer_built_by(OPTIMIZERS[config.optim.name], config.optim):
         optimizer = get_megatron_optimizer(
@@ -100,19 +100,21 @@ def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollect
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, config.train.steps),
         forward_backward=(
-            SpanSchedule(span, groups, tracer) if span else get_forward_backward_func()
+            SpanSchedule(cross_stage, groups, tracer.region)
+            if cross_stage
+            else get_forward_backward_func()
         ),
         routing=RoutingRecorder(chunks, config.model.layers, config.model.experts, backend.device),
         tracer=tracer,
     )
 
 
-def open_span(
+def build_dispatcher(
     config: Config, megatron: TransformerConfig, backend: Backend, groups: ProcessGroupCollection
-) -> Span:
-    """The exchange over all ranks of this replica."""
+) -> CrossStageDispatcher:
+    """Token dispatcher of ``placement=span``, over all ranks of this replica."""
     assert megatron.pipeline_dtype is not None
-    return Span(
+    return CrossStageDispatcher(
         groups.mp,
         tensor=megatron.tensor_model_parallel_size,
         stages=megatron.pipeline_model_parallel_size,

@@ -164,11 +164,11 @@ def test_waiting_orders_the_stream_that_waits(monkeypatch: pytest.MonkeyPatch) -
 
 def compared(rank: int, world: int) -> list[str]:
     """Every collective in a gloo group of one rank and in a local one; the names of those alike."""
-    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.backend.cpu.backend import CpuBackend
     from moe_train.backend.groups import open_world
     from moe_train.config.training import BackendConfig
 
-    open_world(HostBackend(BackendConfig()), rank, world, 60)
+    open_world(CpuBackend(BackendConfig()), rank, world, 60)
     assert dist.get_backend() == "local"
     local, gloo = dist.group.WORLD, dist.new_group([0], backend="gloo")
     alike = []

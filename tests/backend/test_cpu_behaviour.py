@@ -113,10 +113,10 @@ def _lean(connection: Any) -> None:
     """What a rank's preparation imports."""
     import sys
 
-    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.backend.cpu.backend import CpuBackend
     from moe_train.config.training import BackendConfig
 
-    HostBackend(BackendConfig()).prepare()
+    CpuBackend(BackendConfig()).prepare()
     deterministic = torch.are_deterministic_algorithms_enabled()
     connection.send((HEAVY & set(sys.modules), deterministic))
 
@@ -295,11 +295,11 @@ def _uneven_rows(rank: int, world: int) -> list[Any]:
     import torch.distributed as dist
     from megatron.core.tensor_parallel import mappings
 
-    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.backend.cpu.backend import CpuBackend
     from moe_train.backend.groups import open_world
     from moe_train.config.training import BackendConfig
 
-    open_world(HostBackend(BackendConfig()), rank, world, 60)
+    open_world(CpuBackend(BackendConfig()), rank, world, 60)
     plain = mappings._gather_along_first_dim.args[0]
     found: list[Any] = []
     try:

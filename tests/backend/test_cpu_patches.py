@@ -167,7 +167,7 @@ def _polling_threads(rank: int, world: int, shared: bool) -> int:
     import torch.distributed as dist
 
     from moe_train.backend.cpu import gloo
-    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.backend.cpu.backend import CpuBackend
     from moe_train.backend.groups import open_world
     from moe_train.config.training import BackendConfig
 
@@ -175,7 +175,7 @@ def _polling_threads(rank: int, world: int, shared: bool) -> int:
         dist.distributed_c10d._register_builtin_gloo_backend()
     else:
         gloo.share_device()
-    open_world(HostBackend(BackendConfig()), rank, world, 60)
+    open_world(CpuBackend(BackendConfig()), rank, world, 60)
     kept = [dist.new_group([0, 1]) for _ in range(3)]
     dist.barrier(kept[-1])
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]

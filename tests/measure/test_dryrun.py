@@ -63,11 +63,11 @@ def fake_ranks(
     rank: int, one: int, words: list[str], world: int, ranks: Any = None, **options: Any
 ) -> list[Any]:
     """The same of ``ranks`` (default: all) on fake tensors."""
-    from moe_train.measure.dryrun.prepare import host_backend
+    from moe_train.measure.dryrun.prepare import cpu_backend
 
     run = resolve_run(words, world)
     run = run.with_vocabulary(VOCAB, "test")
-    backend = host_backend(run.config)
+    backend = cpu_backend(run.config)
 
     from moe_train.measure.dryrun.rank import dry_run
 
@@ -175,7 +175,7 @@ def updates(rank: int, one: int) -> list[list[int]]:
     from unittest import mock
 
     from moe_train.backend.torch_kernels import adam, gradient_norm
-    from moe_train.measure.dryrun.prepare import host_backend
+    from moe_train.measure.dryrun.prepare import cpu_backend
     from moe_train.measure.dryrun.step import initialise_state, own_state, watched_update
     from moe_train.measure.dryrun.tracker import MemoryTracker
     from moe_train.measure.dryrun.world import fake_engine, fake_world
@@ -187,7 +187,7 @@ def updates(rank: int, one: int) -> list[list[int]]:
     found = []
     for placement in PLACEMENTS:
         run = resolve_run(["experiment=moe_30b_8x64gb", *placement], 8)
-        backend = host_backend(run.config)
+        backend = cpu_backend(run.config)
         with fake_world(rank, 8), MemoryTracker() as tracker:
             engine = fake_engine(run.with_vocabulary(50257, "test"), backend)
             initialise_state(engine.optimizer)

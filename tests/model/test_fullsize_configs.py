@@ -43,7 +43,7 @@ MACHINE = {
 
 
 def cuda_process(experiment: str) -> Configs:
-    """In a process of its own: the host backend's patches would answer for CUDA."""
+    """In a process of its own: the CPU backend's patches would answer for CUDA."""
     words, world, _ = EXPERIMENTS[experiment]
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.cuda_configs", str(world), *words],
@@ -63,13 +63,13 @@ def built(request: pytest.FixtureRequest) -> tuple[str, Configs]:
 
 
 def host_configs(rank: int, one: int, overrides: list[str], world: int) -> Configs:
-    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.backend.cpu.backend import CpuBackend
     from moe_train.model.transformer_config import ddp_config, optimizer_config, transformer_config
     from moe_train.planner.resolution import resolve_run
     from tests.support.cuda_configs import fields
 
     config = resolve_run(overrides, world).config
-    backend = HostBackend(config.backend)
+    backend = CpuBackend(config.backend)
     return {
         "transformer": fields(transformer_config(config, backend)),
         "ddp": fields(ddp_config(config)),

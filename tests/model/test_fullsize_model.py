@@ -31,7 +31,7 @@ def count_ranks(
     rank: int, one: int, words: list[str], world: int
 ) -> tuple[str, int, list[tuple[int, int]]]:
     """Layout tag, distinct parameters of all ranks, and (built, planned) for each rank."""
-    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.backend.cpu.backend import CpuBackend
     from moe_train.measure.dryrun.world import fake_chunks, fake_world, parameter_count
     from moe_train.parallel.parameters import rank_parameters
     from moe_train.planner.resolution import resolve_run
@@ -39,7 +39,7 @@ def count_ranks(
 
     run = resolve_run(words, world)
     config, layout = run.config, run.layout
-    backend = HostBackend(config.backend)
+    backend = CpuBackend(config.backend)
     counts, parts = [], []
     for each in range(world):
         with fake_world(each, world):

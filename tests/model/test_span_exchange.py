@@ -1,4 +1,4 @@
-"""The exchange's rows, and which failures mean a lost peer."""
+"""The dispatcher's rows, and which failures mean a lost peer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.errors import HungError
-from moe_train.model.span import exchange
-from moe_train.model.span.exchange import FORWARD, PROBS, Span
+from moe_train.model.span import dispatcher
+from moe_train.model.span.dispatcher import FORWARD, PROBS, CrossStageDispatcher
 from moe_train.model.span.packing import pack, unpack, width
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -44,7 +44,7 @@ def test_rows_come_out_as_they_went_in(rows: int, hidden: int, dtype: torch.dtyp
 
 
 def all_to_all(failure: Exception, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An all-to-all of local layer 3 that fails as it starts, is awaited, or meanwhile."""
+    """An all-to-all of local layer 3 that fails as it starts, is awaited, or overlapped."""
 
     def fail(place: str) -> None:
         if place == where:
@@ -55,16 +55,16 @@ def all_to_all(failure: Exception, where: str, monkeypatch: pytest.MonkeyPatch) 
         return SimpleNamespace(wait=lambda: fail("wait"))
 
     stand_in = SimpleNamespace(all_to_all_single=start, get_rank=lambda: 5)
-    monkeypatch.setattr(exchange, "dist", stand_in)
+    monkeypatch.setattr(dispatcher, "dist", stand_in)
     group: Any = SimpleNamespace(size=lambda: 2)
-    span = Span(
+    span = CrossStageDispatcher(
         group, tensor=1, stages=2, hidden=4, dtype=torch.float32, device=torch.device("cpu"),
         recompute=False,
     )  # fmt: skip
-    span.begin(7, [0], backward=False, keep=True)
+    span.begin(7, [0], backward=False, save=True)
     data = torch.zeros(2, 1)
     span._all_to_all(
-        FORWARD, 3, data.clone(), data, [1, 1], [1, 1], meanwhile=lambda: fail("meanwhile")
+        FORWARD, 3, data.clone(), data, [1, 1], [1, 1], overlapped=lambda: fail("overlapped")
     )
 
 
@@ -83,12 +83,12 @@ def test_a_lost_peer_is_named_with_tick_and_layer(
     with pytest.raises(HungError) as raised:
         all_to_all(failure, where, monkeypatch)
     told = str(raised.value)
-    for word in ("rank 5", "local layer 3", "tick 7, forward half"):
+    for word in ("rank 5", "local layer 3", "tick 7, forward slot"):
         assert word in told, told
     assert raised.value.__cause__ is failure
 
 
-@pytest.mark.parametrize("where", ["start", "wait", "meanwhile"])
+@pytest.mark.parametrize("where", ["start", "wait", "overlapped"])
 @pytest.mark.parametrize(
     "failure",
     [

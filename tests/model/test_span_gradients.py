@@ -74,19 +74,19 @@ def one_step(
 @contextmanager
 def rows_through_experts() -> Iterator[list[int]]:
     """Rows of every pass through hosted experts, as they are: FLOPs are proportional to them."""
-    from moe_train.model.span.hosting import Merged
+    from moe_train.model.span.experts import MergedExperts
 
-    run, rows = Merged.forward, []
+    run, rows = MergedExperts.forward, []
 
-    def counted(self: Any, counts: Any, packed: Any, *, keep: bool) -> Any:
+    def counted(self: Any, counts: Any, packed: Any, *, save: bool) -> Any:
         rows.append(packed.shape[0])
-        return run(self, counts, packed, keep=keep)
+        return run(self, counts, packed, save=save)
 
-    Merged.forward = counted  # type: ignore[method-assign]
+    MergedExperts.forward = counted  # type: ignore[method-assign]
     try:
         yield rows
     finally:
-        Merged.forward = run  # type: ignore[method-assign]
+        MergedExperts.forward = run  # type: ignore[method-assign]
 
 
 def plant(engine: Any, fault: str) -> None:
@@ -94,34 +94,34 @@ def plant(engine: Any, fault: str) -> None:
     import torch
 
     from moe_train.backend.torch_kernels import replay
-    from moe_train.model.span import exchange, hosting
-    from moe_train.train import span_schedule
+    from moe_train.model.span import dispatcher, experts
+    from moe_train.model.span import schedule as span_schedule
 
     if fault == "zeroed probability gradients":
-        plain = hosting.backward
+        plain = experts.backward
 
         def without_probs(*args: Any, **kwargs: Any) -> Any:
             tokens, probs = plain(*args, **kwargs)
             return tokens, torch.zeros_like(probs)
 
-        hosting.backward = without_probs
+        experts.backward = without_probs
     elif fault == "zeroed inputs of one stage":
-        run = hosting.Merged.forward
+        run = experts.MergedExperts.forward
 
-        def zeroed(self: Any, counts: Any, packed: Any, *, keep: bool) -> Any:
+        def zeroed(self: Any, counts: Any, packed: Any, *, save: bool) -> Any:
             rows = [int(each.sum()) for each in counts.values()]
             parts = list(packed.split(rows))
             parts = [p * (stage != 1) for p, stage in zip(parts, counts, strict=True)]
-            return run(self, counts, torch.cat(parts), keep=keep)
+            return run(self, counts, torch.cat(parts), save=save)
 
-        hosting.Merged.forward = zeroed
+        experts.MergedExperts.forward = zeroed
     elif fault == "rows of one stage given to the other's experts":
-        rows_of = hosting.Merged._rows
+        rows_of = experts.MergedExperts._rows
 
         def exchanged(self: Any, counts: Any) -> Any:
             return rows_of(self, counts).reshape(2, -1)[::-1].ravel()
 
-        hosting.Merged._rows = exchanged
+        experts.MergedExperts._rows = exchanged
     elif fault == "weight gradients of the other stage":
         product = replay._Product.backward
 
@@ -135,30 +135,30 @@ def plant(engine: Any, fault: str) -> None:
 
         replay._Product.backward = staticmethod(shifted)
     elif fault == "neighbour's micro-batch in backward":
-        held = exchange.Span.backward
+        held = dispatcher.CrossStageDispatcher.backward
 
         def swapped(self: Any, layer: int, grad: Any = None) -> Any:
-            for queue in self._hosted.values():
+            for queue in self._saved.values():
                 # Padded routing: every micro-batch has the same rows for every expert.
                 if len(queue) > 1:
                     queue[0], queue[1] = queue[1], queue[0]
             return held(self, layer, grad)
 
-        exchange.Span.backward = swapped
+        dispatcher.CrossStageDispatcher.backward = swapped
     elif fault == "dropped aux loss":
         from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 
         MoEAuxLossAutoScaler.apply = staticmethod(lambda output, loss: output)
     else:
         assert fault == "gradients of the wrong stage"
-        post = span_schedule.Edge.post
+        start = span_schedule.Edge.start
 
-        def halved(self: Any, half: Any, outgoing: Any) -> None:
+        def halved(self: Any, slot: Any, outgoing: Any) -> None:
             if self._step < 0 and outgoing is not None:
                 outgoing = outgoing * 0.5
-            post(self, half, outgoing)
+            start(self, slot, outgoing)
 
-        span_schedule.Edge.post = halved
+        span_schedule.Edge.start = halved
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +200,8 @@ def test_any_number_of_micro_batches(reference: Any, sequences: int) -> None:
     steps = run_world(one_step, 2, PP2_EP2, sequences)
     hold(steps, reference(sequences))
     for stage, step in enumerate(steps):
-        assert step.counts.forward_halves == step.counts.backward_halves == sequences + 1
-        assert step.counts.most_held == min(sequences, 2 * (1 - stage) + 1)
+        assert step.counts.forward_slots == step.counts.backward_slots == sequences + 1
+        assert step.counts.most_in_flight == min(sequences, 2 * (1 - stage) + 1)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,8 @@ def test_the_missions_layout(reference: Any, sequences: int, recompute: list[str
     steps = run_world(one_step, 8, words, sequences)
     hold(steps, reference(sequences, *size))
     for rank, step in enumerate(steps):
-        assert step.counts.forward_halves == step.counts.backward_halves == sequences + 3
-        assert step.counts.most_held == min(sequences, 2 * (3 - rank // 2) + 1)
+        assert step.counts.forward_slots == step.counts.backward_slots == sequences + 3
+        assert step.counts.most_in_flight == min(sequences, 2 * (3 - rank // 2) + 1)
 
 
 PADDED = ["model.router.capacity_factor=1.0", "model.router.pad_to_capacity=true"]
@@ -256,8 +256,8 @@ def test_overlap_changes_no_bit(reference: Any, options: list[str]) -> None:
         assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
         for mine, yours in zip(one.gradients, other.gradients, strict=True):
             assert mine.key == yours.key and np.array_equal(mine.data, yours.data), mine.key
-        assert other.counts.most_held == min(4, 2 * (1 - stage // 2) + 2)
-        assert other.counts.forward_halves == other.counts.backward_halves == 5
+        assert other.counts.most_in_flight == min(4, 2 * (1 - stage // 2) + 2)
+        assert other.counts.forward_slots == other.counts.backward_slots == 5
     hold(overlapped, reference(4, *[word for word in options if word.startswith("model.")]))
 
 

@@ -28,8 +28,8 @@ ON_INPUT = [
     *("megatron.transformer.moe_apply_probs_on_input=true", "model.experts_per_token=1"),
     "model.router.pre_softmax=true",
 ]
-HALVES, LAYERS = 5, 2
-"""Forward halves of 4 micro-batches through 2 stages, and layers of a stage."""
+SLOTS, LAYERS = 5, 2
+"""Forward slots of 4 micro-batches through 2 stages, and layers of a stage."""
 
 
 @contextmanager
@@ -95,11 +95,11 @@ class Copies:
     def counted(self, span: Any) -> Iterator[None]:
         from torch.utils._python_dispatch import TorchDispatchMode
 
-        from moe_train.model.span import exchange
+        from moe_train.model.span import dispatcher
 
         copies, waits = self.copies, self.waits
-        to_host, forward, backward = exchange.to_host, span.forward, span.backward
-        counts, current = span.counts, threading.local()  # Halves that overlap have threads.
+        to_host, forward, backward = dispatcher.to_host, span.forward, span.backward
+        counts, current = span.counts, threading.local()  # Slots that overlap have threads.
 
         class Waits(TorchDispatchMode):
             def __torch_dispatch__(
@@ -129,7 +129,7 @@ class Copies:
 
         span.forward, span.counts = inside("forward", forward), inside("forward", counts)
         span.backward = inside("backward", backward)
-        with mock.patch.object(exchange, "to_host", copied):
+        with mock.patch.object(dispatcher, "to_host", copied):
             yield
 
 
@@ -139,7 +139,7 @@ def count_copies(rank: int, world: int, words: list[str]) -> tuple[int, int, lis
     engine = open_engine(rank, world, [*SMALL, *words])
     copies, schedule = Copies(), engine.forward_backward
     tokens = np.random.default_rng(5).integers(0, 128, (4, 33))
-    with copies.counted(schedule.span):  # type: ignore[attr-defined]
+    with copies.counted(schedule.dispatcher):  # type: ignore[attr-defined]
         train_step(engine, micro_batches(engine, tokens), 1)
     return copies.copies.count("forward"), copies.copies.count("backward"), copies.waits
 
@@ -154,9 +154,9 @@ def count_copies(rank: int, world: int, words: list[str]) -> tuple[int, int, lis
     ],
     ids=["capacity, recomputed", "dropless", "recomputed, overlapped"],
 )
-def test_one_copy_to_the_host_a_forward_half_and_layer(words: list[str]) -> None:
+def test_one_copy_to_the_host_a_forward_slot_and_layer(words: list[str]) -> None:
     for forward, backward, waits in run_world(count_copies, 2, words):
-        assert forward == HALVES * LAYERS and backward == 0
+        assert forward == SLOTS * LAYERS and backward == 0
         assert waits == []
 
 

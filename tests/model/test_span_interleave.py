@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_train.backend import threads
-from moe_train.train.interleave import Turns
+from moe_train.backend import device as threads
+from moe_train.model.span.interleave import Handoff
 
 DEVICE = torch.device("cuda", 3)
 
@@ -56,7 +56,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> DeviceModule:
 def test_the_second_half_runs_on_the_ranks_device(module: DeviceModule) -> None:
     """A thread that is not told starts on device 0, whichever rank it belongs to."""
     seen: list[tuple[int, torch.device, str]] = []
-    turns = Turns(DEVICE)
+    turns = Handoff(DEVICE)
 
     def second() -> None:
         seen.append((threading.get_ident(), module.device, module.current))
@@ -66,7 +66,7 @@ def test_the_second_half_runs_on_the_ranks_device(module: DeviceModule) -> None:
         module.log.clear()
         for _ in range(3):
             turns.run(lambda: None, second)
-    assert module.log[0] == ("second half", str(DEVICE)), "something came before the selection"
+    assert module.log[0] == ("second slot", str(DEVICE)), "something came before the selection"
     assert {device for _, device, _ in seen} == {DEVICE}
     assert {stream for _, _, stream in seen} == {"the step's"}
     thread = {ident for ident, _, _ in seen}
@@ -85,7 +85,7 @@ def test_without_the_selection_it_would_be_device_0(module: DeviceModule) -> Non
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradient_mode_and_autocast_are_the_first_halfs(gradients: bool, autocast: bool) -> None:
-    turns, seen = Turns(torch.device("cpu")), []
+    turns, seen = Handoff(torch.device("cpu")), []
 
     def look() -> None:
         cast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
@@ -108,12 +108,12 @@ class Lost(Exception):
 @pytest.mark.parametrize("gives", [0, 1, 2])
 def test_the_failure_itself_arrives(error: Exception, failing: int, gives: int) -> None:
     """Whichever half fails, and after however many turns: not what the other one died of."""
-    turns = Turns(torch.device("cpu"))
+    turns = Handoff(torch.device("cpu"))
 
     def half(number: int) -> Callable[[], None]:
         def work() -> None:
             for _ in range(gives if number == failing else 5):
-                turns.give(number)
+                turns.switch(number)
             if number == failing:
                 raise error
 
@@ -128,7 +128,7 @@ def test_the_failure_itself_arrives(error: Exception, failing: int, gives: int) 
 
 
 def test_the_thread_ends_with_its_owner() -> None:
-    turns, threads_seen = Turns(torch.device("cpu")), []
+    turns, threads_seen = Handoff(torch.device("cpu")), []
     turns.run(lambda: None, lambda: threads_seen.append(threading.current_thread()))
     owner, (thread,) = weakref.ref(turns), threads_seen
     assert thread.is_alive()

@@ -38,10 +38,10 @@ SMALL = [
 
 def dies_in_exchange(rank: int, world: int, words: list[str]) -> int:
     """Train; rank 1 is killed by itself inside the third exchange of the backward pass."""
-    from moe_train.model.span.exchange import Span
+    from moe_train.model.span.dispatcher import CrossStageDispatcher
     from moe_train.run.main import main
 
-    backward, calls = Span.backward, [0]
+    backward, calls = CrossStageDispatcher.backward, [0]
 
     def dying(self: Any, layer: int, grad: Any = None) -> Any:
         calls[0] += 1
@@ -49,7 +49,7 @@ def dies_in_exchange(rank: int, world: int, words: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return backward(self, layer, grad)
 
-    Span.backward = dying  # type: ignore[method-assign]
+    CrossStageDispatcher.backward = dying  # type: ignore[method-assign]
     return main(words)
 
 
@@ -59,7 +59,7 @@ def test_the_others_end_and_name_rank_tick_and_layer(tmp_path: Path) -> None:
     alive, dead = run_world(dies_in_exchange, 2, words, log=log, tolerate=True)
     assert dead.failure and alive.value == EXIT_HUNG
     told = log.read_text()
-    for word in ("rank 0", "exchange of local layer", "tick", "backward half"):
+    for word in ("rank 0", "all-to-all of local layer", "tick", "backward slot"):
         assert word in told, told
     assert "Traceback" not in told
     status = read_status(tmp_path / "run" / "status.json")

@@ -121,7 +121,7 @@ class Stage(torch.nn.Module):
         (self._input,) = tensors
 
     def forward(self, batch: int) -> torch.Tensor:
-        from moe_train.model.span.exchange import Exchange
+        from moe_train.model.span.dispatcher import DispatchAndCombine
 
         hidden = self.case.inputs(self.column, batch) if self.stage == 0 else self._input
         assert hidden is not None
@@ -133,7 +133,7 @@ class Stage(torch.nn.Module):
             if torch.is_grad_enabled() and not tokens.requires_grad:
                 tokens.requires_grad_()
             sent = self.span.counts(local, counts)
-            result = Exchange.apply(self.span, local, sent, tokens, probs, None)
+            result = DispatchAndCombine.apply(self.span, local, sent, tokens, probs, None)
             hidden = layer_output(hidden, self.dense[local], len(tokens), result)
         return hidden
 
@@ -144,9 +144,9 @@ class Watched:
     def __init__(self, span: Any, log: list[tuple[Any, ...]]) -> None:
         begin, counts, backward = span.begin, span.counts, span.backward
 
-        def seen_begin(tick: int, active: Any, *, backward: bool, keep: bool) -> None:
-            log.append(("half", tick, backward, tuple(sorted(active))))
-            begin(tick, active, backward=backward, keep=keep)
+        def seen_begin(tick: int, active: Any, *, backward: bool, save: bool) -> None:
+            log.append(("slot", tick, backward, tuple(sorted(active))))
+            begin(tick, active, backward=backward, save=save)
 
         def seen_counts(layer: int, *args: Any) -> Any:
             log.append(("forward", layer))
@@ -162,11 +162,11 @@ class Watched:
 @contextlib.contextmanager
 def simulated(wire: Wire) -> Iterator[None]:
     """The runtime's schedule and exchange talk over `wire`."""
-    from moe_train.model.span import exchange
-    from moe_train.train import span_schedule
+    from moe_train.model.span import dispatcher
+    from moe_train.model.span import schedule as span_schedule
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "dist", wire)
+        patch.setattr(dispatcher, "dist", wire)
         patch.setattr(span_schedule, "dist", wire)
         yield
 
@@ -175,10 +175,9 @@ def rank_program(case: Case, wire: Wire, rank: int, microbatches: int) -> dict[s
     """One rank's step through the runtime's own SpanSchedule."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from moe_train.model.span.exchange import Span
-    from moe_train.model.span.hosting import Staged
-    from moe_train.train.span_schedule import SpanSchedule
-    from moe_train.train.tracing import Tracer
+    from moe_train.model.span.dispatcher import CrossStageDispatcher
+    from moe_train.model.span.experts import StageExperts
+    from moe_train.model.span.schedule import SpanSchedule
 
     stage, inside = divmod(rank, case.block)
     replica, tensor = divmod(inside, case.tensor)
@@ -194,13 +193,13 @@ def rank_program(case: Case, wire: Wire, rank: int, microbatches: int) -> dict[s
         tp=SimpleNamespace(size=lambda: 1),
         cp=SimpleNamespace(size=lambda: 1),
     )
-    span = Span(
+    span = CrossStageDispatcher(
         span_group, tensor=case.tensor, stages=case.stages, hidden=HIDDEN, dtype=torch.float32,
         device=torch.device("cpu"), recompute=case.recompute, overlap=case.overlap,
     )  # fmt: skip
     experts = [Experts(case, span_group.rank(), local) for local in range(case.local_layers)]
     for local, hosted in enumerate(experts):
-        staged = Staged(hosted, case.per_rank, HIDDEN, recompute=case.recompute)
+        staged = StageExperts(hosted, case.per_rank, HIDDEN, recompute=case.recompute)
         span.register(local, staged)
     log: list[tuple[Any, ...]] = []
     Watched(span, log)
@@ -218,7 +217,7 @@ def rank_program(case: Case, wire: Wire, rank: int, microbatches: int) -> dict[s
 
         return model(next(batches)), loss
 
-    schedule = SpanSchedule(span, groups, Tracer())
+    schedule = SpanSchedule(span, groups, lambda *_, **__: contextlib.nullcontext())
     with torch.set_grad_enabled(not case.forward_only):
         losses = schedule(
             forward_step_func=forward_step, data_iterator=iter(range(microbatches)),
@@ -230,7 +229,7 @@ def rank_program(case: Case, wire: Wire, rank: int, microbatches: int) -> dict[s
         "dense": chunk.dense.grad,
         "experts": [[factor.grad for factor in layer.factors] for layer in experts],
         "log": log,
-        "halves": (schedule.counts.forward_halves, schedule.counts.backward_halves),
+        "slots": (schedule.counts.forward_slots, schedule.counts.backward_slots),
     }
 
 
@@ -267,10 +266,10 @@ def check(case: Case) -> None:
         assert all(log == ours[0] for log in ours)
         walks = [found[rank]["log"] for rank in ranks]
         assert all(walk == walks[0] for walk in walks)
-        halves = case.microbatches + case.stages - 1
-        back = 0 if case.forward_only else halves
-        assert len(ours[0]) == (3 * halves + 2 * back) * case.local_layers
-        assert all(found[rank]["halves"] == (halves, back) for rank in ranks)
+        slots = case.microbatches + case.stages - 1
+        back = 0 if case.forward_only else slots
+        assert len(ours[0]) == (3 * slots + 2 * back) * case.local_layers
+        assert all(found[rank]["slots"] == (slots, back) for rank in ranks)
     losses, dense, factors = expected(case)
     last = (case.stages - 1) * case.block
     for column in range(case.block):
@@ -337,7 +336,7 @@ def test_a_rank_with_another_count_of_micro_batches_is_caught(wrong: int) -> Non
 
 def test_idle_ranks_that_walk_the_other_way_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exchanges of two layers look alike on the wire: the walks and the values tell."""
-    from moe_train.train import span_schedule
+    from moe_train.model.span import schedule as span_schedule
 
     case = Case(3, 1, 1, 2, 2, quiet=0.0)
     check(case)

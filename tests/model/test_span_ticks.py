@@ -1,4 +1,4 @@
-"""The tick-aligned schedule: halves, order and memory, for any stages and micro-batches."""
+"""The tick-aligned schedule: slots, order and memory, for any stages and micro-batches."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BATCHES = st.integers(1, 40)
 
 
 @given(STAGES, BATCHES)
-def test_as_many_halves_as_1f1b(stages: int, microbatches: int) -> None:
-    halves = list(ticks(stages, microbatches))
-    assert sum(bool(tick.forward) for tick in halves) == microbatches + stages - 1
-    assert sum(bool(tick.backward) for tick in halves) == microbatches + stages - 1
+def test_as_many_slots_as_1f1b(stages: int, microbatches: int) -> None:
+    slots = list(ticks(stages, microbatches))
+    assert sum(bool(tick.forward) for tick in slots) == microbatches + stages - 1
+    assert sum(bool(tick.backward) for tick in slots) == microbatches + stages - 1
     only_forward = list(ticks(stages, microbatches, forward_only=True))
     assert len(only_forward) == microbatches + stages - 1
     assert not any(tick.backward for tick in only_forward)

@@ -55,7 +55,7 @@ def matrix(row: Sequence[Any]) -> Matrix:
 
 
 def host_ranks(rank: int, one: int, words: list[str], world: int) -> list[set[Matrix]]:
-    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.backend.cpu.backend import CpuBackend
     from moe_train.measure.dryrun.world import fake_chunks, fake_world
     from moe_train.planner.resolution import resolve_run
     from tests.support.shards import matrices
@@ -64,7 +64,7 @@ def host_ranks(rank: int, one: int, words: list[str], world: int) -> list[set[Ma
     ranks = []
     for each in range(world):
         with fake_world(each, world):
-            ranks.append(matrices(fake_chunks(run, HostBackend(run.config.backend))))
+            ranks.append(matrices(fake_chunks(run, CpuBackend(run.config.backend))))
     return ranks
 
 

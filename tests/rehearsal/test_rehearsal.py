@@ -119,11 +119,11 @@ def test_the_cuda_program_computes_what_the_cpu_program_does(reports: Any, folde
     assert losses(cpu.folder) == losses(folder / "one")
 
 
-def test_span_reads_the_device_once_a_half_and_layer(reports: Any) -> None:
+def test_span_reads_the_device_once_a_slot_and_layer(reports: Any) -> None:
     stages = PP2_EP2_SPAN.sizes["pipeline"]
-    halves = sum(1 for tick in ticks(stages, MICROBATCHES) if tick.forward)
+    slots = sum(1 for tick in ticks(stages, MICROBATCHES) if tick.forward)
     for rank in reports["span"]:
-        assert rank.copies_at("layer") == STEPS * halves * LAYERS // stages
+        assert rank.copies_at("layer") == STEPS * slots * LAYERS // stages
         assert rank.copies_at("schedule") == 0
 
 

@@ -66,7 +66,7 @@ class SavedBytes:
 
 def peak_saved_bytes(rank: int, world: int, overrides: Sequence[str]) -> tuple[int, int, str]:
     """(peak, left after the step, exact loss) of one training step on made-up tokens."""
-    from moe_train.model.span import hosting
+    from moe_train.model.span import experts
     from moe_train.train.step import train_step
     from tests.support.engines import micro_batches, open_engine
 
@@ -84,7 +84,7 @@ def peak_saved_bytes(rank: int, world: int, overrides: Sequence[str]) -> tuple[i
                 saved.hold(part)
         return plain(*parts)
 
-    plain = hosting.Hosted
-    with saved.watch(), mock.patch.object(hosting, "Hosted", hosted):
+    plain = experts.Saved
+    with saved.watch(), mock.patch.object(experts, "Saved", hosted):
         result = train_step(engine, batches, 1)
     return saved.peak, saved.live, result.loss.hex()

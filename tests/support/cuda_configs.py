@@ -1,7 +1,7 @@
 """Megatron's configs of a CUDA run, constructed on any machine.
 
 ``python -m tests.support.cuda_configs WORLD OVERRIDES...`` prints the three dataclasses, field
-by field, as JSON. Nothing of the host backend is loaded. Where TransformerEngine is not
+by field, as JSON. Nothing of the CPU backend is loaded. Where TransformerEngine is not
 installed, the questions that Megatron asks it on the way are answered for the pinned version.
 """
 

@@ -229,14 +229,14 @@ def added(
         the most host memory of the plain save; ``state``, all that the rank holds on its device;
         ``parameter``, the largest in fp32.
     """
-    from moe_train.measure.dryrun.prepare import host_backend
+    from moe_train.measure.dryrun.prepare import cpu_backend
     from moe_train.measure.dryrun.step import initialise_state
     from moe_train.measure.dryrun.world import fake_engine, fake_world
     from moe_train.planner.resolution import resolve_run
 
     run = resolve_run(list(overrides), world)
     run = run.with_vocabulary(vocab or run.vocab, "test")
-    backend = host_backend(run.config)
+    backend = cpu_backend(run.config)
     with fake_world(rank, world), DeviceTracker() as tracker:
         engine = fake_engine(run, backend)
         initialise_state(engine.optimizer)

@@ -48,10 +48,10 @@ def refusal(config: Config, layout: Layout) -> str:
     Unless ``device=cpu``, its configs are those of the CUDA backend, checked as where
     TransformerEngine is installed; modules are the host's in both cases.
     """
-    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.backend.cpu.backend import CpuBackend
     from moe_train.backend.cuda.backend import CudaBackend
 
-    host = HostBackend(config.backend)
+    host = CpuBackend(config.backend)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -175,7 +175,7 @@ def _interleaved(engine: Engine, config: Config, microbatches: int) -> None:
 
 def refusals(rank: int, one: int, drawn: list[tuple[dict[str, Any], int]]) -> list[str]:
     """`refusal` of many (mapping of a resolved config, world) pairs; run by `run_world`."""
-    from moe_train.backend.cpu.backend import HostBackend
+    from moe_train.backend.cpu.backend import CpuBackend
     from moe_train.parallel.sizes import layout_of
 
     said: list[str] = []
@@ -183,6 +183,6 @@ def refusals(rank: int, one: int, drawn: list[tuple[dict[str, Any], int]]) -> li
         config, faults = from_mapping(Config, mapping)
         assert not faults
         if not said:
-            HostBackend(config.backend).prepare()
+            CpuBackend(config.backend).prepare()
         said.append(refusal(config, layout_of(config, world)))
     return said

@@ -102,11 +102,11 @@ def host_collective() -> None:
 
 
 def wrong_device() -> None:
-    """A second half's thread that does not take the rank's device."""
+    """A second slot's thread that does not take the rank's device."""
     import contextlib
 
-    from moe_train.backend import threads
-    from moe_train.train import interleave as turns
+    from moe_train.backend import device as threads
+    from moe_train.model.span import interleave as turns
 
     turns.select_device = lambda device: None  # type: ignore[attr-defined]
     threads.ThreadState.entered = lambda self: contextlib.nullcontext()  # type: ignore[method-assign,assignment,return-value]

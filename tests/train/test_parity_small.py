@@ -16,7 +16,7 @@ from tests.support.document import document
 
 DOCS = Path(__file__).parents[2] / "docs" / "parity.md"
 CONDITIONS = (
-    "fp32, 4 layers, 8 experts, 256 tokens a step of the embedded corpus, 20 steps, host backend, "
+    "fp32, 4 layers, 8 experts, 256 tokens a step of the embedded corpus, 20 steps, CPU backend, "
     "against the single process with the same global batch."
 )
 HEAD = [

@@ -12,7 +12,7 @@ from tests.train.test_parity_small import DOCS, HEAD, row
 
 CONDITIONS = (
     "fp32, the twin (16 layers, 64 experts) as it is configured, 1024 tokens a step of the "
-    "embedded corpus, 20 steps, host backend, against the single process with the same global "
+    "embedded corpus, 20 steps, CPU backend, against the single process with the same global "
     "batch."
 )
 pytestmark = [pytest.mark.world, pytest.mark.full, pytest.mark.timeout(3000)]

@@ -1,4 +1,4 @@
-"""The host backend: CPU tensors, gloo, Megatron patched where it asks for CUDA."""
+"""The CPU backend: CPU tensors, gloo, Megatron patched where it asks for CUDA."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
 
 
-class HostBackend:
+class CpuBackend:
     """See :class:`moe_train.backend.protocol.Backend`."""
 
-    name = "host"
+    name = "cpu"
     communication = "gloo"
 
     def __init__(self, config: BackendConfig) -> None:
@@ -44,7 +44,7 @@ class HostBackend:
         patches.apply_missing_te()
 
     def spec_provider(self) -> BackendSpecProvider:
-        """Host modules."""
+        """Modules on torch's kernels."""
         from moe_train.backend.torch_kernels.provider import TorchSpecProvider
 
         return TorchSpecProvider()
@@ -69,7 +69,7 @@ class HostBackend:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def synchronize(self) -> None:
-        """Host work is in order."""
+        """CPU work is done when it returns."""
 
     def optimizer_construction(self) -> contextlib.AbstractContextManager[None]:
         """Let OptimizerConfig find a FusedAdam: ours."""

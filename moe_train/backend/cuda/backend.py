@@ -84,7 +84,7 @@ class CudaBackend:
     def optimizer_overrides(self) -> dict[str, Any]:
         """Offloading means all of the state: Megatron's dataclass would offload a share of 0.
 
-        Master weights are stored whole, as on the host: of 16-bit remainders, which Megatron
+        Master weights are stored whole, as on a CPU: of 16-bit remainders, which Megatron
         stores by default, a checkpoint could not make a master weight again.
         """
         return {"optimizer_offload_fraction": 1.0, "store_param_remainders": False}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from moe_train.measure.dryrun.prepare import enough_microbatches, first_of_stages, host_backend
+from moe_train.measure.dryrun.prepare import cpu_backend, enough_microbatches, first_of_stages
 from moe_train.measure.dryrun.report import activation_difference, difference, planned
 from moe_train.planner.memory.stages import GB
 from moe_train.planner.resolution import resolve_run
@@ -70,7 +70,7 @@ def rows(reading: str, policy: str) -> list[Row]:
     """Every stage of a layout, by tag, under a recomputation."""
     overrides, world = READINGS[reading]
     resolved = resolve_run([*overrides, f"recompute.layers={policy}"], world)
-    layout, backend = resolved.layout, host_backend(resolved.config)
+    layout, backend = resolved.layout, cpu_backend(resolved.config)
 
     # Megatron's modules come only after the host is prepared for them.
     from moe_train.measure.dryrun.rank import dry_run

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from numpy.typing import NDArray
 
-from moe_train.model.span.exchange import FORWARD, Span
+from moe_train.model.span.dispatcher import FORWARD, CrossStageDispatcher
 from moe_train.model.span.layer import SpanMoELayer
 
 Counts = NDArray[np.int64]
@@ -46,7 +46,9 @@ def known_routing(rows: int, imbalance: float) -> Iterator[None]:
     with (
         mock.patch.object(MoEAlltoAllTokenDispatcher, "preprocess", _preprocess(imbalance)),
         mock.patch.object(SpanMoELayer, "_counts", _own_counts),
-        mock.patch.object(Span, "exchange_counts", _exchange_counts(rows, imbalance)),
+        mock.patch.object(
+            CrossStageDispatcher, "exchange_counts", _exchange_counts(rows, imbalance)
+        ),
     ):
         yield
 
@@ -91,7 +93,7 @@ def _exchange_counts(rows: int, imbalance: float) -> Callable[..., tuple[list[in
         sent = [0] * ranks
         if counts is not None:
             sent = counts.reshape(ranks, experts).sum(axis=1).tolist()
-        active = [source // self.tensor in self._halves[FORWARD].active for source in range(ranks)]
+        active = [source // self.tensor in self._slots[FORWARD].active for source in range(ranks)]
         received = [round(rows * imbalance / ranks) if busy else 0 for busy in active]
         return sent, _spread(received, experts)
 

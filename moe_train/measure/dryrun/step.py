@@ -17,8 +17,8 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from moe_train.measure.dryrun.tracker import GRADIENTS, OPTIMIZER, WEIGHTS, MemoryTracker, Peak
-from moe_train.model.span.exchange import Span
-from moe_train.train import span_schedule
+from moe_train.model.span import schedule as span_schedule
+from moe_train.model.span.dispatcher import CrossStageDispatcher
 from moe_train.train.engine import Engine
 from moe_train.train.forward import MicroBatch
 from moe_train.train.step import apply_update, schedule_arguments
@@ -116,11 +116,13 @@ def _phases(engine: Engine, tracker: MemoryTracker) -> Iterator[None]:
 
         return step
 
-    begin = Span.begin
+    begin = CrossStageDispatcher.begin
 
-    def serve(self: Span, tick: int, active: Any, *, backward: bool, keep: bool) -> None:
+    def serve(
+        self: CrossStageDispatcher, tick: int, active: Any, *, backward: bool, save: bool
+    ) -> None:
         tracker.phase, tracker.module = f"tick {tick}, serving", ""
-        begin(self, tick, active, backward=backward, keep=keep)
+        begin(self, tick, active, backward=backward, save=save)
 
     with contextlib.ExitStack() as stack:
         for module in (schedules, span_schedule):
@@ -129,7 +131,7 @@ def _phases(engine: Engine, tracker: MemoryTracker) -> Iterator[None]:
                 stack.enter_context(
                     mock.patch.object(module, name, named(kind, getattr(module, name)))
                 )
-        stack.enter_context(mock.patch.object(Span, "begin", serve))
+        stack.enter_context(mock.patch.object(CrossStageDispatcher, "begin", serve))
         yield
 
 

@@ -115,6 +115,7 @@ def fake_chunks(run: ResolvedRun, backend: Backend) -> list[GPTModel]:
     with unset_fake_temporarily():
         engines.seed_everything(config.run.seed)
     megatron = transformer_config(config, backend)
+    span = engines.build_dispatcher(config, megatron, backend, groups) if run.layout.span else None
     return build.build_chunks(
         config,
         megatron,
@@ -122,7 +123,7 @@ def fake_chunks(run: ResolvedRun, backend: Backend) -> list[GPTModel]:
         groups,
         padded_vocab=run.padded_vocab,
         recomputed=config.recomputed_layers,
-        span=engines.open_span(config, megatron, backend, groups) if run.layout.span else None,
+        cross_stage=span,
     )
 
 

@@ -1,4 +1,4 @@
-"""Megatron's MoE layer with the spanning exchange in place of its token dispatcher."""
+"""Megatron's MoE layer with the cross-stage dispatcher in place of its token dispatcher."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_capacity, permute, unpermute
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moe_train.model.span.exchange import Exchange, Span
+from moe_train.model.span.dispatcher import CrossStageDispatcher, DispatchAndCombine
 from moe_train.model.span.experts import SpanExperts
 
 
 class SpanMoELayer(MoELayer):
-    """Stock router, permutation, shared experts and auxiliary losses around the exchange."""
+    """Megatron's router, permutation, shared experts and auxiliary losses around the dispatcher."""
 
     def __init__(
         self,
@@ -25,27 +25,27 @@ class SpanMoELayer(MoELayer):
         layer_number: int | None = None,
         pg_collection: Any = None,
         *,
-        span: Span,
+        dispatcher: CrossStageDispatcher,
         **kwargs: Any,
     ) -> None:
         groups = copy.copy(pg_collection)
-        groups.ep = span.group
+        groups.ep = dispatcher.group
         submodules = copy.copy(submodules)
         submodules.experts = partial(
             SpanExperts,
             builder=submodules.experts,
-            stages=span.stages,
-            recompute=span.recompute,
+            stages=dispatcher.stages,
+            recompute=dispatcher.recompute,
         )
         super().__init__(config, submodules, layer_number, groups, **kwargs)
-        self.span = span
+        self.dispatcher = dispatcher
         self.local_layer = -1
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Learn the 1-based global layer number; Megatron tells it after construction."""
+        """Set the 1-based global layer number; Megatron calls this after construction."""
         super().set_layer_number(layer_number)
-        self.local_layer = (layer_number - 1) % (self.config.num_layers // self.span.stages)
-        self.span.register(self.local_layer, self.experts.host)
+        self.local_layer = (layer_number - 1) % (self.config.num_layers // self.dispatcher.stages)
+        self.dispatcher.register(self.local_layer, self.experts.local)
 
     def forward(
         self,
@@ -59,8 +59,8 @@ class SpanMoELayer(MoELayer):
         shape = hidden_states.shape
         tokens = hidden_states.view(-1, shape[-1])
         padded = bool(self.config.moe_pad_expert_input_to_capacity)
-        # Counts first: with them the number of rows is known on the host, dropped ones included.
-        counts = self.span.counts(self.local_layer, self._counts(routing_map, padded))
+        # Counts first: they give the number of rows to permute, without those that are dropped.
+        counts = self.dispatcher.counts(self.local_layer, self._counts(routing_map, padded))
         routed, routed_probs, order, _, _ = permute(
             tokens,
             routing_map,
@@ -76,9 +76,9 @@ class SpanMoELayer(MoELayer):
             with torch.set_grad_enabled(grad):
                 shared.append(self.shared_experts_compute(hidden_states))
 
-        meanwhile = shared_experts if self.use_shared_expert else None
-        result = Exchange.apply(
-            self.span, self.local_layer, counts, routed, routed_probs, meanwhile
+        overlapped = shared_experts if self.use_shared_expert else None
+        result = DispatchAndCombine.apply(
+            self.dispatcher, self.local_layer, counts, routed, routed_probs, overlapped
         )
         output = unpermute(
             result,

@@ -34,7 +34,7 @@ def _megatron(s: Subject) -> float:
 
 @quantity("feature.expert_parallel", "yes/no", "experts over stages are this project's own module")
 def _experts(s: Subject) -> float:
-    return _module("moe_train.model.span.exchange") if s.layout.span else 1.0
+    return _module("moe_train.model.span.dispatcher") if s.layout.span else 1.0
 
 
 @quantity("feature.nccl", "yes/no", "NCCL settings are part of the config")

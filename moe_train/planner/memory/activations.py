@@ -79,8 +79,8 @@ def span_terms(z: Shapes) -> list[Term]:
     """
     packed = z.R * z.packed_row
     return [
-        Term("received rows", packed if z.t > 1 else 4 * z.R, "R w", "model/span/hosting"),
-        Term("expert results", z.R * z.H * z.b, "R H b", "model/span/hosting"),
+        Term("received rows", packed if z.t > 1 else 4 * z.R, "R w", "model/span/experts"),
+        Term("expert results", z.R * z.H * z.b, "R H b", "model/span/experts"),
     ]
 
 

@@ -36,7 +36,7 @@ class Phase(NamedTuple):
     terms: tuple[Term, ...]
 
 
-HOSTING = "model/span/hosting, torch's kernels"
+HOSTING = "model/span/experts, torch's kernels"
 INPUT_TWICE = "layer input, counted already"
 """Name of the term that takes back what a recomputed layer keeps in any case."""
 

@@ -1,12 +1,13 @@
-"""Two halves of a tick that take turns: one computes while the other's exchange is under way.
+"""Interleaves the two slots of a tick: one computes while the other's all-to-all is under way.
 
-Only one of the two threads runs at any time, and they change places only where a half has started
-an all-to-all. Every rank of a replica passes the same places in the same order, so all of them
-issue all their collectives in one order, as they do without turns.
+Only one of the two threads runs at any time, and control passes to the other only where a slot has
+started an all-to-all. Every rank of a replica passes the same points in the same order, so all of
+them issue their collectives in one order, as they do without interleaving.
 
-The second half has one thread for the whole life of the schedule: what libraries keep by thread
-(device context, handles, workspaces) is made once. It selects the rank's device before anything
-else, and runs each half with the stream, gradient mode and autocast of the first half's thread.
+The second slot has one thread for the whole life of the schedule, so that what libraries keep by
+thread (device context, handles, workspaces) is created once. It selects the rank's device before
+anything else, and runs each slot with the stream, gradient mode and autocast of the first slot's
+thread.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from queue import SimpleQueue
 
 import torch
 
-from moe_train.backend.threads import ThreadState, select_device
+from moe_train.backend.device import ThreadState, select_device
 
 
-class Abandoned(Exception):
-    """The other half failed; this one cannot go on. Never the failure that is reported."""
+class OtherSlotFailed(Exception):
+    """The other slot failed, so this one cannot go on. Never the failure that is reported."""
 
 
-class Turns:
-    """Pairs of halves, one after the other; of each pair 0 begins.
+class Handoff:
+    """Runs pairs of slots, 0 and 1, in two threads that pass control to each other.
 
     Args:
         device: the rank's, on which both threads compute.
@@ -50,7 +51,7 @@ class Turns:
         if self._thread is None:
             # It ends with this object, or as a daemon with the process.
             self._thread = threading.Thread(
-                target=_serve, args=(self._device, self._work), name="second half", daemon=True
+                target=_serve, args=(self._device, self._work), name="second slot", daemon=True
             )
             self._thread.start()
             weakref.finalize(self, self._work.put, None)
@@ -59,33 +60,33 @@ class Turns:
 
         def other() -> None:
             try:
-                self._half(1, second, state)
+                self._slot(1, second, state)
             finally:
                 done.set()
 
         self._work.put(other)
-        self._half(0, first)
+        self._slot(0, first)
         done.wait()
         if self._failures:
             raise self._failures[0]
 
-    def give(self, half: int) -> None:
-        """Let the other half run until it gives its turn back or ends.
+    def switch(self, slot: int) -> None:
+        """Called by ``slot``: let the other one run until it switches back or ends.
 
         Raises:
-            Abandoned: the other half failed.
+            OtherSlotFailed: the other slot failed.
         """
         with self._change:
-            if not self._over[1 - half]:
-                self._turn = 1 - half
+            if not self._over[1 - slot]:
+                self._turn = 1 - slot
                 self._change.notify()
-                self._change.wait_for(lambda: self._turn == half)
+                self._change.wait_for(lambda: self._turn == slot)
             if self._failures:
-                raise Abandoned
+                raise OtherSlotFailed
 
-    def _half(self, half: int, work: Callable[[], None], state: ThreadState | None = None) -> None:
+    def _slot(self, slot: int, work: Callable[[], None], state: ThreadState | None = None) -> None:
         with self._change:
-            self._change.wait_for(lambda: self._turn == half)
+            self._change.wait_for(lambda: self._turn == slot)
         try:
             if not self._failures:
                 if state is None:
@@ -97,15 +98,15 @@ class Turns:
             self._failures.append(failure)
         finally:
             with self._change:
-                self._over[half] = True
-                self._turn = 1 - half
+                self._over[slot] = True
+                self._turn = 1 - slot
                 self._change.notify()
 
 
 def _serve(device: torch.device, work: SimpleQueue[Callable[[], None] | None]) -> None:
-    """The second half's thread."""
+    """Main function of the second slot's thread."""
     select_device(device)
-    while (half := work.get()) is not None:
-        half()
-        # A half holds a flush, and the flush activations: keep none while waiting for the next.
-        del half
+    while (slot := work.get()) is not None:
+        slot()
+        # A slot refers to a flush, and that to activations: hold none while waiting for the next.
+        del slot

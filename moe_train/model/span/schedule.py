@@ -1,13 +1,15 @@
-"""The tick-aligned 1F1B schedule that ``placement=span`` runs on (see parallel/ticks.py).
+"""Pipeline schedule of ``placement=span``: 1F1B in ticks that all stages enter together.
 
-It has the signature of Megatron's schedules and uses their forward and backward steps, so that
-loss scaling, auxiliary-loss scaling and gradient finalisation are Megatron's own.
+A tick has a forward and a backward slot (`moe_train.parallel.ticks`). The schedule has the
+signature of Megatron's and uses their forward and backward steps, so that loss scaling,
+auxiliary-loss scaling and gradient finalisation are Megatron's own.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,14 +22,13 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_step,
 )
 
-from moe_train.model.span.exchange import Span
+from moe_train.model.span.dispatcher import CrossStageDispatcher
+from moe_train.model.span.interleave import Handoff
 from moe_train.parallel.ticks import Tick, ticks
-from moe_train.train.interleave import Turns
-from moe_train.train.tracing import Tracer
 
 
 class Edge:
-    """Sends to one neighbour and receives from the other, one message in flight each way.
+    """Point-to-point messages to one neighbour and from the other, one in flight each way.
 
     Args:
         group: the pipeline group.
@@ -44,22 +45,22 @@ class Edge:
         self._pending: list[Any] = []
         self._outgoing: torch.Tensor | None = None
 
-    def post(self, half: Mapping[int, int], outgoing: torch.Tensor | None) -> None:
-        """Start this half's messages.
+    def start(self, slot: Mapping[int, int], outgoing: torch.Tensor | None) -> None:
+        """Start the sends and receives that follow a slot.
 
         Args:
-            half: the active stages; what they computed goes to their neighbours.
+            slot: micro-batches by active stage; what they computed goes to their neighbours.
             outgoing: this stage's message, if it was active.
         """
-        self.settle()
+        self.wait()
         stage, stages = self._group.rank(), self._group.size()
         operations = []
-        if stage in half and 0 <= stage + self._step < stages:
+        if stage in slot and 0 <= stage + self._step < stages:
             assert outgoing is not None
             self._outgoing = outgoing.contiguous()
             peer = dist.get_global_rank(self._group, stage + self._step)
             operations.append(dist.P2POp(dist.isend, self._outgoing, peer, self._group))
-        if stage - self._step in half:
+        if stage - self._step in slot:
             self._received = torch.empty(
                 self._shape, dtype=self._dtype, device=self._device, requires_grad=True
             )
@@ -68,13 +69,13 @@ class Edge:
         if operations:
             self._pending = dist.batch_isend_irecv(operations)
 
-    def take(self) -> torch.Tensor | None:
-        """The message of the neighbour's last half, or None at the end of the pipeline."""
-        self.settle()
+    def receive(self) -> torch.Tensor | None:
+        """The message of the neighbour's last slot, or None at the end of the pipeline."""
+        self.wait()
         received, self._received = self._received, None
         return received
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for the messages in flight."""
         for work in self._pending:
             work.wait()
@@ -83,28 +84,34 @@ class Edge:
 
 @dataclass
 class FlushCounts:
-    """What one flush did on one rank."""
+    """Slots of one pipeline flush on one rank."""
 
-    forward_halves: int = 0
-    backward_halves: int = 0
-    most_held: int = 0
-    """Most micro-batches whose activations were held at once."""
+    forward_slots: int = 0
+    backward_slots: int = 0
+    most_in_flight: int = 0
+    """Largest number of micro-batches that were forwarded and not yet backward."""
 
 
 class SpanSchedule:
     """Callable with the signature of Megatron's schedules.
 
     Args:
-        span: the exchange that the model's layers use.
+        dispatcher: of the model's layers.
         groups: Megatron's process groups.
-        tracer: is told of the halves in which this stage serves the others.
+        region: ``region(name, category, **facts)`` is entered for every slot in which this stage
+            only runs its experts for the others.
     """
 
-    def __init__(self, span: Span, groups: Any, tracer: Tracer) -> None:
-        self.span, self.groups, self.tracer = span, groups, tracer
+    def __init__(
+        self,
+        dispatcher: CrossStageDispatcher,
+        groups: Any,
+        region: Callable[..., AbstractContextManager[Any]],
+    ) -> None:
+        self.dispatcher, self.groups, self.region = dispatcher, groups, region
         self.stage: int = groups.pp.rank()
         self.counts = FlushCounts()
-        self._turns = Turns(span.device)
+        self._handoff = Handoff(dispatcher.device)
 
     def __call__(
         self,
@@ -129,20 +136,19 @@ class SpanSchedule:
             num_microbatches,
             config=flush.config,
             cp_group_size=self.groups.cp.size(),
-            is_last_stage=self.stage == self.span.stages - 1,
+            is_last_stage=self.stage == self.dispatcher.stages - 1,
         )
         losses: list[Any] = []
-        halves = ticks(
-            self.span.stages,
+        for tick in ticks(
+            self.dispatcher.stages,
             num_microbatches,
             forward_only=forward_only,
-            delay=int(self.span.overlap),
-        )
-        for tick in halves:
-            forward = partial(flush.forward_half, tick, step, losses)
-            backward = partial(flush.backward_half, tick)
-            if self.span.overlap and tick.forward and tick.backward:
-                self._side_by_side(forward, backward)
+            delay=int(self.dispatcher.overlap),
+        ):
+            forward = partial(flush.forward_slot, tick, step, losses)
+            backward = partial(flush.backward_slot, tick)
+            if self.dispatcher.overlap and tick.forward and tick.backward:
+                self._interleave(forward, backward)
                 continue
             if tick.forward:
                 forward()
@@ -153,16 +159,16 @@ class SpanSchedule:
             flush.config.finalize_model_grads_func([chunk], None, pg_collection=self.groups)
         return losses
 
-    def _side_by_side(self, forward: Callable[[], None], backward: Callable[[], None]) -> None:
-        self.span.yield_turn = self._turns.give
+    def _interleave(self, forward: Callable[[], None], backward: Callable[[], None]) -> None:
+        self.dispatcher.switch = self._handoff.switch
         try:
-            self._turns.run(forward, backward)
+            self._handoff.run(forward, backward)
         finally:
-            self.span.yield_turn = None
+            self.dispatcher.switch = None
 
 
 class _Flush:
-    """The state of one flush: messages in flight and micro-batches held."""
+    """One pipeline flush: messages and micro-batches in flight."""
 
     def __init__(
         self,
@@ -172,55 +178,58 @@ class _Flush:
         micro_batch_size: int,
         forward_only: bool,
     ) -> None:
-        self.span, self.stage, self.tracer = schedule.span, schedule.stage, schedule.tracer
+        self.dispatcher, self.stage = schedule.dispatcher, schedule.stage
+        self.region = schedule.region
         config: Any = chunk.config
         self.config = config
         self.forward_only = forward_only
         self.counts = FlushCounts()
         groups = schedule.groups
         shape = (seq_length // groups.tp.size(), micro_batch_size, config.hidden_size)
-        dtype, device = config.pipeline_dtype, self.span.device
+        dtype, device = config.pipeline_dtype, self.dispatcher.device
         self._activations = Edge(groups.pp, +1, shape, dtype, device)
         self._gradients = Edge(groups.pp, -1, shape, dtype, device)
-        self._held: deque[tuple[torch.Tensor | None, torch.Tensor]] = deque()
+        self._in_flight: deque[tuple[torch.Tensor | None, torch.Tensor]] = deque()
 
-    def forward_half(self, tick: Tick, step: Any, losses: list[Any]) -> None:
-        """Compute this stage's micro-batch, or serve its experts to the others."""
-        self.span.begin(tick.number, tick.forward, backward=False, keep=not self.forward_only)
-        self.counts.forward_halves += 1
+    def forward_slot(self, tick: Tick, step: Any, losses: list[Any]) -> None:
+        """Forward pass of this stage's micro-batch, or of the local experts for other stages."""
+        self.dispatcher.begin(tick.number, tick.forward, backward=False, save=not self.forward_only)
+        self.counts.forward_slots += 1
         output = None
         if self.stage in tick.forward:
             if not self.forward_only:
-                self.counts.most_held = max(self.counts.most_held, len(self._held) + 1)
-            received = self._activations.take()
+                self.counts.most_in_flight = max(
+                    self.counts.most_in_flight, len(self._in_flight) + 1
+                )
+            received = self._activations.receive()
             output, _ = step(input_tensor=received, forward_data_store=losses)
             if not self.forward_only:
-                self._held.append((received, output))
+                self._in_flight.append((received, output))
         else:
-            with self.tracer.region("serve", "serve", tick=tick.number):
-                for layer in range(self.span.layers):
-                    self.span.forward(layer)
-        self._activations.post(tick.forward, output)
+            with self.region("serve", "serve", tick=tick.number):
+                for layer in range(self.dispatcher.layers):
+                    self.dispatcher.forward(layer)
+        self._activations.start(tick.forward, output)
 
-    def backward_half(self, tick: Tick) -> None:
-        """The same for the micro-batch whose turn it is to go back."""
-        self.span.begin(tick.number, tick.backward, backward=True, keep=False)
-        self.counts.backward_halves += 1
+    def backward_slot(self, tick: Tick) -> None:
+        """Backward pass of this stage's micro-batch, or of the local experts for other stages."""
+        self.dispatcher.begin(tick.number, tick.backward, backward=True, save=False)
+        self.counts.backward_slots += 1
         gradient = None
         if self.stage in tick.backward:
-            received, output = self._held.popleft()
-            incoming = self._gradients.take()
+            received, output = self._in_flight.popleft()
+            incoming = self._gradients.receive()
             deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
             gradient = backward_step(received, output, incoming, self.config)
         else:
-            with self.tracer.region("serve", "serve", tick=tick.number):
-                for layer in reversed(range(self.span.layers)):
-                    self.span.backward(layer)
-        self._gradients.post(tick.backward, gradient)
+            with self.region("serve", "serve", tick=tick.number):
+                for layer in reversed(range(self.dispatcher.layers)):
+                    self.dispatcher.backward(layer)
+        self._gradients.start(tick.backward, gradient)
 
     def close(self) -> None:
-        """Wait for the last messages; everything held must have been used."""
-        self._activations.settle()
-        self._gradients.settle()
-        assert not self._held
-        self.span.end()
+        """Wait for the last messages; every micro-batch must have gone backward."""
+        self._activations.wait()
+        self._gradients.wait()
+        assert not self._in_flight
+        self.dispatcher.end()
