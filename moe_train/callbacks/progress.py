@@ -6,13 +6,13 @@ import logging
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from moe_train.callbacks.recorders import MetricsRecorder
-from moe_train.callbacks.summary import render_summary
+from moe_train.callbacks.summary import summary_rows
 from moe_train.train.callback import (
     Callback,
     EndEvent,
@@ -27,50 +27,41 @@ SMOOTHING = 0.1
 
 
 class ConsoleProgress(Callback):
-    """Losses and speed on the console while the run goes on, a summary at its end (rank 0).
+    """Losses and speed while the run goes on, a summary at its end (rank 0).
+
+    Lines are log records, which the rank's log file gets in every mode; ``extra`` says whether the
+    console shows them too.
 
     Args:
         mode: ``log.console``: auto (bar on a terminal, else lines) | bar | lines | none.
         log_every: steps between two lines; the bar moves at every step.
         metrics: gives the summary, and comes before this one in the list.
-        stream: where to write; standard output by default.
     """
 
-    def __init__(
-        self,
-        mode: str,
-        log_every: int = 1,
-        metrics: MetricsRecorder | None = None,
-        stream: TextIO | None = None,
-    ) -> None:
-        self._stream, self.metrics = stream or sys.stdout, metrics
-        if mode == "auto":
-            mode = "bar" if self._stream.isatty() else "lines"
+    def __init__(self, mode: str, log_every: int, metrics: MetricsRecorder) -> None:
         self.mode = mode
-        self._every = max(1, log_every)
-        self._console = Console(file=self._stream, force_terminal=True if mode == "bar" else None)
+        if mode == "auto":
+            self.mode = "bar" if sys.stdout.isatty() else "lines"
+        self._every, self._metrics = max(1, log_every), metrics
         self._bar: Progress | None = None
-        self._total = 0
-        self._steps = 0
-        self._seconds = 0.0
+        self._steps, self._seconds = 0, 0.0
 
     def on_start(self, event: StartEvent) -> None:
         """Show the bar."""
         self._total = event.steps
-        if self.mode != "bar":
-            return
-        self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}"),
-            console=self._console,
-            expand=True,
-        )
-        self._task = self._bar.add_task(
-            "train", total=event.steps, completed=event.step, figures=""
-        )
-        self._bar.start()
+        if self.mode == "bar":
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[figures]}"),
+                console=Console(force_terminal=True),
+                expand=True,
+            )
+            self._task = self._bar.add_task(
+                "train", total=event.steps, completed=event.step, figures=""
+            )
+            self._bar.start()
 
     def on_step(self, event: StepEvent) -> None:
         """Show the step's figures and the remaining time."""
@@ -86,7 +77,8 @@ class ConsoleProgress(Callback):
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
         if step % self._every == 0 or step == self._total:
-            self.message(f"step {step}/{self._total}  {figures}", shown=self._bar is None)
+            shown = {"console": self.mode == "lines"}
+            LOGGER.info("step %d/%d  %s", step, self._total, figures, extra=shown)
 
     def on_validation(self, event: ValidationEvent) -> None:
         """Show the validation loss and, where known, the unigram entropy of the same tokens, which
@@ -94,23 +86,21 @@ class ConsoleProgress(Callback):
         text = f"step {event.step}  validation loss {event.record['valid_loss']:.4f}"
         if (entropy := event.record.get("unigram_entropy")) is not None:
             text += f"  (unigram entropy {entropy:.4f})"
-        self.message(text)
-
-    def message(self, text: str, shown: bool = True) -> None:
-        """Log a line of text and, where ``shown``, print it; above the bar where there is one."""
-        LOGGER.info(text, extra={"console": False})
-        if shown and self.mode != "none":
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        # The bar stays below what the console prints.
+        LOGGER.info(text, extra={"console": self.mode != "none"})
 
     def on_end(self, event: EndEvent) -> None:
         """Close the bar and show the summary of a finished run."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        summary = self.metrics.summary if self.metrics else None
-        if summary is not None and self.mode != "none":
-            render_summary(summary, self._console)
-            self._stream.flush()
+        if self._metrics.summary is None:
+            return
+        rows = summary_rows(self._metrics.summary)
+        width = max(len(label) for label, _ in rows)
+        for label, value in rows:
+            # On one line each, so that long folder names can be copied.
+            LOGGER.info(f"{label:<{width}}  {value}", extra={"console": self.mode != "none"})
 
 
 def step_figures(record: Mapping[str, Any]) -> str:

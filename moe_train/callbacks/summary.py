@@ -9,9 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -84,25 +81,6 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
     rows.append(("wall time", str(timedelta(seconds=round(summary.wall_seconds)))))
     rows.append(("run folder", str(summary.run_folder)))
     return rows
-
-
-def render_summary(summary: RunSummary, console: Console) -> None:
-    """Print the summary: a table on a terminal, aligned plain lines elsewhere."""
-    rows = summary_rows(summary)
-    if not console.is_terminal:
-        width = max(len(label) for label, _ in rows)
-        for label, value in rows:
-            # Long folder names must stay whole, so that they can be copied.
-            console.print(
-                f"{label:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True
-            )
-        return
-    table = Table(show_header=False, title="moe_train")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def _median(records: list[Mapping[str, Any]], field: str) -> float | None:

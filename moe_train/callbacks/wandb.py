@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import netrc
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from moe_train.errors import ConfigError
 from moe_train.run_folder.folder import RunFolder
 from moe_train.train.callback import Callback, EndEvent, StartEvent, StepEvent
 
+LOGGER = logging.getLogger(__name__)
 FINISH_SECONDS = 10.0
 DEFAULT_URL = "https://api.wandb.ai"
 
@@ -38,7 +40,6 @@ class WandbFollower(Callback):
         mode: ``log.wandb``: auto (online with a key, else offline) | online | offline | disabled.
         project: of the W&B run, whose name is the run folder's.
         config: the resolved configuration.
-        warn: called with each message about what W&B does not do.
         metrics: gives the summary, and comes before this one in the list.
     """
 
@@ -49,11 +50,10 @@ class WandbFollower(Callback):
         project: str,
         folder: RunFolder,
         config: Mapping[str, Any],
-        warn: Callable[[str], None],
-        metrics: MetricsRecorder | None = None,
+        metrics: MetricsRecorder,
     ) -> None:
         self._mode, self._project, self._folder, self._config = mode, project, folder, config
-        self._metrics, self._warn = metrics, lambda message: warn(f"W&B: {message}")
+        self._metrics = metrics
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
 
@@ -62,7 +62,7 @@ class WandbFollower(Callback):
         mode = self._mode
         if mode == "auto":
             if not installed():
-                self._warn(
+                _warn(
                     "wandb is not installed, so log.wandb=auto copies nothing; metrics.jsonl has "
                     "everything (log.wandb=disabled hides this line)"
                 )
@@ -72,7 +72,7 @@ class WandbFollower(Callback):
             return
         elif mode == "online" and not has_key():
             # W&B would stop to ask for a key on the terminal of the run.
-            self._warn("log.wandb=online, but no key is configured: the copy is kept offline")
+            _warn("log.wandb=online, but no key is configured: the copy is kept offline")
             mode = "offline"
         start = {
             "mode": mode,
@@ -108,7 +108,7 @@ class WandbFollower(Callback):
         process = self._process
         if process is None:
             return
-        summary = asdict(self._metrics.summary) if self._metrics and self._metrics.summary else {}
+        summary = asdict(self._metrics.summary) if self._metrics.summary else {}
         summary.pop("run_folder", None)
         end = {"exit_code": int(event.state == "failed"), "summary": summary}
         assert process.stdin is not None
@@ -118,7 +118,7 @@ class WandbFollower(Callback):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(FINISH_SECONDS)
         if self._pass_messages():
-            self._warn(
+            _warn(
                 f"did not finish within {FINISH_SECONDS:g} s and was ended; `wandb sync` on the "
                 "run's wandb folder sends what is missing"
             )
@@ -137,13 +137,17 @@ class WandbFollower(Callback):
             self._unread += os.read(process.stdout.fileno(), 1 << 16)
         *lines, self._unread = self._unread.split(b"\n")
         for line in lines:
-            self._warn(line.decode())
+            _warn(line.decode())
         if code is None:
             return True
         self._process = None
         if code not in (0, 1):
-            self._warn("its process ended unexpectedly; metrics.jsonl has everything")
+            _warn("its process ended unexpectedly; metrics.jsonl has everything")
         return False
+
+
+def _warn(message: str) -> None:
+    LOGGER.warning("W&B: %s", message)
 
 
 def installed() -> bool:

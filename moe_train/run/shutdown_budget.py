@@ -52,7 +52,7 @@ class ShutdownBudget:
             return
         self._warned = True
         self._warn(
-            f"warning: a checkpoint cannot finish within the {self._seconds:.0f} s that the "
+            f"a checkpoint cannot finish within the {self._seconds:.0f} s that the "
             f"launcher allows after SIGTERM: it may take {total:.1f} s ({name} {before:.1f} s, "
             f"then the checkpoint {save_seconds:.1f} s), and steps since the last checkpoint would "
             f"be lost. Raise {TIMEOUT}, and let the scheduler send its signal earlier"

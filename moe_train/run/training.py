@@ -81,12 +81,9 @@ def training_loop(
             entropy = dataset_entropy(
                 datasets.valid, config.train.eval_batches * session.run.sequences
             )
-    console = ConsoleProgress(
-        config.log.console if session.rank == 0 else "none", config.train.log_every
-    )
-    built_in = build_callbacks(session, folder, state, console, begin)
-    listening = stack.enter_context(CallbackList([*built_in, *callbacks]))
-    listening.on_start(StartEvent(start, session.rank, session.run, folder.path))
+    built_in = build_callbacks(session, folder, state, begin)
+    together = stack.enter_context(CallbackList([*built_in, *callbacks]))
+    together.on_start(StartEvent(start, session.rank, session.run, folder.path))
 
     def validation() -> list[list[MicroBatch]]:
         same = _source(session, datasets.valid, 0)
@@ -113,11 +110,11 @@ def training_loop(
             device_peak(config) * engine.backend.devices(session.layout.world),
         ),
         unigram_entropy=entropy,
-        callbacks=listening,
+        callbacks=together,
         saver=Saver(session, source),
         signals=signals,
         watchdog=stack.enter_context(watchdog),
-        budget=ShutdownBudget(grace_seconds(), console.message),
+        budget=ShutdownBudget(grace_seconds(), LOGGER.warning),
         non_finite=NonFinitePolicy(
             config.train.non_finite,
             config.train.non_finite_limit,
@@ -127,7 +124,7 @@ def training_loop(
 
 
 def build_callbacks(
-    session: Session, folder: RunFolder, state: RunState, console: ConsoleProgress, begin: float
+    session: Session, folder: RunFolder, state: RunState, begin: float
 ) -> list[Callback]:
     """The built-in callbacks of this rank, in the order in which they are called."""
     config = session.config
@@ -135,19 +132,18 @@ def build_callbacks(
     if config.train.trace:
         callbacks.append(StepTrace(session.engine.tracer, folder.trace, session.layout.tag))
     if session.rank == 0:
-        console.metrics = MetricsRecorder(folder.metrics, begin)
+        metrics = MetricsRecorder(folder.metrics, begin)
         callbacks += [
-            console.metrics,
+            metrics,
             ExpertLoad(folder.tokens),
             StatusWriter(folder.status),
-            console,
+            ConsoleProgress(config.log.console, config.train.log_every, metrics),
             WandbFollower(
                 config.log.wandb,
                 project=config.log.wandb_project,
                 folder=folder,
                 config=to_mapping(config),
-                warn=console.message,
-                metrics=console.metrics,
+                metrics=metrics,
             ),
         ]
     return [*callbacks, GarbageCollection(config.train.gc_every)]

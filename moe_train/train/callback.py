@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe_train.parallel.resolved import ResolvedRun
     from moe_train.train.step import StepResult
 
-logger = logging.getLogger(__name__)
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class CallbackList(Callback):
             if callback.required:
                 raise
             self._failed.add(id(callback))
-            logger.exception(
+            LOGGER.exception(
                 "callback %s failed in %s and is switched off; training continues",
                 type(callback).__name__,
                 hook,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import errno
-import io
+import logging
 import os
 import pty
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TextIO
 
 import pytest
 
-from moe_train.callbacks.progress import ConsoleProgress
+from moe_train.callbacks.progress import ConsoleProgress, step_figures
 from moe_train.callbacks.recorders import MetricsRecorder
 from moe_train.callbacks.summary import RunSummary, summarise, summary_rows
+from moe_train.run.logs import logging_to_console
 from moe_train.train.callback import EndEvent
 from tests.support import events
 
@@ -37,20 +38,24 @@ def summary(entropy: float = 6.25) -> RunSummary:
     )
 
 
-def play(mode: str, log_every: int = 1, stream: TextIO | None = None) -> ConsoleProgress:
+def console(mode: str, log_every: int = 1) -> ConsoleProgress:
     metrics = MetricsRecorder(Path("metrics.jsonl"), 0.0)
     metrics.summary = summary()
-    console = ConsoleProgress(mode, log_every, metrics, stream)
-    console.message("checkpoint [bold] written")
+    return ConsoleProgress(mode, log_every, metrics)
+
+
+def play(mode: str, log_every: int = 1) -> None:
+    """A run whose log goes to this process's console."""
     entropy = {"unigram_entropy": 6.25}
-    events.play(console, [r | entropy if "valid_loss" in r else r for r in RECORDS])
-    return console
+    with logging_to_console():
+        records = [r | entropy if "valid_loss" in r else r for r in RECORDS]
+        events.play(console(mode, log_every), records)
 
 
 def test_lines_on_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    stream = io.StringIO()
-    assert play("auto", 3, stream).mode == "lines"
-    text = stream.getvalue()
+    assert console("auto").mode == "lines"
+    play("auto", 3)
+    text = capsys.readouterr().out
     lines = text.splitlines()
     assert "\x1b" not in text
     # Every third step and the last one.
@@ -59,16 +64,19 @@ def test_lines_on_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "loss 6.0000" in steps[0] and "tokens/s 1,200" in steps[0] and "MFU 40.0%" in steps[0]
     assert "left 0:00:02" in steps[0], "the slow first step must not weigh on the remaining time"
     assert any("validation loss 5.5000" in x and "entropy 6.2500" in x for x in lines)
-    assert "checkpoint [bold] written" in lines, "text is not markup"
     # The folder stays on one line, so that it can be copied.
     assert lines[-1].endswith(str(summary().run_folder))
-    assert capsys.readouterr().out == ""
 
 
-def test_none_is_silent() -> None:
-    stream = io.StringIO()
-    play("none", stream=stream)
-    assert stream.getvalue() == ""
+@pytest.mark.parametrize("mode", ["none", "lines"])
+def test_the_log_file_has_the_lines_in_every_mode(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    events.play(console(mode), RECORDS)
+    assert sum("loss 5.2500" in record.getMessage() for record in caplog.records) == 1
+    play(mode)
+    assert (capsys.readouterr().out == "") is (mode == "none")
 
 
 def seen_on(master: int) -> str:
@@ -92,38 +100,37 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(1) as pool:
         # A terminal takes what is written only while somebody looks.
         looking = pool.submit(seen_on, master)
-        with os.fdopen(slave, "w") as stream:
-            assert play("auto", stream=stream).mode == "bar"
+        with os.fdopen(slave, "w") as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            assert console("auto").mode == "bar"
+            play("auto")
         shown = looking.result()
     os.close(master)
-    assert "4/4" in shown and "loss 5.2500" in shown and "checkpoint [bold] written" in shown
+    assert "4/4" in shown and "loss 5.2500" in shown and "validation loss 6.9000" in shown
     assert "\x1b[?25h" in shown, "the cursor must be shown again"
 
 
-def test_an_interrupted_bar_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_bar_gives_the_terminal_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    stream = io.StringIO()
-    console = ConsoleProgress("bar", stream=stream)
-    console.on_start(events.start(step=2))
-    console.on_end(EndEvent(2, KeyboardInterrupt()))
-    console.on_end(EndEvent(2, KeyboardInterrupt()))
-    assert stream.getvalue().count("\x1b[?25h") == 1
+    bar = console("bar")
+    bar.on_start(events.start(step=2))
+    bar.on_end(EndEvent(2, KeyboardInterrupt()))
+    bar.on_end(EndEvent(2, KeyboardInterrupt()))
+    assert capsys.readouterr().out.count("\x1b[?25h") == 1
 
 
 def test_forced_routing_is_labelled() -> None:
-    stream = io.StringIO()
-    console = ConsoleProgress("lines", stream=stream)
-    console.on_start(events.start())
-    console.on_step(events.step(1, force_balance=True))
-    assert "forced" in stream.getvalue()
+    assert "forced" in step_figures({"loss": 1.0, "force_balance": True})
 
 
-def test_a_resumed_run_counts_the_steps_that_are_left() -> None:
-    stream = io.StringIO()
-    console = ConsoleProgress("lines", stream=stream)
-    console.on_start(events.start(step=7, steps=10))
-    console.on_step(events.step(8, step_seconds=30.0))
-    assert "left 0:01:00" in stream.getvalue()
+def test_a_resumed_run_counts_the_steps_that_are_left(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    resumed = console("lines")
+    resumed.on_start(events.start(step=7, steps=10))
+    resumed.on_step(events.step(8, step_seconds=30.0))
+    assert "left 0:01:00" in caplog.text
 
 
 def test_summary_figures() -> None:

@@ -53,23 +53,25 @@ def init(mode, **options):
 class Bench:
     """A run folder whose metrics.jsonl W&B follows, and everything that was said about it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.folder = path, RunFolder(path)
+    def __init__(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        self.path, self.folder, self._caplog = path, RunFolder(path), caplog
         self.folder.logs.mkdir()
-        self.warnings: list[str] = []
+        self.metrics = MetricsRecorder(self.folder.metrics, 0.0)
 
-    def start(self, mode: str) -> WandbFollower:
+    @property
+    def warnings(self) -> list[str]:
+        return [record.getMessage() for record in self._caplog.records]
+
+    def start(self, mode: str) -> None:
         self.lines = JsonLines(self.folder.metrics, 1 << 40)
         self.follower = WandbFollower(
             mode,
             project="p",
             folder=self.folder,
             config={"model": {"layers": 16}},
-            warn=self.warnings.append,
-            metrics=MetricsRecorder(self.folder.metrics, 0.0),
+            metrics=self.metrics,
         )
         self.follower.on_start(events.start())
-        return self.follower
 
     def log(self, *steps: int, **values: float | str) -> None:
         for step in steps:
@@ -93,14 +95,16 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def bench(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Bench:
     monkeypatch.setenv("SEEN", str(tmp_path / "seen.jsonl"))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    return Bench(tmp_path)
+    return Bench(tmp_path, caplog)
 
 
 @pytest.fixture
@@ -125,10 +129,9 @@ def test_the_real_client_keeps_an_offline_copy(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wandb, "FINISH_SECONDS", 60.0)
-    follower = bench.start("auto")
+    bench.start("auto")
     bench.log(1, 2, 3)
-    assert follower._metrics is not None
-    follower._metrics.summary = summarise(
+    bench.metrics.summary = summarise(
         [{"step": 3, "valid_loss": 0.5}],
         state="finished",
         wall_seconds=1.0,
@@ -244,7 +247,7 @@ def test_a_hung_client_does_not_keep_a_killed_run_alive(
         "from moe_train.callbacks.wandb import WandbFollower\n"
         "from moe_train.run_folder.folder import RunFolder\n"
         f"folder = RunFolder(pathlib.Path({str(bench.path)!r}))\n"
-        "WandbFollower('offline', project='p', folder=folder, config={}, warn=print)"
+        "WandbFollower('offline', project='p', folder=folder, config={}, metrics=None)"
         ".on_start(None)\n"
         "while not (folder.path / 'seen.jsonl').exists(): time.sleep(0.02)\n"
         "raise SystemExit(7)\n"

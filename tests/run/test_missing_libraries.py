@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_train.callbacks.recorders import MetricsRecorder
 from moe_train.callbacks.wandb import WandbFollower, installed
 from moe_train.data.sources import Source, read
 from moe_train.errors import ConfigFaults, DataError
@@ -55,14 +56,15 @@ def test_wandb_by_name_without_the_library_is_refused(
 
 
 def test_wandb_auto_without_the_library_says_so_and_does_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     absent(monkeypatch, "wandb")
-    lines: list[str] = []
     folder = RunFolder(tmp_path)
-    follower = WandbFollower("auto", project="p", folder=folder, config={}, warn=lines.append)
+    metrics = MetricsRecorder(folder.metrics, 0.0)
+    follower = WandbFollower("auto", project="p", folder=folder, config={}, metrics=metrics)
     events.play(follower, [{"step": 1, "loss": 1.0}])
-    assert len(lines) == 1 and "not installed" in lines[0]
+    [record] = caplog.records
+    assert "not installed" in record.getMessage()
     assert not folder.wandb.exists()
 
 
