@@ -1,4 +1,5 @@
-"""trace.json: one step of all ranks in the Trace Event Format (``train.trace=true``)."""
+"""Traces: one step of all ranks for Perfetto (``train.trace``), torch.profiler's own profiles
+(``train.profile_steps``)."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from moe_train.planner.schedule.chrome import Event, process, trace_text
 from moe_train.run_folder.files import write_atomically
-from moe_train.train.callback import Callback, StartEvent, StepEvent
+from moe_train.train.callback import Callback, EndEvent, StartEvent, StepEvent
 from moe_train.train.tracing import Tracer
 
 WARMUP = 2
@@ -63,6 +65,36 @@ class StepTrace(Callback):
             }
             write_atomically(self._path, trace_text(merge(ranks), metadata))
         self._tracer.step, self._tracer.events = None, []
+
+
+class TorchProfiler(Callback):
+    """Profiles steps with torch.profiler, a file a rank: operators, kernels and their overlap.
+
+    Args:
+        steps: how many; they follow a first step, in which much happens for the first time, and
+            one that warms the profiler up.
+        folder: gets ``profile_rank_K.json`` (Chrome's format, for Perfetto).
+    """
+
+    def __init__(self, steps: int, folder: Path) -> None:
+        self._steps, self._folder = steps, folder
+
+    def on_start(self, event: StartEvent) -> None:
+        """Begin with the next step."""
+        path = self._folder / f"profile_rank_{event.rank}.json"
+        self._profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=self._steps, repeat=1),
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+        )
+        self._profiler.start()
+
+    def on_step(self, event: StepEvent) -> None:
+        """A step is done."""
+        self._profiler.step()
+
+    def on_end(self, event: EndEvent) -> None:
+        """Stop; a profile of fewer steps is written too."""
+        self._profiler.stop()
 
 
 def merge(ranks: Sequence[RankTrace]) -> list[Event]:

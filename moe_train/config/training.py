@@ -114,6 +114,9 @@ class TrainConfig:
     """Steps that may be skipped or rolled back in one start of the run; one more stops it."""
     trace: Bool = False
     """Write the second step after a start to the run folder's trace.json, for Perfetto."""
+    profile_steps: NonNegativeInteger = 0
+    """Profile so many steps, from the third after a start on, with torch.profiler: one file a rank
+    in the run folder's logs, for Perfetto."""
     gc_every: NonNegativeInteger = 50
     """Run Python's garbage collector after every so many steps, on all ranks at once; 0 leaves it
     to Python, which pauses each rank at a time of its own."""

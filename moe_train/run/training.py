@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moe_train.callbacks.garbage import GarbageCollection
 from moe_train.callbacks.progress import ConsoleProgress
 from moe_train.callbacks.recorders import ExpertLoad, MetricsRecorder, StatusWriter
-from moe_train.callbacks.trace import StepTrace
+from moe_train.callbacks.trace import StepTrace, TorchProfiler
 from moe_train.callbacks.wandb import WandbFollower
 from moe_train.checkpoint.folders import drop_earlier
 from moe_train.config.schema import to_mapping
@@ -131,6 +131,8 @@ def build_callbacks(
     callbacks: list[Callback] = [state]
     if config.train.trace:
         callbacks.append(StepTrace(session.engine.tracer, folder.trace, session.layout.tag))
+    if config.train.profile_steps:
+        callbacks.append(TorchProfiler(config.train.profile_steps, folder.logs))
     if session.rank == 0:
         metrics = MetricsRecorder(folder.metrics, begin)
         callbacks += [

@@ -89,7 +89,7 @@ def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollect
         )
     tracer = Tracer(groups.pp.rank(), backend.synchronize)
     if config.train.trace:
-        tracer.know_groups(groups)
+        tracer.set_groups(groups)
     _connect(megatron, config, chunks, optimizer, tracer)
     return Engine(
         run=run,

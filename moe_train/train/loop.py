@@ -116,7 +116,7 @@ def run_loop(
         step += 1
         begin = time.perf_counter()
         training = watchdog.phase("training step", step)
-        with training, budget.measure("training step"), engine.tracer.watch(step):
+        with training, budget.measure("training step"), engine.tracer.trace(step):
             result = train_step(engine, source.next_step(), step)
             engine.backend.synchronize()
         seconds = time.perf_counter() - begin

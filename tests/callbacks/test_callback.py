@@ -160,6 +160,7 @@ def _train(rank: int, world: int, overrides: Sequence[str]) -> int:
 def test_a_callers_callbacks_see_the_run_and_change_nothing(tmp_path: Path) -> None:
     overrides = [*FAULTY, "train.steps=3", "train.eval_every=3", "checkpoint.every=3"]
     words = [*QUIET, *overrides, "parallel.pipeline=2", f"run.dir={tmp_path}", "run.name=own"]
+    words.append("train.profile_steps=1")
     log = tmp_path / "log"
     assert run_world(_train, 2, words, log=log) == [0, 0], log.read_text()
     assert log.read_text().count("callback Failing failed in on_step") == 2
@@ -176,5 +177,8 @@ def test_a_callers_callbacks_see_the_run_and_change_nothing(tmp_path: Path) -> N
         assert seen[4] == ["validation", 3, valid]
         assert seen[5] == ["save", 3, "step_00000003"]
         assert seen[6] == ["end", 3, "finished"]
+        profile = json.loads((tmp_path / "own" / "logs" / f"profile_rank_{rank}.json").read_text())
+        names = {event["name"] for event in profile["traceEvents"]}
+        assert {"F0", "optimizer", "ProfilerStep#2"} <= names
     plain = train_run(tmp_path / "plain", [*overrides, "parallel.pipeline=2"], 2)
     assert plain.column("loss") == losses
