@@ -148,7 +148,7 @@ def test_a_refused_job_does_not_stop_the_sweep(tmp_path: Path) -> None:
     argv += QUIET
     codes = run_world(_main, 1, argv, log=tmp_path / "log")
     assert codes == [EXIT_CONFIG]
-    assert (tmp_path / "log").read_text().count("optim.lr: -1") == 1
+    assert (tmp_path / "log").read_text().count("optim.lr: expected number >= 0, got -1") == 1
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["s-optim.lr-0.001"]
 
 
