@@ -81,8 +81,7 @@ def _mixtral(case: Case, experts: str) -> Step:
 
     from moe_train.convert.mixtral import mixtral_config
 
-    config = resolve_run(case.words, 1).config
-    config.model.router.balancing = "none"
+    config = resolve_run([*case.words, "model.router.balancing=none"], 1).config
     settings = mixtral_config(config.model, VOCAB, config.data.sequence)
     made = transformers.MixtralConfig(
         **settings, attn_implementation="sdpa", experts_implementation=experts

@@ -6,12 +6,11 @@ asks for a GPU (:mod:`moe_train.backend.cuda.environment`). docs/environment.md 
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe_train.config.root import Config
+from moe_train.config.schema import with_values
 from moe_train.config.training import BackendConfig
 from moe_train.errors import ConfigError
 
@@ -76,12 +75,12 @@ def segments_rule(config: Config) -> tuple[bool, str]:
 
 def settled(config: Config) -> Config:
     """A copy of a resolved config in which the rules' values stand where none was given."""
-    backend = copy.copy(config.backend)
-    if backend.cuda_device_max_connections is None:
-        backend.cuda_device_max_connections = connections_rule(config)[0]
-    if backend.expandable_segments is None:
-        backend.expandable_segments = segments_rule(config)[0]
-    return dataclasses.replace(config, backend=backend)
+    values: dict[str, int | bool | None] = {}
+    if config.backend.cuda_device_max_connections is None:
+        values["backend.cuda_device_max_connections"] = connections_rule(config)[0]
+    if config.backend.expandable_segments is None:
+        values["backend.expandable_segments"] = segments_rule(config)[0]
+    return with_values(config, values)
 
 
 def faults(config: Config) -> Iterator[ConfigError]:

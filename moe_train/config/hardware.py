@@ -18,7 +18,7 @@ from moe_train.config.types import (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class HardwareConfig:
     """A hardware profile, data only. Every number has a source or says assumed."""
 

@@ -22,7 +22,7 @@ from moe_train.config.types import (
 from moe_train.features.balancing import Balancing, methods
 
 
-@dataclass
+@dataclass(frozen=True)
 class RouterConfig:
     """Top-k routing of tokens to experts (Megatron's ``TopKRouter``)."""
 
@@ -61,7 +61,7 @@ class RouterConfig:
         return [*methods(self.balancing, aux_coeff=self.aux_coeff, expert_bias=self.expert_bias)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer with a Mixture-of-Experts layer in every block."""
 

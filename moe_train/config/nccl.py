@@ -19,7 +19,7 @@ GroupName = Literal[
 tokens are exchanged in ``mp``."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class NcclGroup:
     """NCCL's settings of one group's communicator; what is null is NCCL's own choice."""
 

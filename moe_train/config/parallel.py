@@ -10,7 +10,7 @@ from moe_train.config.types import Batch, Bool, DispatcherName, Placement, Posit
 from moe_train.errors import ConfigError
 
 
-@dataclass
+@dataclass(frozen=True)
 class ParallelConfig:
     """Sizes of the parallel dimensions; data parallelism is what the world leaves."""
 
@@ -48,7 +48,7 @@ _RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
 RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class RecomputeConfig:
     """Which activations are recomputed in the backward pass instead of kept."""
 
@@ -87,7 +87,7 @@ class RecomputeConfig:
         return frozenset(chosen)
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchConfig:
     """How many sequences make a micro-batch and an optimizer step."""
 

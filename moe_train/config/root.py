@@ -27,7 +27,7 @@ AUTO = "auto"
 """Value of ``experiment`` and ``device`` that the machine decides."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class MegatronConfig:
     """Fields of Megatron's own dataclasses, set verbatim over what we derive."""
 
@@ -39,7 +39,7 @@ class MegatronConfig:
     """Fields of megatron.core OptimizerConfig."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """Root of the configuration; one attribute per Hydra group."""
 

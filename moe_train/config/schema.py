@@ -12,7 +12,7 @@ import difflib
 import inspect
 import json
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -86,10 +86,24 @@ def dotted_keys(root: type) -> tuple[str, ...]:
     return tuple(key.name for key in keys(root))
 
 
+def _field(key: str) -> str:
+    return key + "_" * (key == "global")
+
+
 def value_at(config: Any, key: str) -> Any:
     """The value under a dotted key."""
-    for part in key.split("."):
-        config = getattr(config, part + "_" if part == "global" else part)
+    for name in key.split("."):
+        config = getattr(config, _field(name))
+    return config
+
+
+def with_values[T](config: T, values: Mapping[str, Any]) -> T:
+    """A copy of a config with other values under dotted keys; they are not checked."""
+    for key, value in values.items():
+        group, _, rest = key.partition(".")
+        if rest:
+            value = with_values(getattr(config, group), {rest: value})
+        config = dataclasses.replace(config, **{_field(group): value})  # type: ignore[type-var]
     return config
 
 

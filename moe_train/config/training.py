@@ -21,7 +21,7 @@ from moe_train.config.types import (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     """Identity of a run; its folder is ``<dir>/<name>``."""
 
@@ -33,7 +33,7 @@ class RunConfig:
     """Seed of weights, data order and dropout, whatever the layout."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     """Tokens: prepared Megatron indexed datasets, blended and packed."""
 
@@ -51,7 +51,7 @@ class DataConfig:
     """Folder of prepared corpora and index caches; None is the user's cache folder."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
@@ -95,7 +95,7 @@ class OptimConfig:
     """Keep optimizer state and its step on the host CPU (CUDA only)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """The loop."""
 
@@ -122,7 +122,7 @@ class TrainConfig:
     to Python, which pauses each rank at a time of its own."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Where the run can be taken up again."""
 
@@ -137,7 +137,7 @@ class CheckpointConfig:
     checkpoint still counts only when it is whole and on the disk; the last one is waited for."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class LogConfig:
     """Who hears about the run; metrics.jsonl is always written."""
 
@@ -149,7 +149,7 @@ class LogConfig:
     """Progress: auto (bar on a terminal, else lines) | bar | lines | none."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class BackendConfig:
     """The machine's kernels, communication and threads."""
 

@@ -10,7 +10,7 @@ import pytest
 
 from moe_train.commands.evaluate import evaluate_main
 from moe_train.config.compose import compose
-from moe_train.config.schema import to_mapping
+from moe_train.config.schema import to_mapping, with_values
 from moe_train.config.sweep import LONGEST, suffixes
 from moe_train.errors import EXIT_CHECKPOINT, EXIT_CONFIG
 from moe_train.run import evaluation
@@ -88,19 +88,16 @@ def test_config_faults(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_inherited_settings_survive_the_grammar_of_overrides() -> None:
     """Paths with quotes, commas and spaces, nulls, floats and booleans come back as they were."""
-    config = compose(["experiment=single"])
-    config.data.train = [
-        "0.5:it's, here/a b",
-        'with "quotes"',
-        "back\\slash",
-        "k=v",
-        "end\\",
-        "a\\'b",
+    awkward = [
+        *("0.5:it's, here/a b", 'with "quotes"', "back\\slash", "k=v", "end\\", "a\\'b"),
     ]
-    config.data.cache = "some where"
-    config.model.norm_epsilon = 1e-05
-    config.model.router.pre_softmax = True
-    wanted = to_mapping(config)
+    values = {
+        "data.train": awkward,
+        "data.cache": "some where",
+        "model.norm_epsilon": 1e-05,
+        "model.router.pre_softmax": True,
+    }
+    wanted = to_mapping(with_values(compose(["experiment=single"]), values))
     words = [w for key in ("model", "data") for w in evaluation._as_overrides(key, wanted[key])]
     found = to_mapping(compose(["experiment=twin", "recompute=none", *words]))
     assert (found["model"], found["data"]) == (wanted["model"], wanted["data"])

@@ -10,7 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_train.config.root import Config
-from moe_train.config.schema import dotted_keys, from_mapping, key_of, to_mapping
+from moe_train.config.schema import (
+    dotted_keys,
+    from_mapping,
+    key_of,
+    to_mapping,
+    value_at,
+    with_values,
+)
 
 
 def faults(mapping: dict[str, Any]) -> dict[str, str]:
@@ -21,6 +28,15 @@ def test_round_trip_of_the_defaults() -> None:
     again, found = from_mapping(Config, to_mapping(Config()))
     assert not found
     assert again == Config()
+
+
+def test_a_config_is_changed_by_copies_only() -> None:
+    config = Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.steps = 3  # type: ignore[misc]
+    other = with_values(config, {"train.steps": 3, "batch.global": 8})
+    assert (value_at(other, "train.steps"), value_at(other, "batch.global")) == (3, 8)
+    assert config == Config()
 
 
 def test_key_alias_of_a_python_keyword() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from moe_train.config.compose import compose
 from moe_train.config.model import ModelConfig, RouterConfig
+from moe_train.config.schema import with_values
 from moe_train.convert import mixtral
 from moe_train.errors import ConfigError
 from moe_train.testing.world import run_world
@@ -96,8 +97,7 @@ def by_global_key(named: dict[str, torch.Tensor], sizes: mixtral.Sizes) -> dict[
 def oracle(kv_heads: int, top_k: int, renormalise: bool) -> Answer:
     transformers = pytest.importorskip("transformers")
     model = compose([*MODEL, *variant(kv_heads, top_k)]).model
-    model.router.pre_softmax = False
-    model.init_std = STD
+    model = with_values(model, {"router.pre_softmax": False, "init_std": STD})
     settings = mixtral.mixtral_config(model, VOCAB, SEQUENCE)
     torch.manual_seed(11)
     config = transformers.MixtralConfig(**settings, attn_implementation="eager")

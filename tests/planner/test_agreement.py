@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moe_train.config.schema import to_mapping
+from moe_train.config.schema import to_mapping, with_values
 from moe_train.errors import ConfigError
 from moe_train.parallel.sizes import layout_of
 from moe_train.parallel.vocabulary import vocabulary
@@ -57,9 +57,9 @@ def never_crashes(number: int, seed: int) -> Counter[str]:
         config, world, drawn = draw(chance, chance.choice(starts), placement)
         if chance.random() < 0.3:
             # Sizes left open are the search's to fill.
-            config.parallel.auto = True
-            for name in chance.sample(("tensor", "pipeline", "expert"), chance.choice((1, 3))):
-                setattr(config.parallel, name, None)
+            free = chance.sample(("tensor", "pipeline", "expert"), chance.choice((1, 3)))
+            sizes = {f"parallel.{name}": None for name in free}
+            config = with_values(config, {"parallel.auto": True, **sizes})
         config = resolve(config, world)
         faults = check(config, world)
         assert all(isinstance(fault, ConfigError) and fault.fix for fault in faults), drawn

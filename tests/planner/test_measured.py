@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from itertools import chain, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,8 +83,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Times]:
 def predicted(layout: Layout, hardware: Any) -> float:
     """Seconds of a step, with ``hardware`` in place of the shipped profile."""
     run = resolve_run(["device=cpu", *TWIN, *layout.overrides], layout.world)
-    config, plan = run.config, run.layout
-    config.hardware = hardware
+    config, plan = replace(run.config, hardware=hardware), run.layout
     assumptions = assumptions_of(config, 1.0, 0.0)
     return step_time(config, plan, vocabulary(config)[0], assumptions).step
 

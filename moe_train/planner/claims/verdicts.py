@@ -7,11 +7,10 @@ that another claim of the same subject excludes, makes it a contradiction.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from moe_train.config.schema import value_at, with_values
 from moe_train.errors import ConfigFaults
 from moe_train.parallel.rules import layout_faults
 from moe_train.planner.claims.document import Claim, Document
@@ -123,24 +122,20 @@ def _solved(verdict: Verdict, key: str, subject: Subject) -> Verdict:
     claim = verdict.claim
     compute = QUANTITIES[claim.quantity].compute
 
-    def value_at(number: int) -> float | None:
-        config = copy.deepcopy(subject.config)
-        *groups, last = key.split(".")
-        node: Any = config
-        for name in groups:
-            node = getattr(node, name)
-        assert isinstance(getattr(node, last), int), f"{key} is no integer"
-        setattr(node, last, number)
+    def quantity_at(number: int) -> float | None:
+        assert isinstance(value_at(subject.config, key), int), f"{key} is not an integer"
+        config = with_values(subject.config, {key: number})
         if claim.hold_tokens:
             tokens = subject.config.batch.micro * subject.config.data.sequence
-            config.batch.micro = max(round(tokens / config.data.sequence), 1)
+            micro = max(round(tokens / config.data.sequence), 1)
+            config = with_values(config, {"batch.micro": micro})
         legal = not any(True for _ in layout_faults(config, subject.layout))
         # A value that the device could not run is no condition under which a claim holds.
         runs = legal and fits(config, subject.layout, subject.vocab, subject.assumptions)
         return compute(subject.changed(config)) if runs else None
 
     unit = subject.layout.tensor * (2 * subject.layout.context if subject.layout.context > 1 else 1)
-    found = solve(claim, value_at, unit if key == "data.sequence" else 1)
+    found = solve(claim, quantity_at, unit if key == "data.sequence" else 1)
     if found.low is None:
         nearest = f"{said(claim.quantity, found.best)} at {key}={found.best_at}"
         reason = f"{verdict.reason}; nearest over every {key} that fits the device: {nearest}"

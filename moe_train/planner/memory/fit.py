@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from moe_train.config.hardware import MachineFacts
 from moe_train.config.kernels import TE, run_kernels
 from moe_train.config.root import Config
-from moe_train.config.schema import to_mapping
+from moe_train.config.schema import to_mapping, with_values
 from moe_train.errors import ConfigError
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.optimizer_state import bytes_per_parameter, variants
@@ -70,11 +70,10 @@ def _changes(config: Config) -> Iterator[tuple[Config, str]]:
     for name in ("distributed", "precision-aware", "offloaded"):
         yield options[name]
     if config.recompute.layers != "all":
-        everything = copy.copy(config)
-        everything.recompute = dataclasses.replace(config.recompute, layers="all", modules=[])
-        yield everything, "recompute=all"
+        everything: dict[str, Any] = {"recompute.layers": "all", "recompute.modules": []}
+        yield with_values(config, everything), "recompute=all"
         changed, words = options["precision-aware"]
-        both = dataclasses.replace(changed, recompute=everything.recompute)
+        both = with_values(changed, everything)
         yield both, f"{words} recompute=all"
     if config.batch.micro > 1:
         smaller = dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro=1))
@@ -117,8 +116,7 @@ def launch_fault(config: Config, layout: Layout, facts: MachineFacts) -> ConfigE
         kind="accelerator",
         memory_gb=round(facts.memory_gb, 1),
     )
-    here = copy.copy(config)
-    here.hardware = found
+    here = dataclasses.replace(config, hardware=found)
     taken = assumptions_of(here, fragmentation=0.0)
     return memory_fault(here, layout, vocabulary(config)[0], taken)
 
