@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_train.commands.plan import natural_world, write_text
 from moe_train.errors import EXIT_FINISHED, ConfigError
+from moe_train.features.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from moe_train.planner.schedule.schedule import Schedule
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kind",
         default="auto",
         metavar="KIND",
-        help="auto (what the layout runs), gpipe, 1f1b, interleaved or span",
+        help="auto (what the layout runs), or one of: " + ", ".join(SCHEDULES),
     )
     parser.add_argument(
         "--detail",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from moe_train.backend import patches
 from moe_train.features.optimizers import OPTIMIZERS
+from moe_train.features.schedules import schedule_of
 from moe_train.model.build import build_model
 from moe_train.model.span.dispatcher import CrossStageDispatcher
-from moe_train.model.span.schedule import SpanSchedule
 from moe_train.model.transformer_config import optimizer_config, transformer_config
 from moe_train.train.lr_schedule import build_scheduler
 from moe_train.train.router_stats import RoutingRecorder
@@ -87,6 +88,7 @@ def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollect
             use_gloo_process_groups=False,
             pg_collection=None,
         )
+    schedule = schedule_of(chunks=run.layout.virtual_pipeline, span=run.layout.span)
     tracer = Tracer(groups.pp.rank(), backend.synchronize)
     if config.train.trace:
         tracer.set_groups(groups)
@@ -100,8 +102,8 @@ def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollect
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, config.train.steps),
         forward_backward=(
-            SpanSchedule(cross_stage, groups, tracer.region)
-            if cross_stage
+            pkgutil.resolve_name(schedule.run)(cross_stage, groups, tracer.region)
+            if schedule.run
             else get_forward_backward_func()
         ),
         routing=RoutingRecorder(chunks, config.model.layers, config.model.experts, backend.device),

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.parallel.ticks import in_flight, ticks
+from moe_train.features.schedules import SCHEDULES, Pipeline, ticks
 
 STAGES = st.integers(1, 12)
 BATCHES = st.integers(1, 40)
@@ -60,5 +60,5 @@ def test_micro_batches_held(stages: int, microbatches: int) -> None:
             most[stage] = max(most[stage], held[stage])
         held.subtract(tick.backward.keys())
     assert [most[s] for s in range(stages)] == [
-        in_flight(stages, s, microbatches) for s in range(stages)
+        SCHEDULES["span"].in_flight(Pipeline(stages, microbatches), s) for s in range(stages)
     ]

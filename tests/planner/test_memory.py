@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moe_train.cli import main
 from moe_train.config.compose import compose
 from moe_train.config.root import Config
-from moe_train.parallel.in_flight import chunks_in_flight, span_rows_in_flight
+from moe_train.features.schedules import Pipeline, schedule_of, span_rows_in_flight
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.optimizer_state import bytes_per_parameter, state_bytes, variants
 from moe_train.parallel.parameters import rank_parameters
@@ -110,15 +110,16 @@ def test_in_flight_never_exceeds_what_exists_and_falls_along_the_pipeline(
     stages: int, chunks: int, microbatches: int
 ) -> None:
     microbatches *= stages if chunks > 1 else 1
-    layout = Layout(stages, 1, stages, chunks, 1, 1, 1, "stage", 16, 4)
-    held = [chunks_in_flight(layout, stage, microbatches) for stage in range(stages)]
+    sizes = Pipeline(stages, microbatches, chunks)
+    held = [
+        schedule_of(chunks=chunks, span=False).in_flight(sizes, stage) for stage in range(stages)
+    ]
     assert held == sorted(held, reverse=True)
     assert all(1 <= one <= microbatches * chunks for one in held)
-    span = dataclasses.replace(layout, virtual_pipeline=1, placement="span", expert=stages)
-    kept = [chunks_in_flight(span, stage, microbatches) for stage in range(stages)]
-    assert sum(kept) / stages == pytest.approx(span_rows_in_flight(stages, microbatches))
+    kept = [schedule_of(chunks=1, span=True).in_flight(sizes, stage) for stage in range(stages)]
+    assert sum(kept) / stages == pytest.approx(span_rows_in_flight(sizes))
     if microbatches >= 2 * stages:
-        assert span_rows_in_flight(stages, microbatches) == stages
+        assert span_rows_in_flight(sizes) == stages
         assert kept[0] == 2 * (stages - 1) + 1
 
 

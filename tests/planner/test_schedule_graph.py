@@ -10,8 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.parallel.orders import Pass, most_held, stage_order
-from moe_train.planner.cost.bubbles import bubble, span_bubble, span_dense_bubble
+from moe_train.features.schedules import (
+    SCHEDULES,
+    Pass,
+    Pipeline,
+    bubble,
+    most_held,
+    span_bubble,
+)
 from moe_train.planner.schedule.clock import run_clock
 from moe_train.planner.schedule.piped import piped_graph
 from moe_train.planner.schedule.spanning import span_graph
@@ -83,7 +89,7 @@ def test_bubble_of_spanning_stages(
     layered = run_clock(span_graph(work, "layer")).bubble
     assert layered == pytest.approx(found, abs=1e-9)
     pure = run_clock(span_graph(spanning(stages, batches, layers, 1.0, 0.0), "layer")).bubble
-    assert pure == pytest.approx(span_dense_bubble(stages, batches))
+    assert pure == pytest.approx(bubble(stages, batches))
     assert run_clock(span_graph(spanning(stages, batches, layers, 0.0, 1.0), "layer")).bubble == (
         pytest.approx(0.0, abs=1e-9)
     )
@@ -247,7 +253,7 @@ def test_interleaved_order_is_megatrons(
 ) -> None:
     stage = data.draw(st.integers(0, stages - 1))
     batches = rounds * stages + data.draw(st.integers(0, stages - 1))
-    order = stage_order("interleaved", stages, stage, batches, chunks)
+    order = SCHEDULES["interleaved"].order(Pipeline(stages, batches, chunks), stage)
     assert [(one.direction, one.microbatch, one.chunk) for one in order] == megatrons(
         stages, stage, batches, chunks
     )
@@ -258,12 +264,11 @@ def test_every_pass_once_and_no_more_held_than_promised(
     stages: int, batches: int, kind: str
 ) -> None:
     for stage in range(stages):
-        order = stage_order(kind, stages, stage, batches)
+        order = SCHEDULES[kind].order(Pipeline(stages, batches), stage)
         wanted = {
             Pass(stage, 0, batch, direction)
             for batch in range(batches)
             for direction in ("forward", "backward")
         }
         assert len(order) == len(wanted) and set(order) == wanted
-        promised = batches if kind == "gpipe" else min(batches, stages - stage)
-        assert most_held(order) == promised
+        assert most_held(order) == SCHEDULES[kind].in_flight(Pipeline(stages, batches), stage)

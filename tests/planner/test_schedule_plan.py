@@ -12,6 +12,7 @@ import pytest
 
 from moe_train import cli
 from moe_train.errors import ConfigError
+from moe_train.features.schedules import SCHEDULES
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.shapes import shapes
 from moe_train.planner.cost.timing import layer_time
@@ -19,7 +20,7 @@ from moe_train.planner.memory.fit import assumptions_of
 from moe_train.planner.resolution import resolve_run
 from moe_train.planner.schedule.export import write_graph
 from moe_train.planner.schedule.pieces import LayerPieces
-from moe_train.planner.schedule.schedule import Schedule, build_schedule, choose_kind
+from moe_train.planner.schedule.schedule import Schedule, build_schedule, choose_schedule
 from moe_train.planner.schedule.work import total
 
 MISSION = ["experiment=moe_30b_8x64gb"]
@@ -152,14 +153,14 @@ def test_files_hold_the_same_graph(words: list[str], detail: str, tmp_path: Path
 def test_kinds_that_a_layout_cannot_run_are_refused() -> None:
     plain, span = Layout(8, 2, 4), Layout(8, 2, 4, placement="span")
     dealt = Layout(8, 2, 4, 2)
-    assert choose_kind(plain, "auto") == choose_kind(plain, "1f1b") == "1f1b"
-    assert choose_kind(dealt, "auto") == "interleaved"
-    assert choose_kind(span, "auto") == "span"
-    assert choose_kind(plain, "gpipe") == "gpipe"
+    assert choose_schedule(plain, "auto") is choose_schedule(plain, "1f1b") is SCHEDULES["1f1b"]
+    assert choose_schedule(dealt, "auto").name == "interleaved"
+    assert choose_schedule(span, "auto").name == "span"
+    assert choose_schedule(plain, "gpipe").name == "gpipe"
     for layout, kind in ((plain, "span"), (plain, "interleaved"), (span, "1f1b"),
                          (dealt, "gpipe"), (plain, "zigzag")):  # fmt: skip
         with pytest.raises(ConfigError, match="--kind"):
-            choose_kind(layout, kind)
+            choose_schedule(layout, kind)
 
 
 def test_command_writes_what_is_asked_for(

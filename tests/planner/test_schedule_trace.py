@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moe_train import cli
 from moe_train.config.compose import compose
 from moe_train.errors import EXIT_CONFIG, ConfigFaults
-from moe_train.parallel.ticks import ticks
+from moe_train.features.schedules import SCHEDULES, Pipeline, ticks
 from moe_train.planner.schedule.chrome import MEASURED, check_trace, span, trace_text
 from moe_train.testing.layouts import SMALL
 from moe_train.testing.runs import Run, train_run
@@ -131,8 +131,6 @@ def test_a_traced_run_computes_the_same(span_run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.world
 def test_measured_interleaved_follows_its_order(tmp_path: Path) -> None:
-    from moe_train.parallel.orders import stage_order
-
     run = train_run(tmp_path / "run", [*DEALT, "train.trace=true"], 2)
     assert run.codes == [0, 0]
     trace = json.loads((run.folder / "trace.json").read_text())
@@ -144,7 +142,7 @@ def test_measured_interleaved_follows_its_order(tmp_path: Path) -> None:
             for event in spans(trace, "forward", "backward")
             if event["pid"] == stage
         ]
-        order = stage_order("interleaved", 2, stage, 4, 2)
+        order = SCHEDULES["interleaved"].order(Pipeline(2, 4, 2), stage)
         assert seen == [(one.direction, one.microbatch, one.chunk) for one in order]
 
 

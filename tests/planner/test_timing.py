@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from moe_train.config.hardware import HardwareConfig
 from moe_train.config.root import Config
+from moe_train.features.schedules import bubble
 from moe_train.parallel.flops import flops_per_token
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.parameters import rank_parameters
 from moe_train.parallel.shapes import Assumptions, shapes
 from moe_train.parallel.sizes import legal_layouts
-from moe_train.planner.cost.bubbles import bubble
 from moe_train.planner.cost.communication import gradient_traffic, layer_traffic, step_traffic
 from moe_train.planner.cost.compute import (
     dense_parts,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moe_train.parallel.ticks import ticks
+from moe_train.features.schedules import ticks
 from moe_train.rehearsal.library import obstacle
 from moe_train.rehearsal.rank import Case, RankReport
 from moe_train.rehearsal.rehearse import rehearse

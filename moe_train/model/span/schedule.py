@@ -1,6 +1,6 @@
 """Pipeline schedule of ``placement=span``: 1F1B in ticks that all stages enter together.
 
-A tick has a forward and a backward slot (`moe_train.parallel.ticks`). The schedule has the
+A tick has a forward and a backward slot (`moe_train.features.schedules`). The schedule has the
 signature of Megatron's and uses their forward and backward steps, so that loss scaling,
 auxiliary-loss scaling and gradient finalisation are Megatron's own.
 """
@@ -22,9 +22,9 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_step,
 )
 
+from moe_train.features.schedules import Tick, ticks
 from moe_train.model.span.dispatcher import CrossStageDispatcher
 from moe_train.model.span.interleave import Handoff
-from moe_train.parallel.ticks import Tick, ticks
 
 
 class Edge:

@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_train.config.root import Config
+from moe_train.features.schedules import bubble, span_bubble, ticks
 from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
 from moe_train.parallel.flops import flops_per_token, mfu
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.optimizer_state import owned_parameters
 from moe_train.parallel.parameters import rank_parameters
 from moe_train.parallel.shapes import Assumptions, Shapes, shapes
-from moe_train.parallel.ticks import ticks
-from moe_train.planner.cost.bubbles import bubble, span_bubble
 from moe_train.planner.cost.calls import end_calls, sum_of
 from moe_train.planner.cost.communication import gradient_traffic, layer_traffic
 from moe_train.planner.cost.compute import (

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moe_train.config.root import Config
+from moe_train.features.schedules import Pipeline, schedule_of, span_rows_in_flight
 from moe_train.parallel.batch import microbatches_per_step
-from moe_train.parallel.in_flight import chunks_in_flight, span_rows_in_flight
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.optimizer_state import StateBytes, state_bytes
 from moe_train.parallel.parameters import rank_parameters
@@ -98,7 +98,8 @@ def stage_memory(
     state = state_bytes(config, layout, parameters)
     count = microbatches_per_step(config, layout.data)
     delay = int(config.parallel.overlap_expert_comm and layout.span)
-    held = chunks_in_flight(layout, stage, count, delay)
+    sizes = Pipeline(layout.pipeline, count, layout.virtual_pipeline, delay)
+    held = schedule_of(chunks=sizes.chunks, span=layout.span).in_flight(sizes, stage)
     modules = config.recompute.modules
     whole = config.recomputed_layers
     layers = layout.stage_layers(stage)
@@ -109,7 +110,7 @@ def stage_memory(
     one = sum(kept) / layout.virtual_pipeline + ends
     hosted = 0.0
     if layout.span:
-        rows = span_rows_in_flight(layout.pipeline, count, delay)
+        rows = span_rows_in_flight(sizes)
         hosted = rows * len(layers) * total(hosted_terms(z, modules))
     floor = held * one + hosted
     update = update_terms(config, layout, parameters, fused=assumptions.fused)

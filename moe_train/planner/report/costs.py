@@ -6,11 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from moe_train.config.root import Config
+from moe_train.features import schedules
 from moe_train.parallel.flops import flops_per_token
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.parameters import rank_parameters
 from moe_train.parallel.shapes import Assumptions, shapes
-from moe_train.planner.cost import bubbles, communication, compute, timing
+from moe_train.planner.cost import communication, compute, timing
 from moe_train.planner.memory.fit import capacity, memory_rows, profile
 from moe_train.planner.memory.layers import hosted_terms, kept_terms, whole_layer
 from moe_train.planner.memory.stages import StageMemory, plan_memory, worst
@@ -38,7 +39,7 @@ SOURCES = {
     "collectives": "Thakur et al. 2005: ring (n-1)/n, all-to-all 1/n to each peer; calls of "
     "Megatron-Core 0.19",
     "bubble": "of uniform stages: (P-1)/(vM+P-1), arXiv:2104.04473; under placement=span experts "
-    "have none (planner/cost/bubbles.py)",
+    "have none (features/schedules.py)",
 }
 """Where the formulas come from."""
 
@@ -154,7 +155,7 @@ def _time(time: timing.StepTime, span: bool) -> dict[str, Any]:
         "optimizer_seconds": time.optimizer,
         "step_seconds": time.step,
         "bubble": time.bubble,
-        "bubble_formula": (bubbles.span_bubble if span else bubbles.bubble).__doc__,
+        "bubble_formula": (schedules.span_bubble if span else schedules.bubble).__doc__,
         "tokens_per_second": time.tokens_per_second,
         "sequences_per_second": time.sequences_per_second,
         "mfu": time.mfu,

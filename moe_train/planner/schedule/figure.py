@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_train.errors import ConfigError
+from moe_train.features.schedules import SCHEDULES
 from moe_train.planner.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".svg", ".png", ".pdf")
-NAMES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "interleaved 1F1B",
-         "span": "tick-aligned spanning 1F1B"}  # fmt: skip
-
 HUES = {"forward": 0.58, "backward": 0.07}
 SERVE, WAIT, UPDATE, GRADIENTS = "#cdc3e3", "#f3f3f3", "#6b6b6b", "#a3a3a3"
 OPS = {
@@ -99,7 +97,7 @@ def _frame(axes: Axes, schedule: Schedule, unit: str, end: float, title: str) ->
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    heading = title or f"{NAMES[schedule.kind]}, {layout.tag}, M={schedule.microbatches}"
+    heading = title or f"{SCHEDULES[schedule.kind].title}, {layout.tag}, M={schedule.microbatches}"
     formula = schedule.formula
     uniform = f" (uniform stages: {100 * formula:.1f} %)" if formula is not None else ""
     axes.set_title(

@@ -15,7 +15,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_train.parallel.orders import BACKWARD, FORWARD, Pass, stage_order
+from moe_train.features.schedules import (
+    BACKWARD,
+    FORWARD,
+    SCHEDULES,
+    Pass,
+    Pipeline,
+)
 from moe_train.planner.schedule.builder import Builder
 from moe_train.planner.schedule.work import Piece, PipedWork, total
 
@@ -24,13 +30,15 @@ def piped_graph(work: PipedWork, kind: str, detail: str) -> Any:
     """Directed acyclic graph (networkx) of one step.
 
     Args:
-        kind: gpipe, 1f1b or interleaved.
+        kind: name of a schedule that has an order.
         detail: ``stage`` for one node a pass, ``layer`` for one node a piece.
     """
-    builder = Builder(work.ends)
+    order = SCHEDULES[kind].order
+    assert order is not None, kind
+    builder, sizes = Builder(work.ends), Pipeline(work.stages, work.microbatches, work.chunks)
     passes: dict[Pass, tuple[str, str, str]] = {}
     for stage in range(work.stages):
-        for one in stage_order(kind, work.stages, stage, work.microbatches, work.chunks):
+        for one in order(sizes, stage):
             passes[one] = _add(builder, work, one, detail)
     for one, (first, computed, _) in passes.items():
         if one.direction == FORWARD:

@@ -7,16 +7,15 @@ from typing import Any
 
 from moe_train.config.root import Config
 from moe_train.errors import ConfigError
+from moe_train.features.schedules import SCHEDULES, Pipeline, PipelineSchedule, schedule_of
 from moe_train.parallel.layout import Layout
-from moe_train.parallel.orders import KINDS, most_held, stage_order
 from moe_train.parallel.shapes import Assumptions
-from moe_train.parallel.ticks import in_flight
 from moe_train.planner.cost.timing import StepTime, step_time
 from moe_train.planner.schedule.clock import Timing, run_clock
 from moe_train.planner.schedule.pieces import work_of
 from moe_train.planner.schedule.piped import piped_graph
 from moe_train.planner.schedule.spanning import span_graph
-from moe_train.planner.schedule.work import PipedWork, SpanWork
+from moe_train.planner.schedule.work import SpanWork
 
 DETAILS = ("stage", "layer")
 """One node a pass, or one node a piece of a layer."""
@@ -45,27 +44,22 @@ class Schedule:
         return self.predicted.microbatches
 
 
-def choose_kind(layout: Layout, asked: str) -> str:
-    """The schedule that `layout` runs with, or the one `asked` for if it can.
+def choose_schedule(layout: Layout, name: str) -> PipelineSchedule:
+    """The schedule that `layout` runs with (``auto``), or the one called `name` if it can.
 
     Raises:
         ConfigError: the layout cannot run in that order.
     """
-    chunks = layout.virtual_pipeline
-    own = "span" if layout.span else "interleaved" if chunks > 1 else "1f1b"
-    if asked in ("auto", own):
-        return own
-    if asked not in KINDS:
+    own = schedule_of(chunks=layout.virtual_pipeline, span=layout.span)
+    chosen = own if name == "auto" else SCHEDULES.get(name)
+    if chosen is None:
+        known = ", ".join(SCHEDULES)
+        raise ConfigError("--kind", f"{name!r} is no schedule", f"one of: auto, {known}")
+    if not chosen.fits(chunks=layout.virtual_pipeline, span=layout.span):
         raise ConfigError(
-            "--kind", f"{asked!r} is no schedule", f"one of: auto, {', '.join(KINDS)}"
+            "--kind", f"{name} does not go with {layout.tag}, which runs {own.name}", chosen.needs
         )
-    if asked == "gpipe" and own == "1f1b":
-        return asked
-    fix = {
-        "span": "parallel.placement=span with EP = TP x PP",
-        "interleaved": "parallel.virtual_pipeline=2 and parallel.placement=stage",
-    }.get(asked, "parallel.virtual_pipeline=1 and parallel.placement=stage")
-    raise ConfigError("--kind", f"{asked} does not go with {layout.tag}, which runs {own}", fix)
+    return chosen
 
 
 def build_schedule(
@@ -77,20 +71,19 @@ def build_schedule(
     Raises:
         ConfigError: the layout cannot run in that order.
     """
-    kind = choose_kind(layout, kind)
+    schedule = choose_schedule(layout, kind)
     predicted = step_time(config, layout, vocab, assumptions)
     work = work_of(config, layout, vocab, assumptions, predicted)
-    stages, count = layout.pipeline, predicted.microbatches
-    formula: float | None
+    sizes = Pipeline(layout.pipeline, predicted.microbatches, layout.virtual_pipeline)
+    # How much exchange is waited for differs from tick to tick where slots take turns.
+    formula: float | None = predicted.bubble
     if isinstance(work, SpanWork):
         graph = span_graph(work, detail)
-        held = tuple(in_flight(stages, stage, count, work.delay) for stage in range(stages))
-        # How much exchange is waited for differs from tick to tick where halves take turns.
-        formula = None if work.delay else predicted.bubble
+        sizes = sizes._replace(delay=work.delay)
+        formula = None if work.delay else formula
     else:
-        assert isinstance(work, PipedWork)
-        graph = piped_graph(work, kind, detail)
-        orders = (stage_order(kind, stages, s, count, work.chunks) for s in range(stages))
-        held = tuple(most_held(order) for order in orders)
-        formula = predicted.bubble
-    return Schedule(kind, detail, layout, graph, run_clock(graph), held, formula, predicted)
+        graph = piped_graph(work, schedule.name, detail)
+    held = tuple(schedule.in_flight(sizes, stage) for stage in range(layout.pipeline))
+    return Schedule(
+        schedule.name, detail, layout, graph, run_clock(graph), held, formula, predicted
+    )

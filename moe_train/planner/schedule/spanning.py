@@ -18,8 +18,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moe_train.parallel.orders import BACKWARD, FORWARD
-from moe_train.parallel.ticks import Tick, ticks
+from moe_train.features.schedules import BACKWARD, FORWARD, Tick, ticks
 from moe_train.planner.schedule.builder import Builder
 from moe_train.planner.schedule.piped import piece_name
 from moe_train.planner.schedule.work import Piece, SpanWork, total

@@ -93,7 +93,7 @@ class SpanWork:
     ends: Ends
     delay: int = 0
     """1 where a tick's halves take turns and hide each other's exchange, see
-    `moe_train.parallel.ticks`."""
+    `moe_train.features.schedules.ticks`."""
 
 
 def total(pieces: tuple[Piece, ...] | list[Piece]) -> float:
