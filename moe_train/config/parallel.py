@@ -42,6 +42,11 @@ class ParallelConfig:
     overlap_param_gather: Bool = False
     """Gather updated parameters while the next forward pass runs (optim.distributed)."""
 
+    @property
+    def span(self) -> bool:
+        """Whether experts are placed over all pipeline stages of a replica."""
+        return self.placement == "span"
+
 
 _RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
 

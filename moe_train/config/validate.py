@@ -186,7 +186,7 @@ def _optimizer(config: Config) -> Iterable[ConfigError]:
 
 def _trace(config: Config) -> Iterable[ConfigError]:
     parallel = config.parallel
-    if config.train.trace and parallel.overlap_expert_comm and parallel.placement != "span":
+    if config.train.trace and parallel.overlap_expert_comm and not parallel.span:
         yield ConfigError(
             "train.trace",
             "the combined schedule runs forward and backward passes as one, not to be told apart",

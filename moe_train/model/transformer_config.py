@@ -58,12 +58,12 @@ def transformer_config(config: Config, backend: Backend) -> TransformerConfig:
         context_parallel_size=parallel.context,
         # Spanning experts leave their stage, so Megatron sees only the part of the expert
         # group that lies inside a stage: its expert-data-parallel groups are then right.
-        expert_model_parallel_size=parallel.tensor if spans(config) else parallel.expert,
+        expert_model_parallel_size=parallel.tensor if parallel.span else parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         overlap_p2p_comm=_chunks(parallel.virtual_pipeline) is not None,
         batch_p2p_comm=_chunks(parallel.virtual_pipeline) is None,
         # The spanning exchange has an overlap of its own.
-        overlap_moe_expert_parallel_comm=parallel.overlap_expert_comm and not spans(config),
+        overlap_moe_expert_parallel_comm=parallel.overlap_expert_comm and not parallel.span,
         deallocate_pipeline_outputs=True,
         **_moe_fields(config),
     )
@@ -73,11 +73,6 @@ def transformer_config(config: Config, backend: Backend) -> TransformerConfig:
         fields.update(recompute_granularity="selective", recompute_modules=list(recompute.modules))
     fields.update(backend.transformer_overrides())
     return _build(TransformerConfig, fields, config.megatron.transformer, "transformer")
-
-
-def spans(config: Config) -> bool:
-    """Whether experts span pipeline stages."""
-    return config.parallel.placement == "span"
 
 
 def _chunks(virtual_pipeline: int | None) -> int | None:
@@ -118,7 +113,7 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
         "grad_reduce_in_fp32": config.optim.grad_dtype == "fp32",
         # A spanning rank's experts finish their backward passes at different ticks for
         # different stages, so their gradients are reduced after the flush.
-        "overlap_grad_reduce": config.parallel.overlap_grad_reduce and not spans(config),
+        "overlap_grad_reduce": config.parallel.overlap_grad_reduce and not config.parallel.span,
         "overlap_param_gather": config.parallel.overlap_param_gather,
         "use_distributed_optimizer": config.optim.distributed,
         # Non-finite values are agreed on by all ranks before the optimizer, in our own step.
