@@ -21,6 +21,7 @@ PACKAGE = "moe_train"
 HEIGHT = {
     "errors": 0,
     "features": 0,
+    "files": 1,
     "config": 1,
     "parallel": 2,
     "backend": 2,

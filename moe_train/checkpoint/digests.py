@@ -1,4 +1,4 @@
-"""SHA-256 of files in blocks, so that the ranks of any world can share the work of verifying.
+"""Block-wise SHA-256 of files, so that the ranks of any world can share the work of verifying.
 
 A digest of a whole file can only be made by one reader from the first byte to the last, and a
 checkpoint has as many files as the world that wrote it had writing ranks. Blocks can be dealt out
@@ -12,7 +12,12 @@ import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, NotRequired, TypedDict
+
+from pydantic import ConfigDict, Field, with_config
+
+type Count = Annotated[int, Field(ge=0, lt=2**63)]
+type Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 
 BLOCKS = 256
 """Blocks of a file at most: R ranks that verify W files then differ by one block in R / W of them,
@@ -22,6 +27,17 @@ DIGESTS = 1 << 16
 SMALLEST = 4096
 _PIECE = 1 << 20
 """Bytes that are read at a time."""
+
+
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class FileEntry(TypedDict):
+    """A file's entry in a manifest."""
+
+    size: Count
+    sha256: Sha256 | list[Sha256]
+    """Of each block, or (format 2) of the whole file."""
+    block: NotRequired[Annotated[int, Field(gt=0)]]
+    """Bytes of a block; absent in format 2."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +101,14 @@ class HashingStream:
         """Hand on what the stream holds back."""
         self._stream.flush()
 
-    def facts(self) -> dict[str, Any]:
-        """The file's entry in a manifest: size, bytes of a block, SHA-256 of each block."""
+    def entry(self) -> FileEntry:
+        """The file's entry in a manifest."""
         digests = [digest.hexdigest() for digest in self._digests] if self._size else []
         return {"size": self._size, "block": self._block, "sha256": digests}
 
 
-def file_facts(path: Path) -> dict[str, Any]:
-    """Entry of a file in a manifest: size, bytes of a block, SHA-256 of each block."""
+def file_entry(path: Path) -> FileEntry:
+    """Entry of a file that is there already in a manifest."""
     size = path.stat().st_size
     block = block_size(size)
     with open(path, "rb") as stream:
@@ -120,30 +136,29 @@ def hash_range(stream: BinaryIO, begin: int, end: int) -> str:
     return digest.hexdigest()
 
 
-def blocks(files: Mapping[str, Mapping[str, Any]]) -> list[Block]:
-    """What there is to hash of a manifest's ``files``, in the order of names and places.
+def blocks(files: Mapping[str, FileEntry]) -> list[Block]:
+    """The blocks of a manifest's ``files``, in the order of names and offsets.
 
     Manifests of format 2 have one digest a file, which is one block then.
     """
     found = []
-    for name, facts in sorted(files.items()):
-        size, digests = facts["size"], facts["sha256"]
+    for name, entry in sorted(files.items()):
+        size, digests = entry["size"], entry["sha256"]
         if isinstance(digests, str):
             found.append(Block(name, 0, size, digests))
             continue
-        step = facts["block"]
         for number, digest in enumerate(digests):
+            step = entry["block"]
             begin = number * step
             found.append(Block(name, begin, min(begin + step, size), digest))
     return found
 
 
-def share(whole: Iterable[Block], rank: int, world: int) -> list[Block]:
-    """What ``rank`` of ``world`` hashes: the largest block left goes to who has least so far
-    (Graham's longest processing time rule), so that no rank has more than an even share and one
-    block.
+def rank_share(whole: Iterable[Block], rank: int, world: int) -> list[Block]:
+    """The blocks that ``rank`` of ``world`` hashes; every rank computes the same shares.
 
-    Every rank finds the same shares by itself.
+    The largest block left goes to the rank with the fewest bytes so far (Graham's longest
+    processing time rule), so that no rank has more than an even share and one block.
     """
     loads = [(0, number) for number in range(world)]
     own = []

@@ -1,4 +1,4 @@
-"""``tensors.json``: which bytes of which file hold each part of each global tensor.
+"""``tensors.json``: which bytes of which file hold each shard of each global tensor.
 
 torch's own index is a pickle, which runs whatever code its author put there. This one is JSON,
 and what it says is checked against the manifest before a byte is read.
@@ -11,9 +11,11 @@ import os
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -24,8 +26,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from moe_train.checkpoint.manifest import INDEX, Manifest, read_json
+from moe_train.checkpoint.digests import Count
+from moe_train.checkpoint.manifest import INDEX, Manifest
 from moe_train.errors import CheckpointError
+from moe_train.files import read_validated
 
 FORMAT = 1
 MAX_BYTES = 2**30
@@ -39,8 +43,37 @@ _DTYPES = {
 }
 
 
+@dataclass(config=ConfigDict(strict=True, extra="forbid"))
+class _Shard:
+    """A part of a global tensor, and the bytes of a file that hold it."""
+
+    offset: list[Count]
+    """Global offset, a number for each axis."""
+    shape: list[Count]
+    file: str
+    begin: Count
+    length: Count
+
+
+@dataclass(config=ConfigDict(strict=True, extra="forbid"))
+class _Tensor:
+    """A global tensor; ``dtype`` as in torch, without the prefix."""
+
+    dtype: str
+    shape: list[Count]
+    chunks: list[_Shard]
+
+
+@dataclass(config=ConfigDict(strict=True, extra="forbid"))
+class _Index:
+    """Contents of ``tensors.json``: global tensors by key."""
+
+    format: Literal[1]
+    tensors: dict[str, _Tensor]
+
+
 def write_index(folder: Path, metadata: Metadata, results: Iterable[Iterable[WriteResult]]) -> None:
-    """Write what torch's planner and writers say of the tensors, and flush it to the disk.
+    """Write the metadata of torch's planner and writers as JSON, and flush it to the disk.
 
     Raises:
         OSError: the disk refuses.
@@ -71,66 +104,59 @@ def write_index(folder: Path, metadata: Metadata, results: Iterable[Iterable[Wri
 
 
 def read_index(folder: Path, manifest: Manifest) -> Metadata:
-    """The index of a checkpoint in torch's terms.
+    """The index of a checkpoint as the metadata of ``torch.distributed.checkpoint``.
 
     Raises:
         CheckpointError: missing, too large, malformed, or names bytes that are not there.
     """
     path = folder / INDEX
-    raw = read_json(path, MAX_BYTES)
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT or len(raw) != 2:
-        raise CheckpointError(str(path), f"is not an index of format {FORMAT}")
-    tensors = raw.get("tensors")
-    if not isinstance(tensors, dict):
-        raise CheckpointError(str(path), "tensors must be an object")
-    sizes = {name: int(facts["size"]) for name, facts in manifest.files.items() if name != INDEX}
+    index = read_validated(
+        path,
+        _Index,
+        limit=MAX_BYTES,
+        what=f"an index of format {FORMAT}",
+        error=CheckpointError,
+        fix="the folder is not a complete checkpoint",
+    )
+    sizes = {name: entry["size"] for name, entry in manifest.files.items() if name != INDEX}
     described: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    for key, entry in tensors.items():
+    for key, tensor in index.tensors.items():
         try:
-            described[key] = _tensor(key, entry, sizes, places)
-        except (KeyError, TypeError, ValueError) as problem:
+            described[key] = _tensor_metadata(key, tensor, sizes, places)
+        except (KeyError, ValueError) as problem:
             raise CheckpointError(
                 str(path), f"tensor {key!r} is malformed ({type(problem).__name__}: {problem})"
             ) from problem
     used = {place.relative_path for place in places.values()}
-    if idle := sizes.keys() - used:
-        raise CheckpointError(str(folder / min(idle)), "holds no tensor that the index names")
+    if unused := sizes.keys() - used:
+        raise CheckpointError(str(folder / min(unused)), "holds no tensor that the index names")
     return Metadata(state_dict_metadata=described, storage_data=places)
 
 
-def _tensor(
+def _tensor_metadata(
     key: str,
-    entry: Mapping[str, Any],
+    tensor: _Tensor,
     sizes: Mapping[str, int],
     places: dict[MetadataIndex, _StorageInfo],
 ) -> TensorStorageMetadata:
-    shape = _counts(entry["shape"])
-    chunks = []
-    for number, raw in enumerate(entry["chunks"]):
-        offset, extent = _counts(raw["offset"]), _counts(raw["shape"])
-        inside = zip(offset, extent, shape, strict=True)
+    """Metadata of one global tensor; adds where each of its shards lies to ``places``."""
+    shards = []
+    for number, shard in enumerate(tensor.chunks):
+        inside = zip(shard.offset, shard.shape, tensor.shape, strict=True)
         if any(begin + length > whole for begin, length, whole in inside):
             raise ValueError(f"chunk {number} lies outside")
-        begin, length = _counts([raw["begin"], raw["length"]])
-        if begin + length > sizes[raw["file"]]:
-            raise ValueError(f"chunk {number} is beyond the end of {raw['file']}")
-        chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(extent)))
-        index = MetadataIndex(key, torch.Size(offset), number)
+        if shard.begin + shard.length > sizes[shard.file]:
+            raise ValueError(f"chunk {number} is beyond the end of {shard.file}")
+        offset = torch.Size(shard.offset)
+        shards.append(ChunkStorageMetadata(offset, torch.Size(shard.shape)))
+        index = MetadataIndex(key, offset, number)
         if index in places:
             raise ValueError(f"chunk {number} is there twice")
-        places[index] = _StorageInfo(raw["file"], begin, length)
+        places[index] = _StorageInfo(shard.file, shard.begin, shard.length)
     # What no chunk covers would be loaded as whatever the memory held.
-    if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
+    if sum(prod(shard.sizes) for shard in shards) != prod(tensor.shape):
         raise ValueError("its chunks do not make up its shape")
     return TensorStorageMetadata(
-        TensorProperties(dtype=_DTYPES[entry["dtype"]]), torch.Size(shape), chunks
+        TensorProperties(dtype=_DTYPES[tensor.dtype]), torch.Size(tensor.shape), shards
     )
-
-
-def _counts(values: Any) -> list[int]:
-    if not isinstance(values, list) or any(
-        type(value) is not int or not 0 <= value < 2**63 for value in values
-    ):
-        raise ValueError(f"{str(values)[:80]} are not counts")
-    return values

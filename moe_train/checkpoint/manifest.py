@@ -1,7 +1,7 @@
-"""The manifest: what a checkpoint is, and size and SHA-256 of every file in it, block by block.
+"""``manifest.json``: what a checkpoint is, and the size and SHA-256 of every file in it.
 
-It is JSON, written last; a folder without a matching manifest is not a checkpoint. Format 2 had
-one SHA-256 for each file, and is still read.
+It is written last; a folder without a matching manifest is not a checkpoint. Format 2 had one
+SHA-256 for each file instead of one for each block, and is still read.
 """
 
 from __future__ import annotations
@@ -9,55 +9,74 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal, Self
 
-from moe_train.checkpoint.digests import Block, blocks, hash_range
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from moe_train.checkpoint.digests import Block, Count, FileEntry, blocks, hash_range
 from moe_train.errors import CheckpointError
-from moe_train.features.optimizers import OPTIMIZERS
+from moe_train.files import read_validated
 
-FORMAT = 3
-READABLE = (2, FORMAT)
+FORMAT: Final = 3
 NAME = "manifest.json"
 INDEX = "tensors.json"
 MAX_BYTES = 64 * 2**20
 _FILE = re.compile(rf"__\d{{1,9}}_\d{{1,9}}\.distcp|{re.escape(INDEX)}", re.ASCII)
-"""The only names that a manifest may list: no other file of the folder is ever opened."""
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_STATES = {"param"}.union(*(one.state_names for one in OPTIMIZERS.values()))
+_FALL_BACK = "resume from an older checkpoint: checkpoint.resume=PATH"
 
 
-@dataclass
+def _file_name(name: str) -> str:
+    """The only names that a manifest may list: no other file of the folder is ever opened."""
+    if not _FILE.fullmatch(name):
+        raise ValueError(f"entry {name[:80]!r} is not a checkpoint's file")
+    return name
+
+
+@dataclass(config=ConfigDict(strict=True, extra="forbid"))
 class Manifest:
     """Contents of ``manifest.json``."""
 
-    step: int
-    consumed_samples: int
-    consumed_tokens: int
+    step: Count
+    consumed_samples: Count
+    consumed_tokens: Count
     model: dict[str, Any]
     """Fields that fix the shapes of the weights."""
     layout: str
-    world: int
-    seed: int
-    optimizer_step: int
-    optimizer_states: list[str]
+    world: Count
+    seed: Count
+    optimizer_step: Count
+    optimizer_states: list[Annotated[str, Field(pattern=r"\A[a-z0-9_]{1,64}\z")]]
     """Per-parameter tensors of the optimizer and, for 16-bit weights, their fp32 copy `param`."""
     tokenizer: str
     """Fingerprint of the tokenizer that the data was prepared with."""
-    rng_sizes: list[int]
+    rng_sizes: list[Count]
     """Bytes of each random state of a rank, in the order they were joined."""
-    format: int = FORMAT
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Relative name -> {size, block, sha256: [of each block]}; format 2: {size, sha256}."""
+    format: Literal[2, 3] = FORMAT
+    files: dict[Annotated[str, AfterValidator(_file_name)], FileEntry] = field(default_factory=dict)
+    """By name, relative to the checkpoint's folder."""
+
+    @model_validator(mode="after")
+    def _digests_cover_files(self) -> Self:
+        """Bytes that no digest covers would be taken as they are."""
+        for name, entry in self.files.items():
+            block, digests = entry.get("block"), entry["sha256"]
+            if self.format == 2:
+                sound = block is None and isinstance(digests, str)
+            else:
+                sound = isinstance(digests, list) and block is not None
+                sound = sound and len(digests) == -(-entry["size"] // (block or 1))
+            if not sound:
+                raise ValueError(f"entry {name!r} has no SHA-256 for all of its bytes")
+        return self
 
     def write(self, folder: Path) -> None:
         """Write to ``folder`` and flush it to the disk."""
-        path = folder / NAME
-        with open(path, "w", encoding="utf-8") as out:
+        with open(folder / NAME, "w", encoding="utf-8") as out:
             json.dump(asdict(self), out, indent=1, sort_keys=True)
             out.flush()
             os.fsync(out.fileno())
@@ -69,86 +88,14 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: missing, too large, not JSON, of another format or incomplete.
     """
-    path = folder / NAME
-    raw = read_json(path, MAX_BYTES)
-    found = raw.get("format") if isinstance(raw, dict) else None
-    if type(found) is not int or found not in READABLE:
-        raise CheckpointError(str(path), f"is not a manifest of format {READABLE[0]} or {FORMAT}")
-    try:
-        manifest = Manifest(**raw)
-    except TypeError as problem:
-        raise CheckpointError(str(path), f"has missing or unknown fields: {problem}") from problem
-    _check_types(path, manifest)
-    return manifest
-
-
-def read_json(path: Path, limit: int) -> Any:
-    """Content of a JSON file of at most ``limit`` bytes.
-
-    Raises:
-        CheckpointError: no plain file, too large, or not JSON.
-    """
-    try:
-        # A link could lead out of the folder, and a pipe or a device would never end.
-        found = path.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError(str(path), "is not a plain file")
-        if found.st_size > limit:
-            raise CheckpointError(str(path), f"has {found.st_size} bytes, more than {limit}")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise CheckpointError(
-            str(path), f"cannot be read: {problem}", "the folder is not a complete checkpoint"
-        ) from problem
-
-
-def _check_types(path: Path, manifest: Manifest) -> None:
-    numbers = ("step", "consumed_samples", "consumed_tokens", "world", "seed", "optimizer_step")
-    for name in numbers:
-        value = getattr(manifest, name)
-        if type(value) is not int or value < 0:
-            raise CheckpointError(str(path), f"{name} is {value!r}, not a count")
-    if not isinstance(manifest.model, dict) or not isinstance(manifest.files, dict):
-        raise CheckpointError(str(path), "model and files must be objects")
-    texts = (manifest.layout, manifest.tokenizer)
-    if not all(isinstance(text, str) for text in texts):
-        raise CheckpointError(str(path), "layout and tokenizer must be texts")
-    states, sizes = manifest.optimizer_states, manifest.rng_sizes
-    if not isinstance(states, list) or not all(
-        isinstance(state, str) and state in _STATES for state in states
-    ):
-        raise CheckpointError(str(path), f"optimizer_states are not among {sorted(_STATES)}")
-    if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes):
-        raise CheckpointError(str(path), "rng_sizes must be counts")
-    for name, facts in manifest.files.items():
-        if not _FILE.fullmatch(name):
-            raise CheckpointError(str(path), f"entry {name[:80]!r} is not a checkpoint's file")
-        described = _in_blocks(facts) if manifest.format == FORMAT else _as_one(facts)
-        if not described:
-            raise CheckpointError(str(path), f"entry {name[:80]!r} has no size and SHA-256")
-
-
-def _as_one(facts: Any) -> bool:
-    known = isinstance(facts, dict) and facts.keys() == {"size", "sha256"}
-    return known and _is_count(facts["size"]) and _is_digest(facts["sha256"])
-
-
-def _in_blocks(facts: Any) -> bool:
-    if not isinstance(facts, dict) or facts.keys() != {"size", "block", "sha256"}:
-        return False
-    size, block, digests = facts["size"], facts["block"], facts["sha256"]
-    if not _is_count(size) or not _is_count(block) or block == 0 or not isinstance(digests, list):
-        return False
-    # Bytes that no digest covers would be taken as they are.
-    return len(digests) == -(-size // block) and all(map(_is_digest, digests))
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_digest(text: Any) -> bool:
-    return isinstance(text, str) and _SHA256.fullmatch(text) is not None
+    return read_validated(
+        folder / NAME,
+        Manifest,
+        limit=MAX_BYTES,
+        what=f"a manifest of format 2 or {FORMAT}",
+        error=CheckpointError,
+        fix="the folder is not a complete checkpoint",
+    )
 
 
 def verify(folder: Path, deep: bool = True, threads: int = 1) -> Manifest:
@@ -182,11 +129,11 @@ def check_files(folder: Path, manifest: Manifest) -> None:
                 raise CheckpointError(
                     str(path), "is not in the manifest", "remove it if it is yours"
                 )
-        for name, facts in sorted(manifest.files.items()):
+        for name, entry in sorted(manifest.files.items()):
             size = _plain(folder / name).stat().st_size
-            if size != facts["size"]:
+            if size != entry["size"]:
                 raise CheckpointError(
-                    str(folder / name), f"has {size} bytes, not {facts['size']}", _FALL_BACK
+                    str(folder / name), f"has {size} bytes, not {entry['size']}", _FALL_BACK
                 )
     except OSError as problem:
         raise _unreadable(folder, problem) from problem
@@ -227,11 +174,3 @@ def _plain(path: Path) -> Path:
 
 def _unreadable(folder: Path, problem: OSError) -> CheckpointError:
     return CheckpointError(str(folder), f"cannot be read: {problem}", _FALL_BACK)
-
-
-_FALL_BACK = "resume from an older checkpoint: checkpoint.resume=PATH"
-
-
-def merged(parts: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """One ``files`` table from the ranks' parts."""
-    return {name: facts for part in parts for name, facts in part.items()}

@@ -1,4 +1,4 @@
-"""Optimizer state by parameter name, whatever optimizer and layout hold it.
+"""Optimizer state under its parameter's key and global offset, for any optimizer and layout.
 
 Megatron prefixes optimizer keys with the optimizer's place in a chain, and that chain has one
 link with EP=1 and two with EP>1, so its own optimizer checkpoints do not survive that change.
@@ -21,8 +21,7 @@ from megatron.core.dist_checkpointing.optimizer import (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from moe_train.checkpoint.entries import Entry, Sharded, Tree
-from moe_train.checkpoint.slices import Slice
+from moe_train.checkpoint.shards import FlatShard, LocalShard, Range, Sharded, StateDict
 from moe_train.checkpoint.staging import Staging
 
 PLAIN = (torch.float32, torch.bfloat16)
@@ -66,7 +65,7 @@ def initialise_state(optimizer: Any) -> None:
                     part.optimizer.state[param].setdefault(name, torch.zeros_like(param))
 
 
-def state_entries(optimizer: Any, model_state: dict[str, Any], name: str) -> Tree:
+def state_shards(optimizer: Any, model_state: dict[str, Any], name: str) -> StateDict:
     """State ``name`` of all parameters, keyed by parameter position; nothing is copied.
 
     Args:
@@ -76,7 +75,7 @@ def state_entries(optimizer: Any, model_state: dict[str, Any], name: str) -> Tre
     # One call for all: each formats every tensor of the model that it was not asked for.
     by_position = get_param_id_to_sharded_param_map(model_state, [param for _, param in owned])
     return {
-        str(index): _entry(part, param, name, by_position[index])
+        str(index): _shard(part, param, name, by_position[index])
         for index, (part, param) in enumerate(owned)
     }
 
@@ -88,18 +87,18 @@ def master_from_model(optimizer: Any) -> None:
         weights = param.detach()
         if not isinstance(part, DistributedOptimizer):
             getattr(param, "main_param", param).detach().copy_(weights)
-        elif (span := _span(part, param)) is not None:
-            held = weights.view(-1)[span[0] : span[1]]
+        elif (own := _range(part, param)) is not None:
+            values = weights.view(-1)[slice(*own)]
             state = _raw(part, param, "param")
             # On the device, where both lie: a cast without a copy between.
-            state.copy_(held.view(state.shape))
+            state.copy_(values.view(state.shape))
 
 
 def _model_params(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter]]:
     for part in parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             # The buffers list every parameter, in one order on all data-parallel ranks; the
-            # groups list only those of which this rank owns a slice.
+            # groups list only those of which this rank owns a range.
             for buffer in part.buffers:
                 for param in buffer.param_index_map:
                     yield part, param
@@ -113,25 +112,24 @@ def _model_params(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter]]:
                     yield part, param
 
 
-def _entry(part: Any, param: torch.nn.Parameter, name: str, sharded: Sharded) -> Entry:
+def _shard(part: Any, param: torch.nn.Parameter, name: str, sharded: Sharded) -> LocalShard:
     shape = torch.empty(param.shape, dtype=torch.float32, device="meta")
     place = make_sharded_optimizer_tensor(
         sharded, shape, prefix=f"optimizer.state.{name}"
     ).without_data()
     if not isinstance(part, DistributedOptimizer):
-        return Entry(place, torch.float32, _raw(part, param, name))
-    span = _span(part, param)
+        return LocalShard(place, torch.float32, _raw(part, param, name))
     if part.data_parallel_group.size() == 1:
         state = _raw(part, param, name)
         if state.dtype in PLAIN:
-            return Entry(place, torch.float32, state.view(param.shape))
-    return Slice(
+            return LocalShard(place, torch.float32, state.view(param.shape))
+    return FlatShard(
         place,
         torch.float32,
         param.detach(),
         group=part.data_parallel_group,
-        span=span,
-        get=partial(_values, part, param, name),
+        range=_range(part, param),
+        get=partial(_get, part, param, name),
         put=partial(_put, part, param, name),
     )
 
@@ -142,26 +140,26 @@ def _raw(part: Any, param: torch.nn.Parameter, name: str) -> torch.Tensor:
         main = getattr(param, "main_param", param)
         state: torch.Tensor = main if name == "param" else part.optimizer.state[main][name]
         return state.detach()
-    held, key = _held(part, param, name)
-    state = held if key is None else part.optimizer.state[held][key]
+    inner, key = _inner(part, param, name)
+    state = inner if key is None else part.optimizer.state[inner][key]
     return state.detach()
 
 
-def _held(part: Any, param: torch.nn.Parameter, name: str) -> tuple[torch.Tensor, str | None]:
+def _inner(part: Any, param: torch.nn.Parameter, name: str) -> tuple[torch.Tensor, str | None]:
     """The parameter of the inner optimizer, and the state's name there; None: the parameter."""
     group, order = part.model_param_group_index_map[param]
-    held = part.optimizer.param_groups[group]["params"][order]
+    inner = part.optimizer.param_groups[group]["params"][order]
     if name != "param":
-        return held, name
+        return inner, name
     aware = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-    return held, "master_param" if aware else None
+    return inner, "master_param" if aware else None
 
 
-def _values(part: Any, param: torch.nn.Parameter, name: str) -> torch.Tensor:
+def _get(part: Any, param: torch.nn.Parameter, name: str) -> torch.Tensor:
     state = _raw(part, param, name)
     if state.dtype in PLAIN:
         return state
-    unpacked: torch.Tensor = part.optimizer.get_unscaled_state(*_held(part, param, name))
+    unpacked: torch.Tensor = part.optimizer.get_unscaled_state(*_inner(part, param, name))
     return unpacked
 
 
@@ -173,10 +171,10 @@ def _put(
         through.to_live(values.view(state.shape), state)
         return
     device = values.to(state.device).view(state.shape)
-    part.optimizer.set_scaled_state(*_held(part, param, name), device)
+    part.optimizer.set_scaled_state(*_inner(part, param, name), device)
 
 
-def _span(part: DistributedOptimizer, param: torch.nn.Parameter) -> tuple[int, int] | None:
+def _range(part: DistributedOptimizer, param: torch.nn.Parameter) -> Range | None:
     """This rank's range of the flat parameter, or None."""
     if param not in part.model_param_gbuf_map:
         return None

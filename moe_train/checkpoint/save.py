@@ -1,33 +1,39 @@
-"""Write a checkpoint: stage, write, describe, commit by rename; all at once, or beside training."""
+"""Saves a checkpoint: stage, write, describe, commit by rename; at once, or beside the training."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from moe_train.checkpoint import folders, manifest, optimizer_state, rng, space
-from moe_train.checkpoint.digests import file_facts
-from moe_train.checkpoint.entries import Tree
+from moe_train.checkpoint import folders, manifest, optimizer_state
+from moe_train.checkpoint.collective import run_on_all_ranks
+from moe_train.checkpoint.digests import FileEntry, file_entry
 from moe_train.checkpoint.index import write_index
 from moe_train.checkpoint.manifest import Manifest
-from moe_train.checkpoint.model_state import model_entries, sharded_model_state
-from moe_train.checkpoint.slices import exchange_spans, slices_of
-from moe_train.checkpoint.tensors import Values, Writing, Written, check_complete, split
-from moe_train.checkpoint.together import together
+from moe_train.checkpoint.shards import StateDict, flat_shards, gather_ranges
+from moe_train.checkpoint.state_dict import checkpoint_state
+from moe_train.checkpoint.write import (
+    ItemValues,
+    ShardWriter,
+    Written,
+    bytes_to_write,
+    check_sharding,
+    plan_sharded,
+)
 from moe_train.errors import MoeTrainError
 
-type Table = dict[str, dict[str, Any]]
-"""Entries of files in a manifest."""
+_FREE_SPACE = "free disk space or fix the folder; the previous checkpoint is untouched"
+_LIST = "look at the disk: moe-train checkpoint list RUN shows what is sound"
 
 
 class Save:
-    """One checkpoint of model, optimizer, random states and data cursor, on its way to the disk.
+    """A save of model, optimizer, random states and data cursor that has begun.
 
     Opening and :meth:`commit` are collective over the world; between them every rank's files are
     written without any collective. Until :meth:`commit` returns, no checkpoint of this step
@@ -35,9 +41,9 @@ class Save:
 
     Args:
         root: ``checkpoints/`` of the run folder, shared by all ranks.
-        facts: the manifest's fields that the caller knows (model, layout, cursor, ...).
+        fields: the manifest's fields that the caller knows (model, layout, cursor, ...).
         keep: committed checkpoints that stay.
-        beside: write in a thread, from a copy of the state; the caller may go on training.
+        asynchronous: write in a thread, from a copy of the state; the caller may go on training.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write or the disk has no room;
@@ -51,61 +57,60 @@ class Save:
         step: int,
         chunks: list[Any],
         optimizer: Any,
-        facts: dict[str, Any],
+        fields: dict[str, Any],
         keep: int,
-        beside: bool = False,
+        asynchronous: bool = False,
     ) -> None:
         begun = time.monotonic()
         self._root, self._step, self._keep = root, step, keep
         self.final = root / folders.committed_name(step)
         self._staging = root / f"{self.final.name}.tmp"
-        tree = self._describe(chunks, optimizer, facts)
+        state = self._describe(chunks, optimizer, fields)
         # All that may fail on one rank alone comes before what the ranks do together.
-        values = self._shared(lambda: Values(tree))
-        sharded = self._shared(lambda: split(tree))
-        size = sum(self._together(lambda: space.bytes_to_write(sharded)))
+        values = self._own(lambda: ItemValues(state))
+        sharded = self._own(lambda: plan_sharded(state))
+        size = sum(self._on_all_ranks(lambda: bytes_to_write(sharded)))
         # Megatron checks its own rule here (rank 0), so the outcome has to be shared as well.
-        self._together(lambda: check_complete(sharded))
-        self._together(lambda: self._stage(size))
-        files = dist.get_world_size()
-        self._writing: list[Writing] = [
-            self._shared(lambda: Writing(values, sharded, self._staging, files=files))
-        ]
-        self._tables: list[Table] | None = None
-        if beside:
-            self._together(self._writing[0].take)
+        self._on_all_ranks(lambda: check_sharding(sharded))
+        self._on_all_ranks(lambda: self._make_staging(size))
+        self._writer: ShardWriter | None = self._own(
+            lambda: ShardWriter(values, sharded, self._staging, files=dist.get_world_size())
+        )
+        self._pending: Future[dict[str, FileEntry]] | None = None
+        if asynchronous:
+            self._on_all_ranks(self._writer.stage)
         self.seconds = time.monotonic() - begun
-        """What the save has cost so far, whoever waited for it."""
-        if beside:
+        """Time that the save has taken so far, in whichever thread."""
+        if asynchronous:
             pool = ThreadPoolExecutor(1, "checkpoint")
-            self._table = pool.submit(self._write)
+            self._pending = pool.submit(self._write)
             pool.shutdown(wait=False)
         else:
             # Here, not in a thread: values come from the device that this one has chosen.
-            self._tables = self._together(self._write)
+            self._entries = self._on_all_ranks(self._write)
 
-    def _describe(self, chunks: list[Any], optimizer: Any, facts: dict[str, Any]) -> Tree:
-        """The entries to save, and the manifest's fields."""
+    def _describe(self, chunks: list[Any], optimizer: Any, fields: dict[str, Any]) -> StateDict:
+        """The state to save; completes the manifest's fields."""
 
-        def describe() -> Tree:
+        def describe() -> StateDict:
             optimizer_state.initialise_state(optimizer)
-            tree, rng_sizes = _state(chunks, optimizer)
-            self._facts = facts | {
+            state, rng_sizes = checkpoint_state(chunks, optimizer)
+            self._fields = fields | {
                 "step": self._step,
                 "optimizer_step": optimizer_state.optimizer_step(optimizer),
                 "optimizer_states": optimizer_state.state_names(optimizer),
                 "rng_sizes": rng_sizes,
             }
-            return tree
+            return state
 
-        tree = self._shared(describe)
-        self._together(lambda: exchange_spans(slices_of(tree)))
-        return tree
+        state = self._own(describe)
+        self._on_all_ranks(lambda: gather_ranges(flat_shards(state)))
+        return state
 
     @property
     def written(self) -> bool:
         """Whether this rank has nothing left to write, so that it need not wait in commit."""
-        return self._tables is not None or self._table.done()
+        return self._pending is None or self._pending.done()
 
     def commit(self) -> Path:
         """Wait for the files and give the checkpoint its name; collective.
@@ -114,72 +119,60 @@ class Save:
             The committed folder.
         """
         begun = time.monotonic()
-        tables = self._tables or self._together(self._table.result)
-        found: list[Written | None] = []
-        self._together(lambda: found.append(self._writing.pop().finish()))
-        self._together(lambda: self._publish(found[0], manifest.merged(tables)))
-        together(lambda: _retire(self.final, self._keep), self.final, "is not sound", READ)
+        if self._pending is not None:
+            self._entries = self._on_all_ranks(self._pending.result)
+        assert self._writer is not None
+        written = self._own(self._writer.finish)
+        self._writer = None
+        self._on_all_ranks(lambda: self._publish(written))
+        run_on_all_ranks(self._prune, self.final, "failed verification", _LIST)
         self.seconds += time.monotonic() - begun
         return self.final
 
-    def _stage(self, size: int) -> None:
+    def _make_staging(self, size: int) -> None:
         if dist.get_rank() == 0:
             folders.staging_folder(self._root, self._step)
-            space.check_free(self._root, size)
+            folders.check_free_space(self._root, size)
 
-    def _write(self) -> Table:
-        """Write, hash and flush this rank's own files."""
+    def _write(self) -> dict[str, FileEntry]:
+        """Write, hash and flush this rank's own files; their entries in the manifest."""
         begun = time.monotonic()
-        writing = self._writing[0]
-        writing.run()
+        assert self._writer is not None
+        self._writer.write()
         self.seconds += time.monotonic() - begun
-        return writing.facts
+        return self._writer.entries
 
-    def _publish(self, written: Written | None, table: Table) -> None:
+    def _publish(self, written: Written | None) -> None:
         if dist.get_rank() == 0:
             assert written is not None
             write_index(self._staging, *written)
-            table[manifest.INDEX] = file_facts(self._staging / manifest.INDEX)
-            Manifest(files=table, **self._facts).write(self._staging)
+            files = {manifest.INDEX: file_entry(self._staging / manifest.INDEX)}
+            for entries in self._entries:
+                files |= entries
+            Manifest(files=files, **self._fields).write(self._staging)
             folders.commit(self._staging)
 
-    def _shared[T](self, work: Callable[[], T]) -> T:
-        """This rank's result of a work whose failure all ranks hear of."""
-        own: list[T] = []
-        self._together(lambda: own.append(work()))
-        return own[0]
+    def _prune(self) -> None:
+        """Delete old checkpoints, once the new one is seen to be there as its manifest says.
 
-    def _together[T](self, work: Callable[[], T]) -> list[T]:
+        Its bytes were hashed on their way to the disk: here its names and sizes are compared.
+        """
+        if dist.get_rank() == 0:
+            manifest.verify(self.final, deep=False)
+            folders.quarantine_later(self.final)
+            folders.prune(self.final, self._keep)
+
+    def _own[T](self, work: Callable[[], T]) -> T:
+        """This rank's result, which is not sent to others; a failure is raised on all ranks."""
+        results: list[T] = []
+        self._on_all_ranks(lambda: results.append(work()))
+        return results[0]
+
+    def _on_all_ranks[T](self, work: Callable[[], T]) -> list[T]:
         try:
-            return together(work, self._staging, "could not be written", FREE)
+            return run_on_all_ranks(work, self._staging, "could not be written", _FREE_SPACE)
         except MoeTrainError:
             if dist.get_rank() == 0:
                 # Its room may be what the next attempt needs.
                 shutil.rmtree(self._staging, ignore_errors=True)
             raise
-
-
-READ = "look at the disk: moe-train checkpoint list RUN shows what is sound"
-FREE = "free disk space or fix the folder; the previous checkpoint is untouched"
-
-
-def _retire(final: Path, keep: int) -> None:
-    """Delete old checkpoints, once the new one is seen to be there as its manifest says.
-
-    Its bytes were hashed on their way to the disk: here its names and sizes are compared.
-    """
-    if dist.get_rank() == 0:
-        manifest.verify(final, deep=False)
-        folders.purge(final, keep)
-
-
-def _state(chunks: list[Any], optimizer: Any) -> tuple[Tree, list[int]]:
-    model_state = sharded_model_state(chunks)
-    tree = model_entries(chunks, model_state)
-    tree["optimizer"] = {
-        name: optimizer_state.state_entries(optimizer, model_state, name)
-        for name in optimizer_state.state_names(optimizer)
-    }
-    packed, sizes = rng.pack()
-    tree["rng"] = rng.entry(packed, dist.get_rank(), dist.get_world_size())
-    return tree, sizes

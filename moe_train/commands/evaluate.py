@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.errors import EXIT_FINISHED, ConfigError, MoeTrainError
+from moe_train.files import write_atomically
 from moe_train.run.evaluation import evaluate
 from moe_train.run.failure import report_error
 from moe_train.run.logs import logging_to_console
 from moe_train.run.torchelastic import world_of_process
-from moe_train.run_folder.files import write_atomically
 
 EXAMPLES = """examples:
   moe-train evaluate run.name=twin-TP2.PP4.EP8.span

@@ -12,10 +12,11 @@ from moe_train.config.training import DataConfig
 from moe_train.data import tokenizer as tokenizers
 from moe_train.data.cache import cache_folder, lock
 from moe_train.data.corpus import DEFAULT_TOKENIZER, embedded_corpus
-from moe_train.data.manifest import beside, write_json
+from moe_train.data.manifest import beside
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.data.verify import Facts, check_files, check_vocabulary, largest_id
 from moe_train.errors import DataError
+from moe_train.files import write_json
 
 SCAN_BYTES = 32 << 30
 """Files up to this size are read whole once (about a minute); above, a manifest is trusted."""

@@ -1,14 +1,26 @@
-"""The user's cache folder, shared by runs and ranks, and locks on what is made in it."""
+"""The data cache: its folder, locks, and checks of Megatron's sample indices in it.
+
+Megatron reads the indices with ``numpy.load(allow_pickle=True)``. They can be built again at any
+time, so damage costs seconds; a pickle in their place is no accident and is refused.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock
 
 from moe_train.errors import DataError
+from moe_train.files import write_json
+
+LOGGER = logging.getLogger(__name__)
+RECORD = "sha256.json"
 
 
 def cache_folder(configured: str | Path | None = None) -> Path:
@@ -46,3 +58,58 @@ def lock(path: Path) -> FileLock:
     """Lock that one process of this machine holds at a time; it ends with its process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_name(path.name + ".lock"))
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a cache folder with a file that numpy would have to unpickle, or a link.
+
+    Raises:
+        DataError: names the file.
+    """
+    for path in sorted(folder.glob("*")):
+        problem = ""
+        if path.is_symlink() or not path.is_file():
+            problem = "is not a plain file"
+        elif path.suffix == ".npy" and _is_pickle(path):
+            problem = "holds a pickle, which could run code"
+        if problem:
+            raise DataError(str(path), problem, f"remove {folder}: it is built again by itself")
+
+
+def indices_unchanged(folder: Path) -> bool:
+    """Whether the folder holds what :func:`record_indices` saw, and no other array."""
+    try:
+        recorded = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return isinstance(recorded, dict) and recorded == _digests(folder)
+    except FileNotFoundError:
+        return not any(folder.glob("*.npy"))
+    except (OSError, ValueError, RecursionError) as error:
+        LOGGER.warning("%s cannot be read: %s", folder / RECORD, error)
+        return False
+
+
+def record_indices(folder: Path) -> None:
+    """Record the digests of the folder's arrays for :func:`indices_unchanged`."""
+    write_json(folder / RECORD, _digests(folder))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(folder.glob("*.npy")):
+        with path.open("rb") as stream:
+            digests[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether the file is neither an array of plain numbers nor torn."""
+    with path.open("rb") as stream:
+        magic = stream.read(len(np.lib.format.MAGIC_PREFIX))
+    if magic != np.lib.format.MAGIC_PREFIX:
+        return bool(magic)
+    try:
+        np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        # Torn arrays raise it too; numpy names the case in words only.
+        return "allow_pickle" in str(error) or "object" in str(error).lower()
+    return False

@@ -8,19 +8,25 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from moe_train.config.training import DataConfig
-from moe_train.data import indices
 from moe_train.data.blend import Corpus, Part, open_corpus
-from moe_train.data.cache import cache_folder, lock
-from moe_train.data.packing import EndlessGPTDataset
+from moe_train.data.cache import (
+    cache_folder,
+    indices_unchanged,
+    lock,
+    record_indices,
+    refuse_pickles,
+)
 from moe_train.errors import DataError
 
 NAMES = ("train", "valid", "test")
@@ -38,6 +44,44 @@ class Datasets(NamedTuple):
     train: Any
     valid: Any
     test: Any
+
+
+class EndlessGPTDataset(GPTDataset):  # type: ignore[misc]
+    """Megatron's packed samples without end; sample i is the same for every run length.
+
+    Megatron shuffles all epochs that a run needs together, so that a run of 10 steps and one of
+    20 steps can see different samples from the first step on. A run that is stopped early and
+    continued, or extended, would then repeat and miss data. Here the first epoch is Megatron's
+    own; each later one is a permutation of the same samples, seeded by its number.
+    """
+
+    def __init__(
+        self, dataset: Any, path: Any, indices: Any, samples: int | None, split: Any, config: Any
+    ) -> None:
+        # None: Megatron builds, and names in its cache, one epoch whatever the run needs.
+        super().__init__(dataset, path, indices, None, split, config)
+        self.num_samples = samples
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    @property
+    def epoch_samples(self) -> int:
+        """Distinct samples: one pass over the data."""
+        return int(super().__len__())
+
+    def __len__(self) -> int:
+        return max(self.epoch_samples, self.num_samples or 0)
+
+    def __getitem__(self, index: int | None) -> dict[str, Any]:
+        if index is not None:
+            epoch, index = divmod(int(index), self.epoch_samples)
+            if epoch:
+                index = int(self._permutation(epoch)[index])
+        sample: dict[str, Any] = super().__getitem__(index)
+        return sample
+
+    def _permute(self, epoch: int) -> npt.NDArray[np.int64]:
+        seed = [self.config.random_seed, epoch]
+        return np.random.default_rng(seed).permutation(self.epoch_samples)
 
 
 class _MegatronTokenizer:
@@ -181,8 +225,7 @@ def _index_folder(config: DataConfig, corpus: Corpus) -> Path:
 
 @contextmanager
 def _building(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock while indices are built in it, and drop damage and what a killed
-    build left.
+    """Hold the folder's lock while indices are built in it; first delete damaged or partial ones.
 
     With a process group Megatron writes on rank 0 alone and has the others wait for it.
     """
@@ -191,11 +234,11 @@ def _building(folder: Path) -> Iterator[None]:
         return
     with lock(folder):
         unfinished = folder.with_name(folder.name + ".building")
-        indices.refuse_pickles(folder)
-        if unfinished.exists() or not indices.unchanged(folder):
+        refuse_pickles(folder)
+        if unfinished.exists() or not indices_unchanged(folder):
             shutil.rmtree(folder, ignore_errors=True)
         unfinished.touch()
         yield
         if folder.is_dir():
-            indices.record(folder)
+            record_indices(folder)
         unfinished.unlink()

@@ -16,14 +16,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from moe_train.data import tokenizer as tokenizers
-from moe_train.data.encode import Encoder, Encoding, text_of
-from moe_train.data.entropy import count_tokens, entropy_of_counts
-from moe_train.data.manifest import Manifest, beside, write_json
-from moe_train.data.pipeline import End, encode_all
+from moe_train.data.encode import Encoder, Encoding, End, encode_all, text_of
+from moe_train.data.manifest import Manifest, beside
 from moe_train.data.shards import Shard, ShardFolder, ShardWriter
 from moe_train.data.sources import Source, digest, expand, read
+from moe_train.data.statistics import count_tokens, entropy_of_counts
 from moe_train.data.verify import block_digests, check_files
 from moe_train.errors import DataError
+from moe_train.files import write_json
 
 OUTPUTS = (".json", ".bin", ".idx", ".tokenizer.json")
 """What a preparation leaves; the manifest is first removed and last written."""

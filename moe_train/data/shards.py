@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.data.encode import Encoded
-from moe_train.data.manifest import write_json
 from moe_train.data.sources import Source, digest
 from moe_train.errors import DataError
+from moe_train.files import write_json
 
 
 @dataclass(frozen=True)

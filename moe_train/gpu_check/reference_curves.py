@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_train.files import write_atomically
 from moe_train.gpu_check.bench import Bench, curve
 from moe_train.gpu_check.curves import FIELDS, reference_path
 from moe_train.gpu_check.sizes import SMALL, STEPS
-from moe_train.run_folder.files import write_atomically
 
 SECONDS = 300.0
 VERSIONS = ("torch", "megatron-core", "numpy", "python", "processor", "cpu_capability")

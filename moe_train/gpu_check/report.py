@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_train.files import write_atomically
 from moe_train.gpu_check.check import Check
 from moe_train.gpu_check.findings import Findings, Verdict
 from moe_train.gpu_check.rendering import markdown
-from moe_train.run_folder.files import write_atomically
 
 VERSION = 1
 """Of the report's fields."""

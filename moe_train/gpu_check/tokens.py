@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_train.run_folder.files import write_atomically
+from moe_train.files import write_atomically
 
 WORDS = 96
 FOLLOWERS = 4

@@ -82,7 +82,7 @@ def _evaluate(run: ResolvedRun, checkpoints: Path, rank: int) -> dict[str, Any]:
 def _measure(session: Session) -> dict[str, Any]:
     from moe_train.data.batches import BatchSource
     from moe_train.data.datasets import build_datasets
-    from moe_train.data.entropy import dataset_entropy
+    from moe_train.data.statistics import dataset_entropy
     from moe_train.train.step import validate
 
     config, data = session.config, session.engine.groups.dp

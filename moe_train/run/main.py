@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import moe_train
-from moe_train.checkpoint.folders import take_back
+from moe_train.checkpoint.folders import recover_interrupted_commit
 from moe_train.config.sweep import expand_multirun, suffixes
 from moe_train.errors import (
     EXIT_FINISHED,
@@ -217,7 +217,7 @@ def acquire_run_folder(run: ResolvedRun, suffix: str, state: RunState) -> None:
         fresh=run.config.checkpoint.resume == "never" and restarts()[0] == 0,
     )
     state.lock = lock_run_folder(folder.path)
-    take_back(folder.checkpoints)
+    recover_interrupted_commit(folder.checkpoints)
     state.folder = folder
     if restarts()[0] == 0:
         (folder.logs / STOPPED).unlink(missing_ok=True)

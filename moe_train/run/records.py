@@ -6,9 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 from moe_train.config.schema import to_mapping
+from moe_train.files import write_atomically
 from moe_train.planner.cost.compute import peak_flops
 from moe_train.planner.report.plan_report import plan_report
-from moe_train.run_folder.files import write_atomically
 from moe_train.run_folder.folder import RunFolder
 from moe_train.run_folder.status import write_status
 

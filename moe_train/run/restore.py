@@ -1,18 +1,15 @@
-"""Find, check and load the checkpoint that a program starts from."""
+"""Restores the session's model, optimizer and random states from the selected checkpoint."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from moe_train.checkpoint.choose import find_checkpoint
-from moe_train.checkpoint.load import check_fits, load_checkpoint
+from moe_train.checkpoint.load import load_checkpoint
 from moe_train.checkpoint.manifest import Manifest
-from moe_train.errors import CheckpointError
+from moe_train.checkpoint.select import select_checkpoint
 from moe_train.parallel.resolved import ResolvedRun
-from moe_train.run.broadcast import broadcast_or_raise
 from moe_train.run.opening import Session
 
 LOGGER = logging.getLogger(__name__)
@@ -21,7 +18,7 @@ LOGGER = logging.getLogger(__name__)
 def restore(
     session: Session, root: Path, resume: str, *, weights_only: bool = False
 ) -> tuple[Path, Manifest] | tuple[None, None]:
-    """Load what ``checkpoint.resume`` asks for; collective.
+    """Load the checkpoint that :func:`select_checkpoint` returns; collective.
 
     Args:
         root: folder of the run's checkpoints.
@@ -34,30 +31,28 @@ def restore(
     Raises:
         CheckpointError: damaged, or of another model or tokenizer; the same on every rank.
     """
-    found, warnings = find_checkpoint(root, resume)
-    for warning in warnings:
-        LOGGER.warning("passed over a damaged checkpoint: %s", warning)
-    if found is None:
+    fields = session.facts()
+    selected = select_checkpoint(root, resume, model=fields["model"], tokenizer=fields["tokenizer"])
+    if selected is None:
         return None, None
-    facts = session.facts()
-    manifest = _check(found, facts)
+    folder, manifest = selected
     restored = load_checkpoint(
-        found,
+        folder,
         manifest,
         chunks=[chunk.module for chunk in session.engine.chunks],
         optimizer=None if weights_only else session.engine.optimizer,
-        layout=facts["layout"],
+        layout=fields["layout"],
     )
     if not weights_only:
         moved = "" if restored else f" (written in layout {manifest.layout})"
-        LOGGER.info("resumed %s at step %d%s", found, manifest.step, moved)
-        for warning in _other_data(manifest, session.run):
+        LOGGER.info("resumed %s at step %d%s", folder, manifest.step, moved)
+        for warning in _changed_data(manifest, session.run):
             LOGGER.warning(warning)
-    return found, manifest
+    return folder, manifest
 
 
-def _other_data(manifest: Manifest, run: ResolvedRun) -> Iterator[str]:
-    """What to say where the steps from here on are of other samples than those before.
+def _changed_data(manifest: Manifest, run: ResolvedRun) -> Iterator[str]:
+    """Warnings where the steps from here on take other samples than those before.
 
     Replicas run micro-batches of their own, so another layout may mean another global batch.
     """
@@ -76,19 +71,6 @@ def _other_data(manifest: Manifest, run: ResolvedRun) -> Iterator[str]:
         other.append(f"run.seed={seed}, not {manifest.seed}")
     if other:
         yield (
-            f"{' and '.join(other)}: samples are cut and shuffled anew, so that some text comes "
-            "again and some never; counts of samples and tokens go on as if all were of this kind"
+            f"{' and '.join(other)}: samples are cut and shuffled again, so that some text is "
+            "repeated and some is never seen; counts of samples and tokens continue as they were"
         )
-
-
-def _check(found: Path, facts: dict[str, Any]) -> Manifest:
-    """Every rank reads the manifest: one that does not see the folder must not hang the rest."""
-    fault: CheckpointError | None = None
-    manifest: Manifest | None = None
-    try:
-        manifest = check_fits(found, facts["model"], facts["tokenizer"])
-    except CheckpointError as misfit:
-        fault = misfit
-    shared = broadcast_or_raise(fault, manifest)
-    assert shared is not None
-    return shared

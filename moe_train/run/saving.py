@@ -36,8 +36,8 @@ class Saver:
             chunks=[chunk.module for chunk in session.engine.chunks],
             optimizer=session.engine.optimizer,
             keep=config.checkpoint.keep,
-            beside=config.checkpoint.asynchronous,
-            facts=session.facts()
+            asynchronous=config.checkpoint.asynchronous,
+            fields=session.facts()
             | {
                 "consumed_samples": consumed,
                 "consumed_tokens": consumed * config.data.sequence,

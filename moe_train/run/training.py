@@ -14,11 +14,11 @@ from moe_train.callbacks.progress import ConsoleProgress
 from moe_train.callbacks.recorders import ExpertLoad, MetricsRecorder, StatusWriter
 from moe_train.callbacks.trace import StepTrace, TorchProfiler
 from moe_train.callbacks.wandb import WandbFollower
-from moe_train.checkpoint.folders import drop_earlier
+from moe_train.checkpoint.folders import prune
 from moe_train.config.schema import to_mapping
 from moe_train.data.batches import BatchSource
 from moe_train.data.datasets import build_datasets
-from moe_train.data.entropy import dataset_entropy
+from moe_train.data.statistics import dataset_entropy
 from moe_train.errors import HungError, NonFiniteError
 from moe_train.parallel.flops import flops_per_token
 from moe_train.run.failure import peer_failure, report_once
@@ -68,7 +68,7 @@ def training_loop(
     assert folder is not None
     found, manifest = restore(session, folder.checkpoints, config.checkpoint.resume)
     if session.rank == 0 and found is not None and found.parent == folder.checkpoints:
-        drop_earlier(found, config.checkpoint.keep)
+        prune(found, config.checkpoint.keep)
     start, consumed = (manifest.step, manifest.consumed_samples) if manifest else (0, 0)
     datasets = _datasets(session, start, consumed)
     source = _source(session, datasets.train, consumed)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from moe_train.errors import ConfigError
-from moe_train.run_folder.files import write_atomically
+from moe_train.files import write_atomically
 from moe_train.run_folder.status import read_status
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from moe_train.errors import ConfigError
-from moe_train.run_folder.files import write_atomically
+from moe_train.files import write_atomically
 
 State = Literal["running", "finished", "preempted", "failed"]
 

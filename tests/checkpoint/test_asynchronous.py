@@ -41,14 +41,14 @@ def slow(
     """
     import threading
 
-    from moe_train.checkpoint.tensors import Writing
+    from moe_train.checkpoint.write import ShardWriter
     from moe_train.run.main import main
     from moe_train.train import loop
 
     reached, calls, seen = threading.Event(), [], {}
-    write, train = Writing.run, loop.train_step
+    write, train = ShardWriter.write, loop.train_step
 
-    def run(self: Writing) -> None:
+    def run(self: ShardWriter) -> None:
         calls.append(self)
         if rank == 1 and len(calls) == 1:
             assert reached.wait(60)
@@ -67,7 +67,7 @@ def slow(
             reached.set()
         return result
 
-    Writing.run, loop.train_step = run, step  # type: ignore[method-assign, assignment]
+    ShardWriter.write, loop.train_step = run, step  # type: ignore[method-assign, assignment]
     return main(overrides), seen
 
 

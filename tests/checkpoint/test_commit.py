@@ -11,7 +11,7 @@ import pytest
 
 from moe_train import cli
 from moe_train.checkpoint import folders
-from moe_train.checkpoint.digests import file_facts
+from moe_train.checkpoint.digests import file_entry
 from moe_train.checkpoint.manifest import Manifest, read_manifest, verify
 from moe_train.errors import EXIT_CHECKPOINT, CheckpointError
 from moe_train.testing.runs import train_run
@@ -41,7 +41,7 @@ def write(root: Path, step: int, content: str = "weights") -> Path:
         optimizer_states=[],
         tokenizer="abc",
         rng_sizes=[],
-        files={name: file_facts(staging / name) for name in ("__0_0.distcp", "tensors.json")},
+        files={name: file_entry(staging / name) for name in ("__0_0.distcp", "tensors.json")},
     ).write(staging)
     return folders.commit(staging)
 
@@ -69,7 +69,7 @@ def test_links_are_neither_taken_nor_followed(tmp_path: Path) -> None:
     (root / "step_00000008").symlink_to(outside)
     (root / "step_00000009.tmp").symlink_to(outside)
     folders.staging_folder(root, 4)
-    folders.purge(root / "step_00000002", 1)
+    folders.prune(root / "step_00000002", 1)
     assert [path.name for path in folders.committed(root)] == ["step_00000002"]
     assert verify(outside).step == 8
 
@@ -85,9 +85,9 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_keep(tmp_path: Path) -> None:
     for step in (2, 4, 6, 100_000_0):
         newest = write(tmp_path, step)
-    folders.purge(newest, 2)
+    folders.prune(newest, 2)
     assert names(tmp_path) == ["step_00000006", "step_01000000"]
-    folders.purge(newest, 0)
+    folders.prune(newest, 0)
     assert names(tmp_path) == ["step_01000000"]
 
 
@@ -95,20 +95,30 @@ def test_what_is_kept_is_whole(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         newest = write(tmp_path, step)
     (tmp_path / "step_00000004" / "__0_0.distcp").unlink()
-    folders.purge(newest, 2)
+    folders.prune(newest, 2)
     assert names(tmp_path) == ["step_00000002", "step_00000006"]
 
 
 def test_the_new_one_stays_even_below_later_steps(tmp_path: Path) -> None:
     """A run that went on from step 2, past damage at 6, has just saved 4."""
+
+    def saved(step: int) -> list[str]:
+        newest = write(tmp_path, step)
+        folders.quarantine_later(newest)
+        folders.prune(newest, 1)
+        assert folders.committed(tmp_path) == [newest]
+        return names(tmp_path)
+
     for step in (2, 6):
         flip(write(tmp_path, step) / "__0_0.distcp")
-    folders.purge(write(tmp_path, 4), 1)
-    assert names(tmp_path) == ["step_00000004", "step_00000006.left1"]
+    assert saved(4) == ["step_00000004", "step_00000006.superseded-1"]
     write(tmp_path, 6)
-    folders.purge(write(tmp_path, 5), 1)
-    assert names(tmp_path) == ["step_00000005", "step_00000006.left1", "step_00000006.left2"]
-    assert [path.name for path in folders.committed(tmp_path)] == ["step_00000005"]
+    superseded = ["step_00000006.superseded-1", "step_00000006.superseded-2"]
+    assert saved(5) == ["step_00000005", *superseded]
+    # Version 0.1 gave them another name; they go when the run has come to their step again.
+    (tmp_path / "step_00000006.left1").mkdir()
+    (tmp_path / "step_00000008.left1").mkdir()
+    assert saved(6) == ["step_00000006", "step_00000008.left1"]
 
 
 def flip(path: Path) -> None:
@@ -180,6 +190,18 @@ def test_verify_takes_several_and_tells_each(tmp_path: Path) -> None:
     assert cli.main(argv[:3]) == 0
 
 
+def test_verify_of_a_run_takes_all_its_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4):
+        newest = write(tmp_path / "checkpoints", step)
+    assert cli.main(["checkpoint", "verify", str(tmp_path), "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [row["step"] for row in rows] == [4, 2]
+    assert cli.main(["checkpoint", "list", str(newest)]) == 0
+    assert "step_00000004" in capsys.readouterr().out
+
+
 def test_nothing_to_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["checkpoint", "list", str(tmp_path)]) == EXIT_CHECKPOINT
     assert "has no committed checkpoint" in capsys.readouterr().err
@@ -209,7 +231,7 @@ def test_resume_passes_over_damage_and_says_so(tmp_path: Path) -> None:
     again = train_run(tmp_path / "r", [*SMALL, "train.steps=6", "checkpoint.keep=3"])
     told = again.folder.with_suffix(".log").read_text()
     assert again.codes == [0]
-    assert "passed over a damaged checkpoint" in told and "step_00000004" in told
+    assert "skipped a damaged checkpoint" in told and "step_00000004" in told
     assert "step_00000002 at step 2" in told
     # Steps 3 and 4 were made again, bit for bit, and stand in the metrics once.
     assert again.column("step") == [1, 2, 3, 4, 5, 6]

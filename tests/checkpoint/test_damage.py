@@ -86,7 +86,7 @@ def test_every_file_times_every_damage(tmp_path: Path) -> None:
     assert len(one) == 4 * len({case.split()[2] for case in one})
     for number, (case, (code, told)) in enumerate(one.items()):
         assert code == 0, f"{case}: {told}"
-        assert "warning: passed over a damaged checkpoint" in told, case
+        assert "warning: skipped a damaged checkpoint" in told, case
         _, damage, file = case.split()
         # Most of a manifest is digests: a flipped one cannot be told from a flipped block.
         blamed = (
@@ -129,13 +129,13 @@ def _fills_up(rank: int, world: int, overrides: list[str], disk: str, alone: boo
     """While the second checkpoint is written, room ends: for all, or for rank 1 alone."""
     import resource
 
-    from moe_train.checkpoint.tensors import Writing
+    from moe_train.checkpoint.write import ShardWriter
     from moe_train.run.main import main
 
-    write = Writing.run
+    write = ShardWriter.write
     calls = []
 
-    def crowded(self: Writing) -> None:
+    def crowded(self: ShardWriter) -> None:
         calls.append(self)
         if len(calls) == 2 and rank == 1 and alone:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -144,7 +144,7 @@ def _fills_up(rank: int, world: int, overrides: list[str], disk: str, alone: boo
                 filler.write(b"\0" * (shutil.disk_usage(disk).free - 100_000))
         write(self)
 
-    Writing.run = crowded  # type: ignore[method-assign]
+    ShardWriter.write = crowded  # type: ignore[method-assign]
     return main(overrides)
 
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from moe_train.checkpoint.digests import file_facts
+from moe_train.checkpoint.digests import file_entry
 from moe_train.checkpoint.index import read_index
 from moe_train.checkpoint.manifest import Manifest, read_manifest, verify
 from moe_train.config.compose import collect, compose_mapping, typed
@@ -170,7 +170,7 @@ def checkpoint(tmp_path: Path) -> Path:
         optimizer_states=["exp_avg", "exp_avg_sq"],
         tokenizer="abc",
         rng_sizes=[8, 16],
-        files={name: file_facts(folder / name) for name in ("__0_0.distcp", "tensors.json")},
+        files={name: file_entry(folder / name) for name in ("__0_0.distcp", "tensors.json")},
     ).write(folder)
     read_index(folder, verify(folder))
     return folder

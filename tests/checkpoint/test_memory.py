@@ -56,24 +56,24 @@ def leaking(
 ) -> dict[str, int]:
     """The same, with what used to be done planted into the program."""
     from moe_train.checkpoint import staging
-    from moe_train.checkpoint.entries import Entry
-    from moe_train.checkpoint.reading import _Place
-    from moe_train.checkpoint.tensors import Values
+    from moe_train.checkpoint.load import _LoadPlanner
+    from moe_train.checkpoint.shards import LocalShard
+    from moe_train.checkpoint.write import ItemValues
 
     kept: list[Any] = []
     if leak == "fp32 copies":
-        describe = Values.__init__
+        describe = ItemValues.__init__
 
-        def init(self: Values, tree: Any) -> None:
-            from moe_train.checkpoint.entries import listed
+        def init(self: ItemValues, tree: Any) -> None:
+            from moe_train.checkpoint.shards import shards_of
 
-            kept.extend(entry.live.float() + 0 for entry in listed(tree))
+            kept.extend(entry.tensor.float() + 0 for entry in shards_of(tree))
             describe(self, tree)
 
-        Values.__init__ = init  # type: ignore[method-assign]
+        ItemValues.__init__ = init  # type: ignore[method-assign]
     elif leak == "planned on values":
         # Megatron makes parts contiguous, on the device, while it plans.
-        Entry.stand_in = lambda self: self.live.to(self.dtype)  # type: ignore[method-assign]
+        LocalShard.meta = lambda self: self.tensor.to(self.dtype)  # type: ignore[method-assign]
     elif leak == "an item at once":
 
         def to_host(self: Any, source: Any, dtype: Any, *, copy: bool = False) -> Any:
@@ -86,13 +86,13 @@ def leaking(
         staging.Staging.to_host = to_host  # type: ignore[method-assign]
         staging.Staging.to_live = to_live  # type: ignore[method-assign]
     else:
-        place = _Place.commit_tensor
+        place = _LoadPlanner.commit_tensor
 
         def commit(self: Any, item: Any, tensor: Any) -> None:
             kept.append(self._target.clone())
             place(self, item, tensor)
 
-        _Place.commit_tensor = commit  # type: ignore[method-assign]
+        _LoadPlanner.commit_tensor = commit  # type: ignore[method-assign]
     return small(rank, one, words, world, folder)
 
 

@@ -76,17 +76,17 @@ def test_curve_goes_on_in_another_layout(small_runs: Runs, before: Layout, after
 def forgetful(rank: int, world: int, overrides: list[str], name: str) -> int:
     """Train, but lose one optimizer state (``exp_avg``, ``exp_avg_sq`` or ``step``) on loading."""
     from moe_train.checkpoint import load, optimizer_state
-    from moe_train.checkpoint.entries import listed
+    from moe_train.checkpoint.shards import shards_of
     from moe_train.run.main import main
 
-    read_entries = load.read_entries
+    read_state = load.read_state
 
     def lose(tree: Any, folder: Path, manifest: Any) -> None:
-        first = next(listed(tree))
+        first = next(shards_of(tree))
         if not first.sharded.key.startswith(f"optimizer.state.{name}."):
-            read_entries(tree, folder, manifest)
+            read_state(tree, folder, manifest)
 
-    load.read_entries = lose
+    load.read_state = lose
     if name == "step":
         optimizer_state.set_optimizer_step = lambda optimizer, step: None
     return main(overrides)

@@ -42,9 +42,9 @@ def save(engine: Any, root: Path, step: int, *, beside: bool = False) -> Path:
         step=step,
         chunks=modules,
         optimizer=engine.optimizer,
-        facts=FACTS,
+        fields=FACTS,
         keep=99,
-        beside=beside,
+        asynchronous=beside,
     ).commit()
 
 
@@ -97,19 +97,19 @@ def by_megatron(engine: Any, folder: Path) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    from moe_train.checkpoint.save import _state
-    from moe_train.checkpoint.slices import Slice
+    from moe_train.checkpoint.shards import FlatShard
+    from moe_train.checkpoint.state_dict import checkpoint_state
 
     def whole(entry: Any) -> Any:
-        if not isinstance(entry, Slice):
-            return entry.on(entry.live.to(entry.dtype))
-        values = torch.zeros(entry.live.numel())
-        if entry.span is not None:
-            values[slice(*entry.span)] = entry.get().float().view(-1)
+        if not isinstance(entry, FlatShard):
+            return entry.with_data(entry.tensor.to(entry.dtype))
+        values = torch.zeros(entry.tensor.numel())
+        if entry.range is not None:
+            values[slice(*entry.range)] = entry.get().float().view(-1)
         dist.all_reduce(values, group=entry.group)
-        return entry.on(values.view(entry.shape))
+        return entry.with_data(values.view(entry.shape))
 
-    tree, _ = _state([chunk.module for chunk in engine.chunks], engine.optimizer)
+    tree, _ = checkpoint_state([chunk.module for chunk in engine.chunks], engine.optimizer)
     sharded, _ = save_preprocess(dict_list_map_outplace(whole, tree), False)
     filesystem_async._results_queue = queue.Queue()
     TorchDistSaveShardedStrategy().save(sharded, folder)
@@ -176,10 +176,10 @@ def failing(rank: int, world: int, words: list[str], root: str) -> dict[str, str
     import torch
     import torch.distributed as dist
 
-    from moe_train.checkpoint import tensors
+    from moe_train.checkpoint import write
     from moe_train.checkpoint.folders import committed
-    from moe_train.checkpoint.reading import _Place
-    from moe_train.checkpoint.slices import Stream
+    from moe_train.checkpoint.load import _LoadPlanner
+    from moe_train.checkpoint.shards import ParameterGather
     from moe_train.checkpoint.staging import Staging
     from moe_train.errors import MoeTrainError
 
@@ -201,17 +201,17 @@ def failing(rank: int, world: int, words: list[str], root: str) -> dict[str, str
     oom = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
     full = OSError(28, "No space left on device")
     cases: dict[str, tuple[Any, str, BaseException, int, int]] = {
-        "disk full": (tensors, "_write_item", full, 0, 20),
+        "disk full": (write, "_write_item", full, 0, 20),
         "no memory to write": (Staging, "to_host", oom, 0, 30),
-        "no memory to bring together": (Stream, "__init__", oom, 1, 0),
-        "no memory to load": (_Place, "commit_tensor", oom, 1, 12),
-        "torn item": (_Place, "resolve_tensor", RuntimeError("a bad record"), 1, 12),
+        "no memory to bring together": (ParameterGather, "__init__", oom, 1, 0),
+        "no memory to load": (_LoadPlanner, "commit_tensor", oom, 1, 12),
+        "torn item": (_LoadPlanner, "resolve_tensor", RuntimeError("a bad record"), 1, 12),
     }
     for name, case in cases.items():
         restore = spoil(*case)
-        for beside in (False, True) if case[0] is not _Place else (False,):
+        for beside in (False, True) if case[0] is not _LoadPlanner else (False,):
             try:
-                if case[0] is _Place:
+                if case[0] is _LoadPlanner:
                     load(engine, sound)
                 else:
                     save(engine, Path(root), 2, beside=beside)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from moe_train.checkpoint import folders
-from moe_train.checkpoint.digests import HashingStream, block_size, blocks, file_facts, share
+from moe_train.checkpoint.digests import HashingStream, block_size, blocks, file_entry, rank_share
 from moe_train.checkpoint.manifest import FORMAT, Manifest, read_manifest, verify
 from moe_train.errors import CheckpointError
 from moe_train.testing.world import run_world
@@ -29,7 +29,7 @@ def write(root: Path, step: int, sizes: list[int], format: int = FORMAT) -> Path
         (staging / f"__{number}_0.distcp").write_bytes(os.urandom(size))
     (staging / "tensors.json").write_text("{}")
     names = [f"__{number}_0.distcp" for number in range(len(sizes))] + ["tensors.json"]
-    files = {name: file_facts(staging / name) for name in names}
+    files = {name: file_entry(staging / name) for name in names}
     if format == 2:
         files = {
             name: {
@@ -78,7 +78,7 @@ def test_shares_are_even_and_make_up_the_whole(case: str, world: int) -> None:
             "sha256": ["0" * 64] * -(-size // block),
         }
     whole = blocks(files)
-    shares = [share(whole, rank, world) for rank in range(world)]
+    shares = [rank_share(whole, rank, world) for rank in range(world)]
     assert sorted(sum(shares, []), key=lambda b: (b.file, b.begin)) == whole
     loads = [sum(block.bytes for block in own) for own in shares]
     assert sum(loads) == sum(sizes)
@@ -91,7 +91,7 @@ def test_16_ranks_share_8_files_that_8_wrote() -> None:
     block = block_size(size, 8)
     facts = {"size": size, "block": block, "sha256": ["0" * 64] * -(-size // block)}
     whole = blocks({f"__{number}_0.distcp": facts for number in range(8)})
-    loads = [sum(b.bytes for b in share(whole, rank, 16)) for rank in range(16)]
+    loads = [sum(b.bytes for b in rank_share(whole, rank, 16)) for rank in range(16)]
     assert max(loads) <= 1.1 * 8 * size / 16
 
 
@@ -103,8 +103,8 @@ def test_digests_of_what_is_written_are_those_of_the_file(tmp_path: Path, size: 
         for begin in range(0, size, 1013):
             assert stream.write(memoryview(content)[begin : begin + 1013]) > 0
     assert path.read_bytes() == content and stream.tell() == size
-    facts = stream.facts()
-    assert facts == file_facts(path)
+    facts = stream.entry()
+    assert facts == file_entry(path)
     ends = range(0, size, facts["block"])
     assert facts["sha256"] == [
         hashlib.sha256(content[begin : begin + facts["block"]]).hexdigest() for begin in ends
@@ -130,16 +130,16 @@ def change(folder: Path, name: str, edit: Callable[[dict[str, Any]], object]) ->
 @pytest.mark.parametrize(
     "edit",
     {
-        "a block less": lambda facts: facts["sha256"].pop(),
-        "a block more": lambda facts: facts["sha256"].append("0" * 64),
-        "blocks of nothing": lambda facts: facts.update(block=0),
-        "negative blocks": lambda facts: facts.update(block=-4096),
-        "half a byte": lambda facts: facts.update(block=4096.5),
-        "truth": lambda facts: facts.update(block=True),
-        "one digest": lambda facts: facts.update(sha256="0" * 64),
-        "format 2's entry": lambda facts: (facts.pop("block"), facts.update(sha256="0" * 64)),
-        "no digest": lambda facts: facts["sha256"].__setitem__(1, None),
-        "something else": lambda facts: facts.update(path="/etc/passwd"),
+        "a block less": lambda entry: entry["sha256"].pop(),
+        "a block more": lambda entry: entry["sha256"].append("0" * 64),
+        "blocks of nothing": lambda entry: entry.update(block=0),
+        "negative blocks": lambda entry: entry.update(block=-4096),
+        "half a byte": lambda entry: entry.update(block=4096.5),
+        "truth": lambda entry: entry.update(block=True),
+        "one digest": lambda entry: entry.update(sha256="0" * 64),
+        "format 2's entry": lambda entry: (entry.pop("block"), entry.update(sha256="0" * 64)),
+        "no digest": lambda entry: entry["sha256"].__setitem__(1, None),
+        "something else": lambda entry: entry.update(path="/etc/passwd"),
     }.items(),
     ids=lambda case: case[0].replace(" ", "_"),
 )
@@ -149,7 +149,7 @@ def test_entries_that_leave_bytes_uncovered_are_refused(
     folder = write(tmp_path, 2, [50_000])
     verify(folder)
     change(folder, "__0_0.distcp", edit[1])
-    with pytest.raises(CheckpointError, match="has no size and SHA-256"):
+    with pytest.raises(CheckpointError, match=r"is not a manifest of format .*__0_0\.distcp"):
         verify(folder)
 
 
@@ -175,8 +175,8 @@ def verdicts(rank: int, world: int, root: str, victim: int) -> dict[str, Any]:
     """
     import torch.distributed as dist
 
-    from moe_train.checkpoint import choose, manifest
-    from moe_train.checkpoint.choose import find_checkpoint, verify_together
+    from moe_train.checkpoint import manifest, select
+    from moe_train.checkpoint.select import select_checkpoint, verify_on_all_ranks
 
     join(rank, world)
     newest = Path(root) / "step_00000004"
@@ -188,20 +188,25 @@ def verdicts(rank: int, world: int, root: str, victim: int) -> dict[str, Any]:
         hashed.append((begin, end))
         return plain(stream, begin, end)
 
+    warnings: list[str] = []
+    select.LOGGER.warning = lambda form, *args: warnings.append(form % args)  # type: ignore
+
     def decide(name: str) -> None:
         try:
-            found, warnings = find_checkpoint(Path(root), "auto")
-            told[name] = (found and found.name, warnings)
+            warnings.clear()
+            found = select_checkpoint(Path(root), "auto", model={}, tokenizer="abc")
+            assert found is not None
+            told[name] = (found[0].name, [*warnings])
         except CheckpointError as fault:
             told[name] = str(fault)
 
     manifest.hash_range = counted
-    verify_together(newest)
+    verify_on_all_ranks(newest)
     told["bytes"] = sum(end - begin for begin, end in hashed)
     decide("sound")
 
     # A block of the newest that only the victim looks at.
-    block = share(blocks(read_manifest(newest).files), victim, world)[0]
+    block = rank_share(blocks(read_manifest(newest).files), victim, world)[0]
     if rank == 0:
         flip(newest / block.file, block.begin)
     dist.barrier()
@@ -219,7 +224,7 @@ def verdicts(rank: int, world: int, root: str, victim: int) -> dict[str, Any]:
     decide("unreadable")
     manifest.hash_range = counted
 
-    read = choose.read_manifest
+    read = select.read_manifest
 
     def late(folder: Path) -> Manifest:
         """An earlier content of the file, as a network file system may keep it."""
@@ -227,16 +232,16 @@ def verdicts(rank: int, world: int, root: str, victim: int) -> dict[str, Any]:
         found.consumed_samples += 1
         return found
 
-    choose.read_manifest = late if rank == victim else read
+    select.read_manifest = late if rank == victim else read
     decide("another manifest")
-    choose.read_manifest = read
+    select.read_manifest = read
     dist.destroy_process_group()
     return told
 
 
 def _other(folder: Path, rank: int, world: int, victim: int) -> list[Any]:
     whole = blocks(read_manifest(folder).files)
-    return [] if rank == victim else share(whole, rank, world)
+    return [] if rank == victim else rank_share(whole, rank, world)
 
 
 @pytest.mark.world
@@ -274,7 +279,7 @@ def shared_time(rank: int, world: int, folder: str, wanted: int, limit: float) -
     """
     import torch.distributed as dist
 
-    from moe_train.checkpoint.choose import verify_together
+    from moe_train.checkpoint.select import verify_on_all_ranks
 
     join(rank, world)
     path, ratios = Path(folder), []
@@ -300,7 +305,7 @@ def shared_time(rank: int, world: int, folder: str, wanted: int, limit: float) -
     while True:
         before = free()
         one = seconds((lambda: verify(path)) if rank == 0 else None)
-        two = seconds(lambda: verify_together(path))
+        two = seconds(lambda: verify_on_all_ranks(path))
         if free() and before:
             ratios.append(two / one)
         agreed: list[Any] = [(len(ratios) >= wanted or time.monotonic() > end, ratios)]

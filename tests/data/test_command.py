@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_train.commands.data import inspect_main, prepare_main
-from moe_train.data.console import PrepareConsole
+from moe_train.cli import main
+from moe_train.commands.data import PrepareProgress, inspect_main, prepare_main
 from moe_train.data.prepare import Progress
 
 
@@ -30,8 +30,8 @@ def test_prepare_then_inspect(
     assert "nats/token" in shown.out
     assert "1/1 files" in shown.err
     assert json.loads(report.read_text())["documents"] == 30
-    asked = [output, "--samples", "2", "--verify", "--json", str(report)]
-    assert inspect_main(asked) == 0
+    args = [output, "--samples", "2", "--verify", "--json", str(report)]
+    assert inspect_main(args) == 0
     shown = capsys.readouterr()
     assert "story 0" in shown.out
     assert "story 29" in shown.out
@@ -45,9 +45,9 @@ def test_faults_are_exit_code_3(
 ) -> None:
     output = str(tmp_path / "o")
     source.write_text("{broken\n")
-    assert prepare_main([str(source), "--output", output]) == 3
+    assert main(["data", "prepare", str(source), "--output", output]) == 3
     assert "in.jsonl:1: invalid JSON" in capsys.readouterr().err
-    assert inspect_main([output]) == 3
+    assert main(["data", "inspect", output]) == 3
     assert "o.idx: does not exist" in capsys.readouterr().err
 
 
@@ -61,14 +61,25 @@ def test_inspect_sees_changed_content(
     data[0] ^= 1
     path.write_bytes(bytes(data))
     assert inspect_main([output]) == 0
-    assert inspect_main([output, "--verify"]) == 3
+    assert main(["data", "inspect", output, "--verify"]) == 3
     assert "o.bin: sha256 differs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("main", [prepare_main, inspect_main])
-def test_help_has_examples(main: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_on_standard_output(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "o")
+    assert prepare_main([str(source), "--output", output, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == 30
+    assert inspect_main([output, "--json", "-"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["documents"] == 30 and "documents" in shown.err
+
+
+@pytest.mark.parametrize("command", [prepare_main, inspect_main])
+def test_help_has_examples(command: object, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["--help"])  # type: ignore[operator]
+        command(["--help"])  # type: ignore[operator]
     assert caught.value.code == 0
     assert "examples:\n  moe-train data" in capsys.readouterr().out
 
@@ -76,7 +87,7 @@ def test_help_has_examples(main: object, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_shown(terminal: bool) -> None:
     out = io.StringIO()
-    with PrepareConsole(Console(file=out, force_terminal=terminal, width=200)) as console:
+    with PrepareProgress(Console(file=out, force_terminal=terminal, width=200)) as console:
         console.report(Progress(4, done=1, stage="tokenize"))
         for done in (2, 3, 4):
             console.report(Progress(4, done, documents=12345, stage="tokenize"))

@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from moe_train.config.training import DataConfig
 from moe_train.data.blend import open_corpus
 from moe_train.data.datasets import Datasets, build_datasets, split_bounds
-from moe_train.data.entropy import dataset_entropy, unigram_entropy
+from moe_train.data.statistics import dataset_entropy, unigram_entropy
 from moe_train.errors import DataError
 
 SEQUENCE = 8

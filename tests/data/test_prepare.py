@@ -19,11 +19,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moe_train.data import prepare as room
 from moe_train.data import sources as source_room
-from moe_train.data.encode import Encoding
-from moe_train.data.entropy import unigram_entropy
+from moe_train.data.encode import Encoding, encode_all
 from moe_train.data.manifest import read_manifest
-from moe_train.data.pipeline import encode_all
 from moe_train.data.prepare import Progress, Request, prepare
+from moe_train.data.statistics import unigram_entropy
 from moe_train.errors import DataError
 
 TEXTS = ["one\ntwo", "Grüße 世界", "", "x" * 500, "last"]
@@ -105,7 +104,7 @@ def content(prefix: Path) -> dict[str, bytes]:
 
 def test_workers_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = corpus(tmp_path / "in")
-    monkeypatch.setattr("moe_train.data.pipeline.BATCH_ITEMS", 7)
+    monkeypatch.setattr("moe_train.data.encode.BATCH_ITEMS", 7)
     prepare(Request(sources, tmp_path / "one", "bpe:300"))
     prepare(Request(sources, tmp_path / "two", "bpe:300", workers=2))
     assert content(tmp_path / "one") == content(tmp_path / "two")
@@ -125,7 +124,7 @@ def test_killed_preparation_continues_to_the_same_bytes(
         if progress.done == 3 and progress.documents > 130:
             raise Killed
 
-    monkeypatch.setattr("moe_train.data.pipeline.BATCH_ITEMS", 7)
+    monkeypatch.setattr("moe_train.data.encode.BATCH_ITEMS", 7)
     request = Request(sources, tmp_path / "set", "bpe:300")
     with pytest.raises(Killed):
         prepare(request, kill)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from moe_train.config.training import DataConfig
-from moe_train.data import indices
+from moe_train.data import cache
 from moe_train.data.blend import open_corpus
 from moe_train.data.manifest import BLOCK, MAX_BYTES, beside, read_manifest
 from moe_train.data.prepare import Request, prepare
@@ -158,7 +158,7 @@ def test_manifest_that_is_no_manifest(prefix: Path) -> None:
     }
     for name, value in odd.items():
         path.write_text(json.dumps(content | {name: value}))
-        with pytest.raises(DataError, match=f"field {name} has a value"):
+        with pytest.raises(DataError, match=f"manifest of format 1: .*{name}"):
             read_manifest(prefix)
     with path.open("r+b") as stream:
         stream.truncate(MAX_BYTES + 1)
@@ -174,24 +174,24 @@ def test_pickles_among_the_indices(tmp_path: Path) -> None:
     folder, canary = tmp_path / "indices", tmp_path / "canary"
     folder.mkdir()
     np.save(folder / "good.npy", np.arange(4))
-    indices.record(folder)
-    indices.refuse_pickles(folder)
-    assert indices.unchanged(folder)
+    cache.record_indices(folder)
+    cache.refuse_pickles(folder)
+    assert cache.indices_unchanged(folder)
     for form in (as_pickle, as_array):
         (folder / "bad.npy").write_bytes(form(canary))
         with pytest.raises(DataError, match="bad.npy: holds a pickle"):
-            indices.refuse_pickles(folder)
+            cache.refuse_pickles(folder)
         (folder / "bad.npy").unlink()
     (folder / "link.npy").symlink_to(folder / "good.npy")
     with pytest.raises(DataError, match="link.npy: is not a plain file"):
-        indices.refuse_pickles(folder)
+        cache.refuse_pickles(folder)
     (folder / "link.npy").unlink()
     # Torn by a killed build: no attack, it is built again.
     (folder / "good.npy").write_bytes((folder / "good.npy").read_bytes()[:-3])
-    indices.refuse_pickles(folder)
-    assert not indices.unchanged(folder)
-    (folder / indices.RECORD).unlink()
-    assert not indices.unchanged(folder)
+    cache.refuse_pickles(folder)
+    assert not cache.indices_unchanged(folder)
+    (folder / cache.RECORD).unlink()
+    assert not cache.indices_unchanged(folder)
     assert not canary.exists()
 
 

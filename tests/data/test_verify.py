@@ -97,7 +97,7 @@ def test_damaged_manifest(prefix: Path) -> None:
     for bad, message in (
         ("{", "cannot be read"),
         (json.dumps(content | {"format": 99}), "format 1"),
-        (json.dumps(content | {"odd": 1}), "unknown: odd"),
+        (json.dumps(content | {"odd": 1}), "'odd': Unexpected"),
     ):
         path.write_text(bad)
         with pytest.raises(DataError, match=message):

@@ -125,7 +125,7 @@ def test_the_one_that_was_in_the_way_is_not_lost(
         patch.setattr(Path, "rename", killed)
         folders.commit(staging)
     assert not final.exists()
-    folders.take_back(tmp_path)
+    folders.recover_interrupted_commit(tmp_path)
     assert (final / "weights").read_text() == "first"
     folders.staging_folder(tmp_path, 6)
     assert sorted(path.name for path in tmp_path.iterdir()) == [final.name, "step_00000006.tmp"]

@@ -25,13 +25,13 @@ def rewrite(rank: int, world: int, overrides: Sequence[str], source: str, root: 
         Path(source), manifest, chunks=modules, optimizer=engine.optimizer, layout="another"
     )
     own = {"optimizer_step", "optimizer_states", "rng_sizes", "files", "format", "step"}
-    facts = {k: v for k, v in dataclasses.asdict(manifest).items() if k not in own}
+    fields = {k: v for k, v in dataclasses.asdict(manifest).items() if k not in own}
     save = Save(
         Path(root),
         step=manifest.step,
         chunks=modules,
         optimizer=engine.optimizer,
-        facts=facts,
+        fields=fields,
         keep=1,
     )
     return str(save.commit())
@@ -43,8 +43,8 @@ def digests(rank: int, world: int, folders: Sequence[str]) -> list[dict[str, str
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+    from moe_train.checkpoint.load import reader
     from moe_train.checkpoint.manifest import read_manifest
-    from moe_train.checkpoint.reading import reader
 
     found = []
     for folder in map(Path, folders):

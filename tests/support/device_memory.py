@@ -28,7 +28,7 @@ from moe_train.measure.dryrun.tracker import MemoryTracker
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moe_train.checkpoint.slices import Slice
+    from moe_train.checkpoint.shards import FlatShard
     from moe_train.train.engine import Engine
 
 
@@ -85,27 +85,27 @@ def alone() -> Iterator[None]:
 
     from moe_train.checkpoint import save
 
-    def spans(slices: Sequence[Slice]) -> None:
-        for entry in slices:
-            entry.spans = _spans(entry)
+    def ranges(shards: Sequence[FlatShard]) -> None:
+        for shard in shards:
+            shard.ranges = _ranges(shard)
 
     with (
         mock.patch.object(dist, "all_gather_object", gather_all),
         mock.patch.object(dist, "gather_object", lambda *_, **__: None),
-        mock.patch.object(save, "exchange_spans", spans),
+        mock.patch.object(save, "gather_ranges", ranges),
     ):
         yield
 
 
-def _spans(entry: Slice) -> list[tuple[int, int] | None]:
+def _ranges(shard: FlatShard) -> list[tuple[int, int] | None]:
     """This rank's range, and the rest before and after it in the hands of peers."""
-    ranks, rank, whole = entry.group.size(), entry.group.rank(), entry.live.numel()
+    ranks, rank, whole = shard.group.size(), shard.group.rank(), shard.tensor.numel()
     found: list[tuple[int, int] | None] = [None] * ranks
-    begin, end = entry.span or (whole, whole)
+    begin, end = shard.range or (whole, whole)
     peers = [peer for peer in range(ranks) if peer != rank]
     if begin > 0:
         found[peers[0]] = (0, begin)
-    found[rank] = entry.span
+    found[rank] = shard.range
     if end < whole:
         found[peers[-1]] = (end, whole)
     return found
@@ -116,8 +116,9 @@ def save_added(tracker: DeviceTracker, engine: Engine, folder: Path, *, beside: 
 
     The program's own save runs, but that no tensor is turned into bytes.
     """
-    from moe_train.checkpoint import space, tensors
-    from moe_train.checkpoint.save import Save, _state
+    from moe_train.checkpoint import write
+    from moe_train.checkpoint.save import Save
+    from moe_train.checkpoint.state_dict import checkpoint_state
 
     items: list[int] = []
 
@@ -128,22 +129,22 @@ def save_added(tracker: DeviceTracker, engine: Engine, folder: Path, *, beside: 
 
     assert dist.get_rank() != 0, "rank 0 checks that all others' tensors are there"
     base = _begin(tracker)
-    with alone(), mock.patch.object(tensors, "_write_item", consumed):
+    with alone(), mock.patch.object(write, "_write_item", consumed):
         save = Save(
             folder,
             step=1,
             chunks=[chunk.module for chunk in engine.chunks],
             optimizer=engine.optimizer,
-            facts={},
+            fields={},
             keep=1,
-            beside=beside,
+            asynchronous=beside,
         )
         if beside:
             # The tracker follows this thread alone; the other one has host memory only.
-            save._table.result()
+            save._pending.result()
     added = tracker.peak().bytes - base
-    tree, _ = _state([chunk.module for chunk in engine.chunks], engine.optimizer)
-    assert sum(items) == space.bytes_to_write(tensors.split(tree)), "something was left out"
+    tree, _ = checkpoint_state([chunk.module for chunk in engine.chunks], engine.optimizer)
+    assert sum(items) == write.bytes_to_write(write.plan_sharded(tree)), "something was left out"
     return added
 
 
@@ -152,8 +153,8 @@ def load_added(tracker: DeviceTracker, engine: Engine) -> int:
 
     The program's own load runs, but that items come from memory and not from a file.
     """
-    from moe_train.checkpoint import load, reading, staging
-    from moe_train.checkpoint.entries import listed
+    from moe_train.checkpoint import load, staging
+    from moe_train.checkpoint.shards import shards_of
 
     manifest: Any = SimpleNamespace(
         optimizer_states=["exp_avg", "exp_avg_sq", "param"],
@@ -164,12 +165,12 @@ def load_added(tracker: DeviceTracker, engine: Engine) -> int:
     )
     # Every tensor is stored, in the parts that this rank asks for.
     stored: dict[str, TensorStorageMetadata] = {}
-    plain = reading.planned
+    plain = load.plan_reads
 
     def planned(tree: Any, metadata: Metadata) -> Any:
-        for entry in listed(tree):
-            for item in entry.items(entry.stand_in()):
-                sizes = torch.Size(reading._sizes(item))
+        for entry in shards_of(tree):
+            for item in entry.sharded_tensors(entry.meta()):
+                sizes = torch.Size(load.local_sizes(item))
                 chunk = ChunkStorageMetadata(torch.Size(item.global_offset), sizes)
                 kind = TensorProperties(dtype=item.dtype)
                 whole = TensorStorageMetadata(kind, torch.Size(item.global_shape), [])
@@ -196,8 +197,8 @@ def load_added(tracker: DeviceTracker, engine: Engine) -> int:
     base = _begin(tracker)
     with (
         alone(),
-        mock.patch.object(reading, "reader", reader),
-        mock.patch.object(reading, "planned", planned),
+        mock.patch.object(load, "reader", reader),
+        mock.patch.object(load, "plan_reads", planned),
     ):
         load.load_checkpoint(
             Path("nowhere"),

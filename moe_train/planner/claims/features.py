@@ -49,7 +49,7 @@ def _monitoring(_: Subject) -> float:
 
 @quantity("feature.packed_sequences", "yes/no", "samples are packed to one length")
 def _packing(_: Subject) -> float:
-    return _module("moe_train.data.packing")
+    return _module("moe_train.data.datasets")
 
 
 @quantity("feature.batched_exchange", "yes/no", "tokens of all experts of a rank travel together")

@@ -1,9 +1,9 @@
-"""A rank's entries to files in a folder, planned by Megatron, without any pickled index.
+"""Writes this rank's shards to its ``.distcp`` file, planned by Megatron, without a pickled index.
 
 Megatron's own ``dist_checkpointing.save`` adds an index and a common state that are pickles. Its
-planner decides here what goes where; its writer, which would bring everything to the host before
-the first byte is written, is not used: values are fetched one item at a time as the file reaches
-them. The bytes are those of its writer.
+planner decides here which rank writes what; its writer, which would bring everything to the host
+before the first byte is written, is not used: values are fetched one item at a time as the file
+reaches them. The bytes are those of its writer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -31,15 +32,22 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from moe_train.checkpoint.digests import HashingStream, block_size
-from moe_train.checkpoint.entries import Entry, Tree, listed, stand_ins
-from moe_train.checkpoint.slices import Slice, Stream
+from moe_train.checkpoint.digests import FileEntry, HashingStream, block_size
+from moe_train.checkpoint.shards import (
+    FlatShard,
+    LocalShard,
+    ParameterGather,
+    StateDict,
+    meta_state_dict,
+    shards_of,
+)
 from moe_train.checkpoint.staging import Staging
 
 type Written = tuple[Metadata, list[list[WriteResult]]]
+"""torch's metadata of all tensors, and where each rank wrote what."""
 
 
-class _Saving(TorchDistSaveShardedStrategy):
+class _SaveStrategy(TorchDistSaveShardedStrategy):
     """Keeps what torch would pickle into ``.metadata``, on the coordinating rank."""
 
     written: Written | None = None
@@ -52,14 +60,14 @@ class _Saving(TorchDistSaveShardedStrategy):
         return super()._get_save_and_finalize_callbacks(writer, *args)
 
 
-def split(tree: Tree) -> dict[str, Any]:
-    """The sharded tensors of ``tree``, its factories applied, on stand-ins without memory."""
-    sharded, common = save_preprocess(stand_ins(tree), False)
+def plan_sharded(state: StateDict) -> dict[str, Any]:
+    """The sharded tensors of ``state``, its factories applied, on ``meta`` tensors."""
+    sharded, common = save_preprocess(meta_state_dict(state), False)
     assert not common, f"not tensors: {sorted(common)}"
     return dict(sharded)
 
 
-def check_complete(sharded: dict[str, Any]) -> None:
+def check_sharding(sharded: dict[str, Any]) -> None:
     """Check that the ranks together have every part of every tensor once; collective.
 
     Raises:
@@ -68,82 +76,92 @@ def check_complete(sharded: dict[str, Any]) -> None:
     validate_sharding_integrity(determine_global_metadata(sharded)[1])
 
 
-class Values:
-    """The values of this rank's items on the host, one after the other, in the order of the file.
+def bytes_to_write(sharded: dict[str, Any]) -> int:
+    """Bytes of the tensors that this rank writes (the others hold replicas of the rest)."""
+    return sum(
+        tensor.data.numel() * tensor.data.element_size()
+        for tensor in nested_values(sharded)
+        if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id)
+    )
+
+
+class ItemValues:
+    """The values of this rank's write items on the host, one by one, in the order of the file.
 
     Args:
-        tree: every rank of a data-parallel group has the same slices in it, in the same order, and
-            their spans are known.
+        state: every rank of a data-parallel group has the same flat shards in it, in the same
+            order, and their ranges are gathered.
 
     Raises:
         torch.OutOfMemoryError: the device has no room for a piece.
     """
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, state: StateDict) -> None:
         self._staging = Staging()
-        self._places: dict[tuple[str, tuple[int, ...]], tuple[Entry, int]] = {}
-        by_key: dict[str, list[Slice]] = {}
-        for entry in listed(tree):
-            items = entry.items(entry.stand_in())
-            for number, item in enumerate(items):
-                if is_main_replica(item.replica_id):
-                    self._places[item.key, tuple(item.global_offset)] = entry, number
-            if isinstance(entry, Slice):
+        self._shards: dict[tuple[str, tuple[int, ...]], tuple[LocalShard, int]] = {}
+        by_key: dict[str, list[FlatShard]] = {}
+        for shard in shards_of(state):
+            tensors = shard.sharded_tensors(shard.meta())
+            for number, tensor in enumerate(tensors):
+                if is_main_replica(tensor.replica_id):
+                    self._shards[tensor.key, tuple(tensor.global_offset)] = shard, number
+            if isinstance(shard, FlatShard):
                 # Megatron writes all parts of a global tensor before the next one's.
-                by_key.setdefault(items[0].key, []).append(entry)
-        slices = [entry for entries in by_key.values() for entry in entries]
-        self._stream = Stream(slices, self._staging)
+                by_key.setdefault(tensors[0].key, []).append(shard)
+        flat = [shard for shards in by_key.values() for shard in shards]
+        self._parameters = ParameterGather(flat, self._staging)
 
-    def of(self, item: WriteItem, *, copy: bool = False) -> torch.Tensor:
+    def get(self, item: WriteItem, *, copy: bool = False) -> torch.Tensor:
         """Contiguous values of an item, in a storage of their own.
 
         Args:
             copy: never the state itself, which may change before they are written.
         """
         assert item.index.offset is not None
-        entry, number = self._places[item.index.fqn, tuple(item.index.offset)]
-        whole = self._stream.whole(entry) if isinstance(entry, Slice) else entry.live
-        part = entry.items(whole)[number].data
+        shard, number = self._shards[item.index.fqn, tuple(item.index.offset)]
+        whole = self._parameters.gather(shard) if isinstance(shard, FlatShard) else shard.tensor
+        part = shard.sharded_tensors(whole)[number].data
         assert part is not None
-        return self._staging.to_host(part, entry.dtype, copy=copy)
+        return self._staging.to_host(part, shard.dtype, copy=copy)
 
     def finish(self) -> None:
-        """Let peers have what this rank does not ask for; on every rank, whatever went wrong."""
-        self._stream.drain()
+        """Serve the peers' remaining broadcasts; on every rank, whatever went wrong."""
+        self._parameters.finish()
 
 
-class Writing:
-    """This rank's entries on their way into ``folder``.
+class ShardWriter:
+    """Writes this rank's file into ``folder``.
 
-    Opening and :meth:`finish` are collective over the world. :meth:`take`, or :meth:`run` without
-    it, is collective over data-parallel groups whose optimizers hold slices: every rank has to come
-    there. After :meth:`take`, :meth:`run` may go on in a thread beside other collectives.
+    Opening and :meth:`finish` are collective over the world. :meth:`stage`, or :meth:`write`
+    without it, is collective over data-parallel groups whose optimizers hold flat shards: every
+    rank has to come there. After :meth:`stage`, :meth:`write` may run in a thread beside other
+    collectives.
 
     Args:
-        sharded: :func:`split`'s result for the tree that ``values`` are of.
+        sharded: :func:`plan_sharded`'s result for the state that ``values`` are of.
         files: that the checkpoint will have, about.
     """
 
     def __init__(
-        self, values: Values, sharded: dict[str, Any], folder: Path, *, files: int
+        self, values: ItemValues, sharded: dict[str, Any], folder: Path, *, files: int
     ) -> None:
-        self.facts: dict[str, dict[str, Any]] = {}
-        """What the manifest says of this rank's files, once they are written."""
-        self._values, self._expected = values, files
-        self._taken: dict[int, torch.Tensor] = {}
+        self.entries: dict[str, FileEntry] = {}
+        """This rank's files in the manifest, once they are written."""
+        self._values, self._expected_files = values, files
+        self._staged: dict[int, torch.Tensor] = {}
         # Megatron's writer threads answer through a Manager, which only its own asynchronous
         # saving needs: a spawned copy of the program per rank (340 MB), that outlives a rank
         # which is killed.
         self._results: queue.Queue[Any] = queue.Queue()
         filesystem_async._results_queue = self._results
-        self._strategy = _Saving()
+        self._strategy = _SaveStrategy()
         self._request = self._strategy.async_save(sharded, folder, async_strategy="mcore")
         arguments = list(self._request.async_fn_args)
         # Buckets: path, name of the file, (objects, tensors); one for each file.
         self._buckets: list[Any] = arguments[1] if arguments else []
         assert not any(objects for _, _, (objects, _) in self._buckets), "not tensors"
 
-    def take(self) -> None:
+    def stage(self) -> None:
         """Copy the values to the host, so that the state may change while they are written.
 
         Needs room in host memory for this rank's part of a checkpoint.
@@ -154,11 +172,11 @@ class Writing:
         try:
             for _, _, (_, tensors) in self._buckets:
                 for item, _ in tensors:
-                    self._taken[id(item)] = self._values.of(item, copy=True)
+                    self._staged[id(item)] = self._values.get(item, copy=True)
         finally:
             self._values.finish()
 
-    def run(self) -> None:
+    def write(self) -> None:
         """Write, hash and flush this rank's files.
 
         Raises:
@@ -168,26 +186,26 @@ class Writing:
         written = {}
         try:
             for number, (path, name, (_, tensors)) in enumerate(self._buckets):
-                written[number] = self._write(path, name, tensors)
+                written[number] = self._write_file(path, name, tensors)
         finally:
             self._values.finish()
         if self._buckets:
             self._results.put(written)
 
-    def _write(self, path: str, name: str, tensors: list[Any]) -> list[WriteResult]:
-        size = sum(stand_in.numel() * stand_in.itemsize for _, stand_in in tensors)
+    def _write_file(self, path: str, name: str, tensors: list[Any]) -> list[WriteResult]:
+        size = sum(meta.numel() * meta.itemsize for _, meta in tensors)
         results = []
         with open(path, "wb") as plain:
-            stream = HashingStream(plain, block_size(size, self._expected))
-            for item, stand_in in tensors:
-                values = self._taken.pop(id(item), None)
+            stream = HashingStream(plain, block_size(size, self._expected_files))
+            for item, meta in tensors:
+                values = self._staged.pop(id(item), None)
                 if values is None:
-                    values = self._values.of(item)
+                    values = self._values.get(item)
                 results.append(
                     _write_item(
                         _StorageWriterTransforms(),
                         stream,  # type: ignore[arg-type]
-                        values.view(stand_in.shape),
+                        values.view(meta.shape),
                         item,
                         name,
                         SerializationFormat.TORCH_SAVE,
@@ -195,11 +213,11 @@ class Writing:
                 )
             plain.flush()
             os.fsync(plain.fileno())
-        self.facts[name] = stream.facts()
+        self.entries[name] = stream.entry()
         return results
 
     def finish(self) -> Written | None:
-        """Gather what was written where, once every rank has run.
+        """Gather what was written where, once every rank has written.
 
         Returns:
             On rank 0 what the index needs; None on the others.

@@ -1,0 +1,84 @@
+"""JSON files: read with a size limit and validated by type, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from moe_train.errors import MoeTrainError
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace `path` by `text` (UTF-8): readers see the old content or the new.
+
+    Args:
+        durable: wait until the text is on the disk, so that this holds after a power failure too;
+            a process that is killed needs no waiting.
+
+    Raises:
+        OSError: the folder is missing, read-only or full; `path` is then untouched.
+    """
+    # The process id keeps two writers of one path from sharing a temporary file.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any, *, durable: bool = False) -> None:
+    """Write `content` as indented JSON with :func:`write_atomically`."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n", durable=durable)
+
+
+def read_validated[T](
+    path: Path,
+    schema: type[T],
+    *,
+    limit: int,
+    what: str,
+    error: type[MoeTrainError],
+    fix: str,
+    follow_links: bool = False,
+) -> T:
+    """Content of a JSON file that may be damaged or hostile, checked against ``schema``.
+
+    Args:
+        schema: a class that pydantic can validate; strict and without extra fields if it says so.
+        limit: bytes that the file may have.
+        what: what it should be, for the message, such as ``a manifest of format 1``.
+        error: the error to raise.
+        follow_links: accept a link; one inside a folder of others could lead out of it.
+
+    Raises:
+        MoeTrainError: ``error``: no plain file, too large, not JSON, or not of the schema.
+    """
+    try:
+        status = path.stat(follow_symlinks=follow_links)
+        # A pipe or a device would never end.
+        if not stat.S_ISREG(status.st_mode):
+            raise error(str(path), "is not a plain file", fix)
+        if status.st_size > limit:
+            raise error(str(path), f"has {status.st_size} bytes, more than {limit}", fix)
+        return TypeAdapter(schema).validate_json(path.read_bytes())
+    except OSError as problem:
+        raise error(str(path), f"cannot be read: {problem}", fix) from problem
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_input=False, include_context=False)[0]
+        reason = first["msg"].removeprefix("Value error, ")[:300]
+        if first["type"] == "json_invalid":
+            raise error(str(path), f"cannot be read: {reason}", fix) from problem
+        if place := ".".join(map(str, first["loc"]))[:100]:
+            reason = f"{place!r}: {reason}"
+        raise error(str(path), f"is not {what}: {reason}", fix) from problem
