@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,10 @@ import moe_train
 from moe_train import cli
 from moe_train.errors import ConfigFaults
 from moe_train.run.main import main
-from moe_train.train.callback import Callback
+from moe_train.testing.compare import compare
+from moe_train.testing.layouts import EP2, SINGLE, SMALL
+from moe_train.testing.runs import train_run
+from moe_train.train.callback import Callback, StepEvent
 
 
 def test_names_resolve() -> None:
@@ -42,3 +46,22 @@ def test_faults_are_raised_together() -> None:
 def test_version(run: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert callable(run) and run(["--version"]) == 0
     assert capsys.readouterr().out == f"moe_train {moe_train.__version__}\n"
+
+
+class Losses(moe_train.Callback):
+    """The example of `moe_train.testing`."""
+
+    def on_step(self, event: StepEvent) -> None:
+        print(event.step, event.record["loss"])
+
+
+@pytest.mark.world
+def test_a_users_test_of_a_callback_and_of_a_layout(tmp_path: Path) -> None:
+    two = [*SMALL, *EP2.overrides, "train.steps=2"]
+    run = train_run(tmp_path / "run", two, 2, callbacks=[Losses()])
+    assert run.codes == [0, 0]
+    printed = (tmp_path / "run.log").read_text()
+    assert printed.count(f"2 {run.steps[-1]['loss']}") == 2, "every rank has its own copy"
+    single = train_run(tmp_path / "single", [*SMALL, *SINGLE.overrides, "train.steps=2"])
+    difference = compare(run, single)
+    assert difference.within() and difference.moved == [0, 0], str(difference)

@@ -1,37 +1,31 @@
-"""Curves of two runs against each other: how far apart, and whether their routers agree."""
+"""Comparison of two runs' curves: losses and gradient norms, and whether their routers agree."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_train.run_folder.metrics import read
-from moe_train.testing.runs import QUIET, Run
-from moe_train.testing.world import run_world
+from moe_train.testing.runs import Run
 
 EARLY_STEPS = 6
 EARLY, LATE = (1e-5, 1e-4), (1e-4, 1e-3)
 """Tolerated relative difference of (loss, gradient norm), to step EARLY_STEPS and after it.
 
-Later steps are wider because a near-tie of a router may fall to the other side by rounding."""
-
-ROUTING = "routing.npy"
+Later steps are wider because rounding may decide a router's near-tie the other way."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest relative differences between two curves; ``moved`` is routing, step by step."""
+    """Relative differences of two curves, step by step."""
 
     steps: list[int]
     loss: list[float]
     grad_norm: list[float]
     moved: list[int] | None = None
-    """Token assignments that went to another expert in a step; None where not recorded."""
+    """Token assignments that went to another expert in a step; None without expert counts."""
 
     def worst(self, name: str, early: bool) -> float:
         """Maximum of ``loss`` or ``grad_norm`` over early or late steps; 0 without any."""
@@ -53,7 +47,7 @@ class Difference:
         """One line a step, for a failing test."""
         moved = self.moved or [-1] * len(self.steps)
         rows = zip(self.steps, self.loss, self.grad_norm, moved, strict=True)
-        head = "step  loss      grad_norm  assignments moved (-1: not recorded)\n"
+        head = "step  loss      grad_norm  assignments moved (-1: unknown)\n"
         return head + "\n".join(f"{s:4}  {a:.2e}  {b:.2e}   {m}" for s, a, b, m in rows)
 
 
@@ -76,7 +70,7 @@ def compare(run: Run, reference: Run) -> Difference:
 
 
 def same_bits(run: Run, reference: Run) -> None:
-    """Hold the curves to be equal in every bit, over the steps that ``run`` has.
+    """Assert that the curves are bitwise equal, over the steps that ``run`` has.
 
     Raises:
         AssertionError: names the first step that differs.
@@ -91,41 +85,15 @@ def same_bits(run: Run, reference: Run) -> None:
             )
 
 
-def routed_run(
-    folder: Path, overrides: Sequence[str], world: int = 1, timeout: float = 280.0
-) -> Run:
-    """:func:`moe_train.testing.runs.train_run`, which also keeps every step's routing."""
-    words = [*QUIET, f"run.dir={folder.parent}", f"run.name={folder.name}", *overrides]
-    log = folder.with_suffix(".log")
-    codes = run_world(_train, world, words, str(folder), timeout=timeout, log=log)
-    told = log.read_text(errors="replace")[-4000:] if log.exists() else ""
-    assert codes == [0] * world, f"exit codes {codes}\n{told}"
-    return Run(codes, folder, read(folder / "metrics.jsonl"))
-
-
-def _train(rank: int, world: int, words: Sequence[str], folder: str) -> int:
-    from moe_train.run.main import main
-    from moe_train.train import loop
-
-    plain, tokens = loop.train_step, []
-
-    def watched(*args: Any, **how: Any) -> Any:
-        result = plain(*args, **how)
-        tokens.append(result.routing.tokens_LE.numpy().copy())
-        return result
-
-    setattr(loop, "train_step", watched)  # noqa: B010 - mypy sees a function, not a variable
-    code = main(words)
-    if rank == 0 and tokens:
-        np.save(Path(folder) / ROUTING, np.stack(tokens))
-    return code
-
-
 def _moved(run: Run, reference: Run) -> list[int] | None:
-    ours, theirs = run.folder / ROUTING, reference.folder / ROUTING
-    if not (ours.exists() and theirs.exists()):
+    tokens, expected = expert_tokens(run), expert_tokens(reference)
+    steps = run.column("step")
+    if not set(steps) <= tokens.keys() & expected.keys():
         return None
-    a: NDArray[np.float64] = np.load(ours)[-len(run.steps) :]
-    b: NDArray[np.float64] = np.load(theirs)
-    first = run.column("step")[0] - reference.column("step")[0]
-    return [int(np.abs(x - y).sum() // 2) for x, y in zip(a, b[first:], strict=False)]
+    return [int(np.abs(tokens[step] - expected[step]).sum() // 2) for step in steps]
+
+
+def expert_tokens(run: Run) -> dict[int, NDArray[np.int64]]:
+    """Tokens of every layer's every expert [layers, experts], by step."""
+    path = run.folder / "experts" / "tokens.jsonl"
+    return {record["step"]: np.array(record["tokens"]) for record in read(path)}

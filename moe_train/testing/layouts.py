@@ -1,12 +1,11 @@
-"""Layouts that every parity promise is held in, and the model sizes that they are run at."""
+"""Layouts of the parity tests, two model sizes, and a cache of their runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_train.testing.compare import routed_run
-from moe_train.testing.runs import Run
+from moe_train.testing.runs import Run, finished_run
 
 SMALL = [
     "experiment=twin",
@@ -38,12 +37,12 @@ TWIN = [
     "train.steps=20",
     "batch.global=8",
 ]
-"""16 layers, 64 experts; 1024 tokens a step; as it is configured."""
+"""The twin as configured: 16 layers, 64 experts; 1024 tokens a step."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to spread the model over ``world`` ranks."""
+    """Parallel sizes for ``world`` ranks."""
 
     name: str
     world: int = 1
@@ -99,7 +98,7 @@ GRID = [
 
 
 class Runs:
-    """Finished runs of one model size, each made once; a test session shares them."""
+    """Finished runs of one model size, each made once and shared by a test session."""
 
     def __init__(self, folder: Path, base: list[str], timeout: float = 280.0) -> None:
         self.folder, self.base, self.timeout = folder, base, timeout
@@ -113,7 +112,7 @@ class Runs:
         return self._done[key]
 
     def new(self, layout: Layout, *extra: str, name: str | None = None) -> Run:
-        """A run of ``layout`` that nothing is reused for; ``name`` continues one."""
+        """A new run of ``layout``; a ``name`` used before resumes that run."""
         folder = self.folder / (name or f"run_{len(list(self.folder.glob('run_*.log')))}")
-        words = [*self.base, *layout.overrides, *extra]
-        return routed_run(folder, words, layout.world, self.timeout)
+        overrides = [*self.base, *layout.overrides, *extra]
+        return finished_run(folder, overrides, layout.world, self.timeout)

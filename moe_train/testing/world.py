@@ -1,4 +1,4 @@
-"""Worlds of ranks on this machine, forked from one server that has imported everything.
+"""Worlds of ranks on this machine, forked from one server that has imported torch and Megatron.
 
 Importing torch and Megatron costs seconds of CPU per rank; a fork costs milliseconds. Each
 world is a set of fresh processes, so no state leaks from one test into the next.
@@ -32,7 +32,7 @@ class RankFailed(AssertionError):
 
 @dataclass
 class Outcome:
-    """How one rank ended."""
+    """Result of one rank."""
 
     value: Any = None
     failure: str = ""
@@ -106,7 +106,7 @@ def _collect(
             try:
                 outcome: Outcome = connection.recv()
             except EOFError:
-                outcome = Outcome(failure="died without a word")
+                outcome = Outcome(failure="died without a result")
             if outcome.failure and not tolerate:
                 raise RankFailed(f"rank {rank} failed:\n{outcome.failure}")
             results[rank] = outcome if tolerate else outcome.value
@@ -121,8 +121,8 @@ def _rank(
     args: Sequence[Any],
 ) -> None:
     os.environ.update(environment)
-    # A shell that has a job in the background, and nohup, start it with some of these ignored, and
-    # whoever it starts inherits that: a rank's answer must not depend on who started the tests.
+    # Background jobs of a shell, and nohup, ignore some of these, and children inherit that: a rank
+    # must not depend on how the tests were started.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -131,7 +131,7 @@ def _rank(
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     try:
         outcome = Outcome(value=function(rank, world, *args))
-    except BaseException:  # noqa: BLE001  whatever it is, the test that started us is told
+    except BaseException:  # noqa: BLE001  reported to the test that started this rank
         outcome = Outcome(failure=traceback.format_exc())
     connection.send(outcome)
     connection.close()

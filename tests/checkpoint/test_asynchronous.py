@@ -113,7 +113,7 @@ def test_training_goes_on_and_the_checkpoint_holds_its_own_step(
 def test_a_rank_killed_while_it_writes(tmp_path: Path, reference: Reference) -> None:
     folder = tmp_path / "run"
     outcomes = late(folder, 3, "killed")
-    assert outcomes[1].failure == "died without a word"
+    assert outcomes[1].failure == "died without a result"
     assert outcomes[0].value[0] == EXIT_HUNG, folder.with_suffix(".log").read_text()
     assert not committed(folder / "checkpoints")
     run = train_run(folder, BESIDE, WORLD)

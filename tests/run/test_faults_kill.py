@@ -74,7 +74,7 @@ def test_a_killed_rank_costs_nothing_but_time(
     outcomes = hit(folder, words(layout), layout.world, [Fault(point, step, rank)])
     told = folder.with_suffix(".log").read_text()
     assert done(notes(folder)) == 1, f"step {step} was never {point}\n{told}"
-    assert outcomes[rank].failure == "died without a word"
+    assert outcomes[rank].failure == "died without a result"
     alive = [outcome for number, outcome in enumerate(outcomes) if number != rank]
     assert [outcome.value for outcome in alive] == [EXIT_HUNG] * 3, told
     assert "Traceback" not in told and told.count("moe_train: ") == 1, told

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_train.testing import layouts
-from moe_train.testing.compare import EARLY, Difference, compare, same_bits
+from moe_train.testing.compare import EARLY, Difference, compare, expert_tokens, same_bits
 from moe_train.testing.layouts import SMALL, Layout, Runs
 from moe_train.testing.world import run_world
 from tests.support.document import document
@@ -65,7 +65,7 @@ def test_curve_equals_single_process(small_runs: Runs, layout: Layout) -> None:
 def test_loss_falls_so_that_curves_say_something(small_runs: Runs) -> None:
     loss = small_runs.get(layouts.SINGLE).column("loss")
     assert loss[-1] < loss[0] - 0.3
-    tokens_TLE = np.load(small_runs.get(layouts.SINGLE).folder / "routing.npy")
+    tokens_TLE = np.stack(list(expert_tokens(small_runs.get(layouts.SINGLE)).values()))
     assert tokens_TLE.shape == (20, 4, 8)
     # 256 tokens x top-2 in every layer, and uneven: routing is really decided.
     assert (tokens_TLE.sum(axis=2) == 512).all() and tokens_TLE.std(axis=2).min() > 0
