@@ -1,4 +1,4 @@
-"""Process groups of one rank: collectives that copy in place, without a communicator.
+"""Process groups of one rank: collectives that copy, without a communicator.
 
 Every layout has some twenty groups of which many have one member, and Megatron calls collectives
 on them all the same. With NCCL each would own a communicator with device buffers, with gloo a
@@ -19,7 +19,7 @@ NAME = "local"
 
 
 class _Done(dist.Work):
-    """Work of which nothing is left but to order streams.
+    """Completed work: waiting only orders streams.
 
     A copy runs on the stream that was current when the collective was called; whoever waits for it
     on another stream has to come after it and after what made its operand, as with NCCL.
@@ -28,7 +28,9 @@ class _Done(dist.Work):
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self._events = []
-        for device in {tensor.device for tensor in tensors if tensor.device.type not in _HOSTED}:
+        for device in {
+            tensor.device for tensor in tensors if tensor.device.type not in _WITHOUT_STREAMS
+        }:
             self._events.append((device, _stream(device).record_event()))
 
     def wait(self, timeout: Any = None) -> bool:
@@ -46,7 +48,7 @@ class _Done(dist.Work):
         self.wait()
 
 
-_HOSTED = ("cpu", "meta")
+_WITHOUT_STREAMS = ("cpu", "meta")
 """Devices without streams."""
 
 
@@ -54,6 +56,7 @@ def _stream(device: torch.device) -> Any:
     return torch.get_device_module(device).current_stream(device)
 
 
+_Tensors = torch.Tensor | Sequence[Any]
 # The stubs of one version of torch name other methods than those of the next.
 _Group: Any = dist.ProcessGroup
 
@@ -92,85 +95,54 @@ class LocalGroup(_Group):  # type: ignore[misc]
 
     allreduce = allreduce_coalesced = reduce = broadcast = _in_place
 
-    def _one(self, output: torch.Tensor, given: torch.Tensor, opts: Any = None) -> dist.Work:
+    def _copy(self, outputs: _Tensors, inputs: _Tensors, opts: Any = None) -> dist.Work:
+        """Tensors, lists of them, or a list of one list a rank, in either place."""
         _refuse_scaling(opts)
-        return _copied([output], [given])
+        return _copied(_flat(outputs), _flat(inputs))
 
-    _allgather_base = all_gather_single = _one
-    _reduce_scatter_base = reduce_scatter_single = _one
-    gather_single = gather_into_tensor = _one
-
-    def _several(
-        self, outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor], opts: Any = None
-    ) -> dist.Work:
-        _refuse_scaling(opts)
-        return _copied(outputs, given)
-
-    allgather_into_tensor_coalesced = all_gather_single_coalesced = _several
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced = _several
-    alltoall = _several
-
-    def _lists_out(
-        self,
-        outputs: Sequence[Sequence[torch.Tensor]],
-        given: Sequence[torch.Tensor],
-        opts: Any = None,
-    ) -> dist.Work:
-        return _copied([one for (one,) in outputs], given)
-
-    allgather = gather = _lists_out
-
-    def allgather_coalesced(
-        self,
-        outputs: Sequence[Sequence[torch.Tensor]],
-        given: Sequence[torch.Tensor],
-        opts: Any = None,
-    ) -> dist.Work:
-        """One list for the one rank, of as many tensors as were given."""
-        (own,) = outputs
-        return _copied(own, given)
-
-    def _lists_in(
-        self,
-        outputs: Sequence[torch.Tensor],
-        given: Sequence[Sequence[torch.Tensor]],
-        opts: Any = None,
-    ) -> dist.Work:
-        _refuse_scaling(opts)
-        return _copied(outputs, [one for (one,) in given])
-
-    reduce_scatter = scatter = _lists_in
+    _allgather_base = all_gather_single = _copy
+    _reduce_scatter_base = reduce_scatter_single = _copy
+    gather_single = gather_into_tensor = _copy
+    allgather_into_tensor_coalesced = all_gather_single_coalesced = _copy
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced = _copy
+    allgather = allgather_coalesced = gather = alltoall = reduce_scatter = scatter = _copy
 
     def alltoall_base(
         self,
         output: torch.Tensor,
-        given: torch.Tensor,
+        inputs: torch.Tensor,
         output_splits: Sequence[int] | None = None,
         input_splits: Sequence[int] | None = None,
         opts: Any = None,
     ) -> dist.Work:
-        """All rows stay here; split sizes have to say so."""
-        for splits, tensor in ((output_splits, output), (input_splits, given)):
+        """All rows stay; split sizes have to be the row count."""
+        for splits, tensor in ((output_splits, output), (input_splits, inputs)):
             if splits is not None and list(splits) not in ([], [tensor.shape[0]]):
                 raise ValueError(f"splits {list(splits)} of {tensor.shape[0]} rows for one rank")
-        return _copied([output], [given])
+        return _copied([output], [inputs])
 
     all_to_all_single = alltoall_base
 
     def barrier(self, opts: Any = None) -> dist.Work:
-        """Everybody is here."""
+        """All ranks have arrived."""
         return _Done(())
 
     def send(self, *_: Any) -> dist.Work:
-        """There is nobody else."""
+        """There is no other rank."""
         raise ValueError("a group of one rank has no peer to send to or receive from")
 
     recv = recv_anysource = send
 
     def abort(self) -> None:
-        """Nothing is under way."""
+        """No work is in flight."""
 
     shutdown = abort
+
+
+def _flat(tensors: _Tensors) -> list[torch.Tensor]:
+    if isinstance(tensors, torch.Tensor):
+        return [tensors]
+    return [tensor for each in tensors for tensor in _flat(each)]
 
 
 def _refuse_scaling(opts: Any) -> None:
@@ -180,9 +152,9 @@ def _refuse_scaling(opts: Any) -> None:
         raise ValueError("PREMUL_SUM scales its operand, which a group of one rank only copies")
 
 
-def _copied(outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> dist.Work:
+def _copied(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> dist.Work:
     with torch.no_grad():
-        for output, tensor in zip(outputs, given, strict=True):
+        for output, tensor in zip(outputs, inputs, strict=True):
             same = output is tensor or (
                 output.numel() == tensor.numel()
                 and output.is_contiguous()

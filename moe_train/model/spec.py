@@ -1,10 +1,12 @@
-"""Megatron module specs, assembled from the backend's provider."""
+"""Megatron module specs, and the transformer layer that ``recompute.layers`` recomputes."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -12,15 +14,39 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-
-from moe_train.model.layer import Layer
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from megatron.core.models.backends import BackendSpecProvider
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class Layer(TransformerLayer):
+    """A TransformerLayer that is recomputed whole if its 1-based global number is listed.
+
+    Megatron's own full recompute chooses layers by method and count per stage; a list of global
+    numbers (``recompute.layers=2-15``) means the same in every layout.
+    """
+
+    def __init__(self, *args: Any, recomputed: frozenset[int] = frozenset(), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recompute = self.layer_number in recomputed
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """Hidden states [sequence / TP, batch, hidden] in and out, and Megatron's context."""
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop("hidden_states")
+
+        def run(hidden: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            return super(Layer, self).forward(hidden, *args, **kwargs)
+
+        return tensor_parallel.checkpoint(run, False, hidden)
 
 
 def layer_spec(

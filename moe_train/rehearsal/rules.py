@@ -68,7 +68,7 @@ PLACES = {
     "layer": (
         *(f"megatron/core/{part}" for part in ("fusions", "models", "tensor_parallel",
                                                "transformer")),
-        *(KERNELS + name for name in ("attention", "grouped", "norm", "products")),
+        *(KERNELS + name for name in ("attention", "grouped", "products", "provider")),
         "moe_train/model",
     ),
     "save": ("moe_train/checkpoint/save",),

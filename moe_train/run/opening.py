@@ -49,7 +49,7 @@ class Session:
 
     def facts(self) -> dict[str, Any]:
         """The fields of a checkpoint's manifest that describe this session."""
-        from moe_train.model.identity import identity
+        from moe_train.model.transformer_config import identity
 
         run = self.run
         tokenizer = self.corpus.tokenizer

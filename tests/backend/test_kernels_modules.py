@@ -73,7 +73,7 @@ def _norm(rank: int, world: int) -> None:
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from moe_train.backend.torch_kernels.norm import TorchNorm
+    from moe_train.backend.torch_kernels.provider import TorchNorm
 
     for kind, parallel in (("RMSNorm", True), ("RMSNorm", False), ("LayerNorm", True)):
         config = TransformerConfig(

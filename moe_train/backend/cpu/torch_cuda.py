@@ -16,25 +16,26 @@ import torch
 CPU = torch.device("cpu")
 
 
+def _no_wait(*_: Any, **__: Any) -> None:
+    """CPU work is done when it returns, so there is nothing to wait for."""
+
+
+def _is_done(*_: Any) -> bool:
+    return True
+
+
 class CpuEvent:
-    """An event that has always happened."""
+    """torch.cuda.Event on a CPU: always complete."""
+
+    wait = synchronize = _no_wait
+    query = _is_done
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._at = 0.0
 
     def record(self, stream: Any = None) -> None:
-        """Remember the time, so that ``elapsed_time`` means something."""
+        """Store the time, for :meth:`elapsed_time`."""
         self._at = time.perf_counter()
-
-    def wait(self, stream: Any = None) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        """Always done."""
-        return True
 
     def elapsed_time(self, end: CpuEvent) -> float:
         """Milliseconds between two records."""
@@ -42,10 +43,12 @@ class CpuEvent:
 
 
 class CpuStream:
-    """A queue that runs everything at once, in the order of the program."""
+    """torch.cuda.Stream on a CPU: work runs at once, in the order of the program."""
 
     device_index = 0
     cuda_stream = 0
+    wait_stream = wait_event = synchronize = _no_wait
+    query = _is_done
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -55,24 +58,11 @@ class CpuStream:
         """Lowest and highest priority, as CUDA reports them."""
         return 0, 0
 
-    def wait_stream(self, stream: Any) -> None:
-        """Nothing to wait for."""
-
-    def wait_event(self, event: Any) -> None:
-        """Nothing to wait for."""
-
     def record_event(self, event: CpuEvent | None = None) -> CpuEvent:
         """Record and return an event."""
         event = event or CpuEvent()
         event.record(self)
         return event
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        """Always idle."""
-        return True
 
 
 DEFAULT_STREAM = CpuStream()

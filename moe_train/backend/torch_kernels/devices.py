@@ -1,4 +1,4 @@
-"""The table of devices: everything in which these kernels differ between a CPU and a GPU.
+"""Differences between CPU and GPU in these kernels: one table of devices.
 
 Nothing else in this package looks at a tensor's device. docs/kernels.md has the same table.
 """
@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 GROUPED_CPU = (2, 13)
 """First torch whose ``_grouped_mm`` is used on a CPU; a loop gives the same numbers below it."""
@@ -84,6 +88,11 @@ DEVICES = {
         ),
     )
 }
+
+
+def weight_device(config: TransformerConfig) -> torch.device | int | None:
+    """Where Megatron's own layers allocate their weights; None is torch's default."""
+    return None if config.use_cpu_initialization else torch.cuda.current_device()
 
 
 def device_of(tensor: torch.Tensor) -> Device:

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moe_train.backend.torch_kernels.norm import weight_device
+from moe_train.backend.torch_kernels.devices import weight_device
 from moe_train.backend.torch_kernels.products import grouped_linear
 from moe_train.backend.torch_kernels.replay import Tape
 
@@ -120,11 +120,11 @@ class TorchGroupedMLP(TEGroupedMLP):
         replica = (0, 0, self.expert_data_rank)
         state: dict[str, Any] = {}
         for name, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
-            # Gate and up are halves of fc1's rows, each split over expert tensor parallelism.
-            halves = 2 if name == "linear_fc1" and self.config.gated_linear_unit else 1
-            shard = partial(self._shard, linear.partition_dim, halves, replica)
+            # Gate and up are two blocks of fc1's rows, each split over expert tensor parallelism.
+            blocks = 2 if name == "linear_fc1" and self.config.gated_linear_unit else 1
+            shard = partial(self._shard, linear.partition_dim, blocks, replica)
             key, weight = f"{prefix}experts.{name}.weight", linear.weight
-            if halves == len(places) == 1:
+            if blocks == len(places) == 1:
                 state[f"{prefix}{name}.weight"] = shard(key, weight, places[0], 0)
                 continue
 
@@ -133,19 +133,19 @@ class TorchGroupedMLP(TEGroupedMLP):
                 data: torch.Tensor,
                 replica_id: Any,
                 flattened_range: Any,
-                halves: int = halves,
+                blocks: int = blocks,
                 shard: Any = shard,
             ) -> list[ShardedTensor]:
                 return [
-                    shard(key, piece, place, half)
+                    shard(key, piece, place, block)
                     for part, place in zip(data.chunk(len(places)), places, strict=True)
-                    for half, piece in enumerate(part.chunk(halves, dim=1))
+                    for block, piece in enumerate(part.chunk(blocks, dim=1))
                 ]
 
-            def merge(pieces: list[torch.Tensor], halves: int = halves) -> torch.Tensor:
+            def merge(pieces: list[torch.Tensor], blocks: int = blocks) -> torch.Tensor:
                 parts = [
-                    torch.cat(pieces[first : first + halves], dim=1)
-                    for first in range(0, len(pieces), halves)
+                    torch.cat(pieces[first : first + blocks], dim=1)
+                    for first in range(0, len(pieces), blocks)
                 ]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -157,12 +157,12 @@ class TorchGroupedMLP(TEGroupedMLP):
     def _shard(
         self,
         partition_dim: int,
-        halves: int,
+        blocks: int,
         replica: tuple[int, int, int],
         key: str,
         data: torch.Tensor,
         place: tuple[Any, ...],
-        half: int,
+        block: int,
     ) -> ShardedTensor:
         axes, tp_size = len(place), self.tp_group.size()
         return ShardedTensor.from_rank_offsets(
@@ -170,7 +170,7 @@ class TorchGroupedMLP(TEGroupedMLP):
             data,
             *place,
             (axes, self.ep_group.rank(), self.ep_group.size()),
-            (axes + partition_dim, half * tp_size + self.tp_group.rank(), halves * tp_size),
+            (axes + partition_dim, block * tp_size + self.tp_group.rank(), blocks * tp_size),
             replica_id=replica,
             prepend_axis_num=axes,
         )
