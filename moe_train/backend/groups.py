@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from moe_train.backend.protocol import Backend
     from moe_train.config.nccl import GroupName, NcclGroup
+    from moe_train.parallel.layout import Layout
 
 
 def open_world(
@@ -76,25 +77,8 @@ def launcher_store(rank: int, world: int, timeout_seconds: int) -> dist.Store:
     return _STORES[rank, world]
 
 
-class Sizes(Protocol):
-    """Sizes of the parallel dimensions, as `moe_train.parallel.layout.Layout` has them."""
-
-    @property
-    def tensor(self) -> int: ...
-    @property
-    def pipeline(self) -> int: ...
-    @property
-    def virtual_pipeline(self) -> int: ...
-    @property
-    def context(self) -> int: ...
-    @property
-    def expert_in_stage(self) -> int: ...
-    @property
-    def expert_tensor(self) -> int: ...
-
-
 def open_groups(
-    sizes: Sizes, *, timeout_seconds: int, nccl: Mapping[GroupName, NcclGroup] | None = None
+    layout: Layout, *, timeout_seconds: int, nccl: Mapping[GroupName, NcclGroup] | None = None
 ) -> ProcessGroupCollection:
     """Create every process group of a layout; the world must be open.
 
@@ -104,7 +88,7 @@ def open_groups(
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     with _settings_file(nccl or {}) as path, patches.local_singletons():
-        _initialize(sizes, timeout_seconds, path)
+        _initialize(layout, timeout_seconds, path)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     warm_up(groups.pp)
     return groups
@@ -141,17 +125,17 @@ def _settings_file(nccl: Mapping[GroupName, NcclGroup]) -> Iterator[str | None]:
         yield stream.name
 
 
-def _initialize(sizes: Sizes, timeout_seconds: int, nccl_path: str | None) -> None:
+def _initialize(layout: Layout, timeout_seconds: int, nccl_path: str | None) -> None:
     from megatron.core import parallel_state
 
-    chunks = sizes.virtual_pipeline
+    chunks = layout.virtual_pipeline
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=sizes.tensor,
-        pipeline_model_parallel_size=sizes.pipeline,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-        context_parallel_size=sizes.context,
-        expert_model_parallel_size=sizes.expert_in_stage,
-        expert_tensor_parallel_size=sizes.expert_tensor,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert_in_stage,
+        expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=max(1, timeout_seconds // 60),
         # Only Megatron's own checkpoint formats gather over these; ours do not.
         create_gloo_process_groups=False,
