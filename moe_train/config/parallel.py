@@ -6,7 +6,15 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_train.config.types import Batch, Bool, DispatcherName, Placement, PositiveInteger, Text
+from moe_train.config.types import (
+    Batch,
+    Bool,
+    DispatcherName,
+    Placement,
+    PositiveInteger,
+    ScheduleName,
+    Text,
+)
 from moe_train.errors import ConfigError
 
 
@@ -24,6 +32,8 @@ class ParallelConfig:
     """Pipeline stages."""
     virtual_pipeline: PositiveInteger | None = None
     """Model chunks per stage (interleaved 1F1B); None or 1 is plain 1F1B."""
+    schedule: ScheduleName = "auto"
+    """Pipeline schedule; auto is the one of virtual_pipeline and placement."""
     context: PositiveInteger | None = None
     """Context-parallel ranks: each holds part of every sequence."""
     expert: PositiveInteger | None = None

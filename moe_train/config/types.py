@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, Strict
 from moe_train.features.balancing import BALANCING
 from moe_train.features.dispatchers import DISPATCHERS
 from moe_train.features.optimizers import OPTIMIZERS
+from moe_train.features.schedules import SCHEDULES
 
 _LIMIT = 1 << 63
 
@@ -61,7 +62,9 @@ if TYPE_CHECKING:
     BalancingName = str
     DispatcherName = str
     OptimizerName = str
+    ScheduleName = str
 else:
     BalancingName = Literal[*BALANCING]
     DispatcherName = Literal[*DISPATCHERS]
     OptimizerName = Literal[*OPTIMIZERS]
+    ScheduleName = Literal["auto", *(name for name, one in SCHEDULES.items() if one.trains)]

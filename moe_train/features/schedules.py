@@ -150,8 +150,10 @@ SCHEDULES = {
 }
 
 
-def schedule_of(*, chunks: int, span: bool) -> PipelineSchedule:
-    """The schedule of a layout: the first that goes with its model chunks and placement."""
+def schedule_of(name: str, *, chunks: int, span: bool) -> PipelineSchedule:
+    """The schedule called `name`; ``auto`` is the first that goes with chunks and placement."""
+    if name != "auto":
+        return SCHEDULES[name]
     return next(one for one in SCHEDULES.values() if one.fits(chunks=chunks, span=span))
 
 

@@ -14,6 +14,7 @@ from moe_train.config.root import Config
 from moe_train.errors import ConfigError
 from moe_train.features.balancing import CAPACITY, RANDOM
 from moe_train.features.dispatchers import DISPATCHERS, SPAN
+from moe_train.features.schedules import schedule_of
 from moe_train.parallel.batch import microbatches_per_step
 from moe_train.parallel.layout import Layout, divisors
 from moe_train.parallel.parameters import padded_vocab
@@ -201,6 +202,14 @@ def _pipeline(config: Config, layout: Layout) -> Iterator[ConfigError]:
             f"{chunks} does not divide the {layers // stages} layers of a stage",
             f"legal: {divisors(layers // stages)}",
         )
+    name = config.parallel.schedule
+    schedule = schedule_of(name, chunks=chunks, span=layout.span)
+    if not schedule.fits(chunks=chunks, span=layout.span):
+        yield ConfigError(
+            "parallel.schedule",
+            f"{name} does not go with virtual_pipeline={chunks} and placement={layout.placement}",
+            f"{schedule.needs}, or parallel.schedule=auto",
+        )
 
 
 def _sequence(config: Config, layout: Layout) -> Iterator[ConfigError]:
@@ -293,6 +302,8 @@ def _overlap(config: Config, layout: Layout) -> Iterator[ConfigError]:
         yield ConfigError(
             field, "there is no expert communication with EP=1", "parallel.expert=2 or more"
         )
+    if schedule_of(config.parallel.schedule, chunks=layout.virtual_pipeline, span=False).run:
+        yield ConfigError(field, "needs a schedule of Megatron's", "parallel.schedule=auto")
     if config.dtype == "fp32":
         yield ConfigError(field, "needs 16-bit compute, not fp32", "dtype=bf16")
     if layout.pipeline > 1 and layout.virtual_pipeline == 1:

@@ -88,7 +88,9 @@ def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollect
             use_gloo_process_groups=False,
             pg_collection=None,
         )
-    schedule = schedule_of(chunks=run.layout.virtual_pipeline, span=run.layout.span)
+    schedule = schedule_of(
+        config.parallel.schedule, chunks=run.layout.virtual_pipeline, span=run.layout.span
+    )
     tracer = Tracer(groups.pp.rank(), backend.synchronize)
     if config.train.trace:
         tracer.set_groups(groups)

@@ -112,11 +112,14 @@ def test_in_flight_never_exceeds_what_exists_and_falls_along_the_pipeline(
     microbatches *= stages if chunks > 1 else 1
     sizes = Pipeline(stages, microbatches, chunks)
     held = [
-        schedule_of(chunks=chunks, span=False).in_flight(sizes, stage) for stage in range(stages)
+        schedule_of("auto", chunks=chunks, span=False).in_flight(sizes, stage)
+        for stage in range(stages)
     ]
     assert held == sorted(held, reverse=True)
     assert all(1 <= one <= microbatches * chunks for one in held)
-    kept = [schedule_of(chunks=1, span=True).in_flight(sizes, stage) for stage in range(stages)]
+    kept = [
+        schedule_of("auto", chunks=1, span=True).in_flight(sizes, stage) for stage in range(stages)
+    ]
     assert sum(kept) / stages == pytest.approx(span_rows_in_flight(sizes))
     if microbatches >= 2 * stages:
         assert span_rows_in_flight(sizes) == stages

@@ -99,7 +99,8 @@ def stage_memory(
     count = microbatches_per_step(config, layout.data)
     delay = int(config.parallel.overlap_expert_comm and layout.span)
     sizes = Pipeline(layout.pipeline, count, layout.virtual_pipeline, delay)
-    held = schedule_of(chunks=sizes.chunks, span=layout.span).in_flight(sizes, stage)
+    schedule = schedule_of(config.parallel.schedule, chunks=sizes.chunks, span=layout.span)
+    held = schedule.in_flight(sizes, stage)
     modules = config.recompute.modules
     whole = config.recomputed_layers
     layers = layout.stage_layers(stage)

@@ -50,7 +50,7 @@ def choose_schedule(layout: Layout, name: str) -> PipelineSchedule:
     Raises:
         ConfigError: the layout cannot run in that order.
     """
-    own = schedule_of(chunks=layout.virtual_pipeline, span=layout.span)
+    own = schedule_of("auto", chunks=layout.virtual_pipeline, span=layout.span)
     chosen = own if name == "auto" else SCHEDULES.get(name)
     if chosen is None:
         known = ", ".join(SCHEDULES)
@@ -71,7 +71,7 @@ def build_schedule(
     Raises:
         ConfigError: the layout cannot run in that order.
     """
-    schedule = choose_schedule(layout, kind)
+    schedule = choose_schedule(layout, config.parallel.schedule if kind == "auto" else kind)
     predicted = step_time(config, layout, vocab, assumptions)
     work = work_of(config, layout, vocab, assumptions, predicted)
     sizes = Pipeline(layout.pipeline, predicted.microbatches, layout.virtual_pipeline)

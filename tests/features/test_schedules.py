@@ -1,0 +1,60 @@
+"""Every pipeline schedule is checked, planned, drawn and trained from its one descriptor."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from moe_train.config.compose import collect
+from moe_train.config.root import Config
+from moe_train.features.schedules import SCHEDULES, Pipeline, PipelineSchedule, most_held
+from moe_train.parallel.shapes import Assumptions
+from moe_train.parallel.sizes import layout_of
+from moe_train.planner.legality import check
+from moe_train.planner.schedule.schedule import build_schedule
+
+TRAINED = {name: one for name, one in SCHEDULES.items() if one.trains}
+
+
+def small(one: PipelineSchedule, *overrides: str) -> tuple[Config, list[str]]:
+    """PP2 of the twin in the settings that a schedule needs, and the refused fields."""
+    words = one.needs.split(" with ")[0].split(" and ")
+    sizes = ("parallel.pipeline=2", "parallel.expert=null")
+    config, faults = collect(["experiment=twin", "parallel=single", *sizes, *words, *overrides])
+    return config, [fault.field for fault in [*faults, *check(config, 2)]]
+
+
+@pytest.mark.parametrize("one", SCHEDULES.values(), ids=lambda one: one.name)
+def test_descriptor_is_complete(one: PipelineSchedule) -> None:
+    sizes = Pipeline(4, 8, 2 if one.chunks else 1)
+    held = [one.in_flight(sizes, stage) for stage in range(4)]
+    if one.order is not None:
+        assert [most_held(one.order(sizes, stage)) for stage in range(4)] == held
+    config, _ = small(one)
+    layout = layout_of(config, 2)
+    drawn = build_schedule(config, layout, 512, Assumptions(), one.name)
+    assert drawn.kind == one.name and max(drawn.held) <= max(held) and drawn.timing.step > 0
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_descriptor_is_legal_by_name_where_it_fits(name: str) -> None:
+    one = TRAINED[name]
+    assert small(one, f"parallel.schedule={name}")[1] == []
+    for other in SCHEDULES.values():
+        if (other.chunks, other.span) != (one.chunks, one.span):
+            assert "parallel.schedule" in small(other, f"parallel.schedule={name}")[1]
+
+
+def test_memory_follows_the_schedule() -> None:
+    from moe_train.planner.memory.stages import stage_memory
+
+    config, _ = small(SCHEDULES["1f1b"])
+    layout = layout_of(config, 2)
+    for name, one in TRAINED.items():
+        if one.fits(chunks=1, span=False):
+            parallel = dataclasses.replace(config.parallel, schedule=name)
+            changed = dataclasses.replace(config, parallel=parallel)
+            memory = stage_memory(changed, layout, 512, 1, Assumptions())
+            count = changed.batch.microbatches * changed.batch.accumulation
+            assert memory.held == one.in_flight(Pipeline(2, count), 1)
