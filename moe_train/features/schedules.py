@@ -105,8 +105,8 @@ def _interleaved(pipeline: Pipeline, stage: int) -> list[Pass]:
 
 
 def _gpipe(pipeline: Pipeline, stage: int) -> list[Pass]:
-    forward = [Pass(stage, 0, batch, FORWARD) for batch in range(pipeline.microbatches)]
-    return forward + [one._replace(direction=BACKWARD) for one in reversed(forward)]
+    table = [(batch, 0) for batch in range(pipeline.microbatches)]
+    return _order(pipeline, stage, table, len(table))
 
 
 SCHEDULES = {
@@ -129,13 +129,13 @@ SCHEDULES = {
             ),
             chunks=True,
         ),
-        # Huang et al., arXiv:1811.06965, figure 2c: the last micro-batch goes back first.
+        # Huang et al., arXiv:1811.06965, section 2.3; here the first micro-batch goes back first.
         PipelineSchedule(
             name="gpipe",
             title="GPipe",
             order=_gpipe,
             in_flight=lambda p, _: p.microbatches,
-            trains=False,
+            run="moe_train.train.gpipe:GPipeSchedule",
         ),
         PipelineSchedule(
             name="span",

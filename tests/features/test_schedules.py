@@ -13,6 +13,11 @@ from moe_train.parallel.shapes import Assumptions
 from moe_train.parallel.sizes import layout_of
 from moe_train.planner.legality import check
 from moe_train.planner.schedule.schedule import build_schedule
+from moe_train.testing import layouts
+from moe_train.testing.compare import same_bits
+from moe_train.testing.layouts import SMALL, Runs
+from moe_train.testing.world import run_world
+from tests.support.schedules import record_step
 
 TRAINED = {name: one for name, one in SCHEDULES.items() if one.trains}
 
@@ -58,3 +63,18 @@ def test_memory_follows_the_schedule() -> None:
             memory = stage_memory(changed, layout, 512, 1, Assumptions())
             count = changed.batch.microbatches * changed.batch.accumulation
             assert memory.held == one.in_flight(Pipeline(2, count), 1)
+
+
+@pytest.mark.world
+def test_gpipe_holds_all_and_computes_the_same(small_runs: Runs) -> None:
+    name = "parallel.schedule=gpipe"
+    words = [*SMALL, "parallel.pipeline=2", "batch.global=4", name]
+    for record in run_world(record_step, 2, words):
+        sizes = Pipeline(2, 4)
+        order = SCHEDULES["gpipe"].order
+        assert order is not None
+        seen = [(kind, batch) for kind, batch, _ in record.events]
+        expected = order(sizes, record.stage)
+        assert seen == [(one.direction[0].upper(), one.microbatch) for one in expected]
+    two = ("train.steps=2", "optim.decay_steps=20")
+    same_bits(small_runs.get(layouts.PP2, name, *two), small_runs.get(layouts.PP2))
