@@ -67,4 +67,4 @@ else:
     BalancingName = Literal[*BALANCING]
     DispatcherName = Literal[*DISPATCHERS]
     OptimizerName = Literal[*OPTIMIZERS]
-    ScheduleName = Literal["auto", *(name for name, one in SCHEDULES.items() if one.trains)]
+    ScheduleName = Literal["auto", *SCHEDULES]

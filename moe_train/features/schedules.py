@@ -51,8 +51,6 @@ class PipelineSchedule:
     """Whether it is for placement=span, or for placement=stage."""
     run: str = ""
     """``module:class`` of the runtime; empty where Megatron's get_forward_backward_func has it."""
-    trains: bool = True
-    """Whether a run can use it, or only ``moe-train schedule`` draws it."""
 
     def fits(self, *, chunks: int, span: bool) -> bool:
         """Whether a layout with these model chunks a stage and this placement can use it."""

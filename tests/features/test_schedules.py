@@ -19,8 +19,6 @@ from moe_train.testing.layouts import SMALL, Runs
 from moe_train.testing.world import run_world
 from tests.support.schedules import record_step
 
-TRAINED = {name: one for name, one in SCHEDULES.items() if one.trains}
-
 
 def small(one: PipelineSchedule, *overrides: str) -> tuple[Config, list[str]]:
     """PP2 of the twin in the settings that a schedule needs, and the refused fields."""
@@ -42,9 +40,9 @@ def test_descriptor_is_complete(one: PipelineSchedule) -> None:
     assert drawn.kind == one.name and max(drawn.held) <= max(held) and drawn.timing.step > 0
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_descriptor_is_legal_by_name_where_it_fits(name: str) -> None:
-    one = TRAINED[name]
+    one = SCHEDULES[name]
     assert small(one, f"parallel.schedule={name}")[1] == []
     for other in SCHEDULES.values():
         if (other.chunks, other.span) != (one.chunks, one.span):
@@ -56,7 +54,7 @@ def test_memory_follows_the_schedule() -> None:
 
     config, _ = small(SCHEDULES["1f1b"])
     layout = layout_of(config, 2)
-    for name, one in TRAINED.items():
+    for name, one in SCHEDULES.items():
         if one.fits(chunks=1, span=False):
             parallel = dataclasses.replace(config.parallel, schedule=name)
             changed = dataclasses.replace(config, parallel=parallel)
