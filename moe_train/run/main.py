@@ -208,8 +208,6 @@ def acquire_run_folder(run: ResolvedRun, suffix: str, state: RunState) -> None:
     Raises:
         ConfigError: the folder cannot be written, or another job trains in it.
     """
-    from moe_train.run.records import describe_run
-
     folder = create_run_folder(
         run.config.run.dir,
         *_names(run, suffix),
@@ -222,8 +220,7 @@ def acquire_run_folder(run: ResolvedRun, suffix: str, state: RunState) -> None:
     if restarts()[0] == 0:
         (folder.logs / STOPPED).unlink(missing_ok=True)
     if not folder.config.exists():
-        describe_run(folder, run.with_name(folder.path.name), 0)
-        state.owns_folder = True
+        state.describe(run.with_name(folder.path.name))
 
 
 def announce(run: ResolvedRun) -> None:

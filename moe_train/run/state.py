@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from moe_train.config.schema import to_mapping
 from moe_train.errors import MoeTrainError
+from moe_train.files import write_atomically
 from moe_train.run_folder.folder import RunFolder
-from moe_train.train.callback import Callback, StartEvent, StepEvent
+from moe_train.run_folder.status import write_status
+from moe_train.train.callback import Callback, RollbackEvent, StartEvent, StepEvent
+
+if TYPE_CHECKING:
+    from moe_train.config.kernels import KernelChoice
+    from moe_train.parallel.resolved import ResolvedRun
 
 
 @dataclass(eq=False)
@@ -43,6 +52,22 @@ class RunState(Callback):
         """Keep the step."""
         self.step = event.step
 
-    def on_rollback(self, step: int) -> None:
+    def on_rollback(self, event: RollbackEvent) -> None:
         """Keep the step."""
-        self.step = step
+        self.step = event.step
+
+    def describe(self, run: ResolvedRun, kernels: KernelChoice | None = None) -> None:
+        """Write config.yaml, plan.json and the running status: the folder is this run's (rank 0).
+
+        Args:
+            kernels: the kernel set, once it is chosen.
+        """
+        from moe_train.planner.report.plan_report import plan_report
+
+        folder = self.folder
+        assert folder is not None
+        folder.write_config(to_mapping(run.config))
+        report = plan_report(run.config, run.layout, kernels=kernels)
+        write_atomically(folder.plan, json.dumps(report, indent=1) + "\n")
+        write_status(folder.status, "running", self.step)
+        self.owns_folder = True

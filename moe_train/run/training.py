@@ -24,7 +24,6 @@ from moe_train.parallel.flops import flops_per_token
 from moe_train.run.failure import peer_failure, report_once
 from moe_train.run.logs import FILE_ONLY
 from moe_train.run.opening import Session
-from moe_train.run.records import describe_run, device_peak
 from moe_train.run.restore import restore
 from moe_train.run.saving import Saver
 from moe_train.run.shutdown_budget import ShutdownBudget, grace_seconds
@@ -36,7 +35,7 @@ from moe_train.run_folder.folder import RunFolder
 from moe_train.run_folder.status import write_status
 from moe_train.train.callback import Callback, CallbackList, StartEvent
 from moe_train.train.loop import Intervals, NonFinitePolicy, run_loop
-from moe_train.train.metrics import StepWork
+from moe_train.train.metrics import StepWork, device_peak
 
 if TYPE_CHECKING:
     from moe_train.data.batches import MicroBatch
@@ -75,15 +74,14 @@ def training_loop(
     state.step = start
     entropy = None
     if session.rank == 0:
-        describe_run(folder, session.run, start, engine.backend.kernels)
-        state.owns_folder = True
+        state.describe(session.run, engine.backend.kernels)
         if datasets.valid is not None:
             entropy = dataset_entropy(
                 datasets.valid, config.train.eval_batches * session.run.sequences
             )
     built_in = build_callbacks(session, folder, state, begin)
-    together = stack.enter_context(CallbackList([*built_in, *callbacks]))
-    together.on_start(StartEvent(start, session.rank, session.run, folder.path))
+    all_callbacks = stack.enter_context(CallbackList([*built_in, *callbacks]))
+    all_callbacks.start(StartEvent(start, session.rank, session.run, folder.path))
 
     def validation() -> list[list[MicroBatch]]:
         same = _source(session, datasets.valid, 0)
@@ -110,7 +108,7 @@ def training_loop(
             device_peak(config) * engine.backend.devices(session.layout.world),
         ),
         unigram_entropy=entropy,
-        callbacks=together,
+        callbacks=all_callbacks,
         saver=Saver(session, source),
         signals=signals,
         watchdog=stack.enter_context(watchdog),

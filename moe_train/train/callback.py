@@ -19,15 +19,18 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StartEvent:
-    """Model, optimizer and data are ready; the next step is ``step + 1``."""
+    """Model, optimizer and data are ready; the next step is ``step + 1``.
+
+    Attributes:
+        step: completed optimizer steps: 0, or those of the checkpoint that was loaded.
+        run: configuration, layout and sizes; frozen, and equal on all ranks.
+        folder: the run folder, shared by all ranks.
+    """
 
     step: int
-    """Completed optimizer steps: 0, or those of the checkpoint that was loaded."""
     rank: int
     run: ResolvedRun
-    """Configuration, layout and sizes; frozen, and equal on all ranks."""
     folder: Path
-    """The run folder, shared by all ranks."""
 
     @property
     def steps(self) -> int:
@@ -37,44 +40,58 @@ class StartEvent:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """A training step is done, or was skipped (``result.applied`` is then False)."""
+    """A training step is done, or was skipped (``result.applied`` is then False).
+
+    Attributes:
+        record: the step's line of metrics.jsonl (see :mod:`moe_train.train.metrics`), the same on
+            all ranks but for times.
+        result: loss, gradient norm, learning rate, and in ``routing`` the tokens of every expert.
+    """
 
     step: int
     record: Mapping[str, Any]
-    """The step's line of metrics.jsonl (see :mod:`moe_train.train.metrics`), the same on all ranks
-    but for times."""
     result: StepResult
-    """Loss, gradient norm, learning rate, and in ``routing`` the tokens of every expert."""
 
 
 @dataclass(frozen=True)
 class ValidationEvent:
-    """A validation is done."""
+    """A validation is done.
+
+    Attributes:
+        record: ``step``, ``valid_loss`` (nats per token) and, on rank 0, ``unigram_entropy``.
+    """
 
     step: int
     record: Mapping[str, Any]
-    """``step``, ``valid_loss`` (nats per token) and, on rank 0, ``unigram_entropy``."""
 
 
 @dataclass(frozen=True)
 class SaveEvent:
-    """A checkpoint is committed: whole and on the disk."""
+    """A checkpoint is committed: complete and on the disk.
+
+    Attributes:
+        step: the step whose state it holds; an asynchronous save is reported some steps later.
+        seconds: from the save's beginning, without the time in which nobody worked on it.
+        folder: of the checkpoint.
+    """
 
     step: int
-    """The step whose state it holds; an asynchronous save is reported some steps later."""
     seconds: float
-    """From the save's beginning, without the time in which nobody worked on it."""
     folder: Path
 
 
 @dataclass(frozen=True)
-class EndEvent:
-    """The run is over."""
+class RollbackEvent:
+    """The run went back to ``step`` (``train.non_finite=rollback``); later steps come again."""
 
     step: int
-    """Completed optimizer steps."""
+
+
+@dataclass(frozen=True)
+class EndEvent:
+    """The run is over; ``error`` is what ended it before its last step, or None."""
+
     error: BaseException | None
-    """What ended the run before its last step; None where it is finished."""
 
     @property
     def state(self) -> str:
@@ -113,76 +130,63 @@ class Callback:
     def on_save(self, event: SaveEvent) -> None:
         """After every commit of a checkpoint."""
 
-    def on_rollback(self, step: int) -> None:
-        """The run went back to ``step`` (``train.non_finite=rollback``); what follows comes
-        again."""
+    def on_rollback(self, event: RollbackEvent) -> None:
+        """After every rollback."""
 
     def on_end(self, event: EndEvent) -> None:
-        """Once after ``on_start``, also when that or the run failed: release what you hold."""
+        """Once after ``on_start``, also when that or the run failed: release what you opened."""
 
 
-class CallbackList(Callback):
-    """Calls several callbacks under the rules of :class:`Callback`.
+HOOKS = {
+    StartEvent: "on_start",
+    StepEvent: "on_step",
+    ValidationEvent: "on_validation",
+    SaveEvent: "on_save",
+    RollbackEvent: "on_rollback",
+    EndEvent: "on_end",
+}
+"""The hook that gets each kind of event."""
 
-    A context manager, whose end calls ``on_end`` of those whose ``on_start`` was called.
+
+class CallbackList:
+    """Calls a run's callbacks under the rules of :class:`Callback`.
+
+    A context manager, at whose end all are ended that were started, whatever happens to others;
+    the first error of a required one is raised, unless the run has failed already.
     """
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks, self._started = list(callbacks), list[Callback]()
         self._failed: set[int] = set()
-        self._step = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.on_end(EndEvent(self._step, error))
-
-    def on_start(self, event: StartEvent) -> None:
-        """Start each in turn."""
-        self._step = event.step
-        for callback in self._callbacks:
-            self._started.append(callback)
-            self._call(callback, "on_start", event)
-
-    def on_step(self, event: StepEvent) -> None:
-        """Pass the event on."""
-        self._step = event.step
-        self._call_all("on_step", event)
-
-    def on_validation(self, event: ValidationEvent) -> None:
-        """Pass the event on."""
-        self._call_all("on_validation", event)
-
-    def on_save(self, event: SaveEvent) -> None:
-        """Pass the event on."""
-        self._call_all("on_save", event)
-
-    def on_rollback(self, step: int) -> None:
-        """Pass the step on."""
-        self._step = step
-        self._call_all("on_rollback", step)
-
-    def on_end(self, event: EndEvent) -> None:
-        """End each, whatever happens to the others; raises the first error of a required one,
-        unless the run has failed already."""
         errors = []
         for callback in self._started:
             try:
-                self._call(callback, "on_end", event)
-            # Raised below, when all have released what they hold.
-            except Exception as error:  # noqa: BLE001
-                errors.append(error)
-        self._started = []
-        if errors and event.error is None:
+                self._call(callback, EndEvent(error))
+            # Raised below, when all have released what they opened.
+            except Exception as failure:  # noqa: BLE001
+                errors.append(failure)
+        if errors and error is None:
             raise errors[0]
 
-    def _call_all(self, hook: str, event: object) -> None:
+    def start(self, event: StartEvent) -> None:
+        """Start each in turn."""
+        for callback in self._callbacks:
+            self._started.append(callback)
+            self._call(callback, event)
+
+    def notify(self, event: StepEvent | ValidationEvent | SaveEvent | RollbackEvent) -> None:
+        """Call the hook for ``event`` of every callback that is not switched off."""
         for callback in self._started:
             if id(callback) not in self._failed:
-                self._call(callback, hook, event)
+                self._call(callback, event)
 
-    def _call(self, callback: Callback, hook: str, event: object) -> None:
+    def _call(self, callback: Callback, event: Any) -> None:
+        hook = HOOKS[type(event)]
         try:
             getattr(callback, hook)(event)
         except MoeTrainError:

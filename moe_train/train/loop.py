@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moe_train.errors import NonFiniteError, Preempted
-from moe_train.train.callback import Callback, StepEvent, ValidationEvent
+from moe_train.train.callback import CallbackList, RollbackEvent, StepEvent, ValidationEvent
 from moe_train.train.engine import Engine
 from moe_train.train.forward import MicroBatch
 from moe_train.train.metrics import StepWork, step_record
@@ -82,7 +82,7 @@ def run_loop(
     intervals: Intervals,
     work: StepWork,
     unigram_entropy: float | None,
-    callbacks: Callback,
+    callbacks: CallbackList,
     saver: Saver,
     signals: StopSignals,
     watchdog: PhaseMonitor,
@@ -108,7 +108,7 @@ def run_loop(
             saved = saver.finish()
         if saved is not None:
             budget.check(saved.seconds)
-            callbacks.on_save(saved)
+            callbacks.notify(saved)
 
     if sync_control_flags(engine, signals, saver).stop and start < intervals.steps:
         raise _preempted(start, saved=start > 0)
@@ -127,7 +127,7 @@ def run_loop(
             if non_finite.policy == "rollback":
                 with watchdog.phase("rolling back", step):
                     step = non_finite.roll_back()
-                callbacks.on_rollback(step)
+                callbacks.notify(RollbackEvent(step))
                 continue
         flags = sync_control_flags(engine, signals, saver)
         if flags.written:
@@ -142,14 +142,14 @@ def run_loop(
             work=work,
             config=engine.config,
         )
-        callbacks.on_step(StepEvent(step, MappingProxyType(record), result))
+        callbacks.notify(StepEvent(step, MappingProxyType(record), result))
         if not stop and intervals.validates(step):
             with watchdog.phase("validation", step), budget.measure("validation"):
                 loss = validate(engine, validation())
             record = {"step": step, "valid_loss": loss}
             if unigram_entropy is not None:
                 record["unigram_entropy"] = unigram_entropy
-            callbacks.on_validation(ValidationEvent(step, MappingProxyType(record)))
+            callbacks.notify(ValidationEvent(step, MappingProxyType(record)))
             stop = sync_control_flags(engine, signals, saver).stop
         if intervals.saves(step) or (stop and intervals.save):
             with watchdog.phase("checkpoint", step):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_train.parallel.flops import mfu
+from moe_train.planner.cost.compute import peak_flops
 
 if TYPE_CHECKING:
     from moe_train.config.root import Config
@@ -26,6 +27,13 @@ class StepWork:
     """Of the model, forward and backward."""
     peak_flops: float
     """FLOP/s of all devices together; 0 where unknown."""
+
+
+def device_peak(config: Config) -> float:
+    """Peak FLOP/s of one device, for MFU; 0 where the hardware profile is not the device's."""
+    hardware = config.hardware
+    own = hardware.peak_known and (hardware.kind == "cpu") == (config.device == "cpu")
+    return peak_flops(config) if own else 0.0
 
 
 def step_record(

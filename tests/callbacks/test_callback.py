@@ -41,7 +41,7 @@ class Log(Callback):
     def on_step(self, event: Any) -> None:
         self._note("step")
 
-    def on_rollback(self, step: int) -> None:
+    def on_rollback(self, event: Any) -> None:
         self._note("rollback")
 
     def on_end(self, event: Any) -> None:
@@ -54,9 +54,9 @@ class Required(Log):
 
 def play(callbacks: Sequence[Callback], steps: int = 2) -> None:
     with CallbackList(callbacks) as together:
-        together.on_start(events.start())
+        together.start(events.start())
         for step in range(1, steps + 1):
-            together.on_step(events.step(step))
+            together.notify(events.step(step))
 
 
 def test_an_observer_that_fails_is_logged_once_and_switched_off(
@@ -107,16 +107,16 @@ def test_a_required_callback_may_fail_at_the_end_when_all_have_ended() -> None:
         pytest.raises(KeyboardInterrupt),
         CallbackList([Required("a", calls, "end failed")]) as together,
     ):
-        together.on_start(events.start())
+        together.start(events.start())
         raise KeyboardInterrupt
 
 
 def test_events_are_read_only_and_say_how_a_run_ended() -> None:
     with pytest.raises(FrozenInstanceError):
         events.step(1).step = 2  # type: ignore[misc]
-    assert EndEvent(3, None).state == "finished"
-    assert EndEvent(3, Preempted("step 3", "stop")).state == "preempted"
-    assert EndEvent(3, ZeroDivisionError()).state == "failed"
+    assert EndEvent(None).state == "finished"
+    assert EndEvent(Preempted("step 3", "stop")).state == "preempted"
+    assert EndEvent(ZeroDivisionError()).state == "failed"
 
 
 class Own(Callback):
@@ -141,7 +141,7 @@ class Own(Callback):
         self._seen.append(["save", event.step, event.folder.name])
 
     def on_end(self, event: Any) -> None:
-        self._path.write_text(json.dumps([*self._seen, ["end", event.step, event.state]]))
+        self._path.write_text(json.dumps([*self._seen, ["end", event.state]]))
         raise ZeroDivisionError
 
 
@@ -176,7 +176,7 @@ def test_a_callers_callbacks_see_the_run_and_change_nothing(tmp_path: Path) -> N
         assert [entry[2] for entry in seen[1:4]] == losses
         assert seen[4] == ["validation", 3, valid]
         assert seen[5] == ["save", 3, "step_00000003"]
-        assert seen[6] == ["end", 3, "finished"]
+        assert seen[6] == ["end", "finished"]
         profile = json.loads((tmp_path / "own" / "logs" / f"profile_rank_{rank}.json").read_text())
         names = {event["name"] for event in profile["traceEvents"]}
         assert {"F0", "optimizer", "ProfilerStep#2"} <= names

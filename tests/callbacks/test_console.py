@@ -116,8 +116,8 @@ def test_an_interrupted_bar_gives_the_terminal_back(
     monkeypatch.setenv("TERM", "xterm")
     bar = console("bar")
     bar.on_start(events.start(step=2))
-    bar.on_end(EndEvent(2, KeyboardInterrupt()))
-    bar.on_end(EndEvent(2, KeyboardInterrupt()))
+    bar.on_end(EndEvent(KeyboardInterrupt()))
+    bar.on_end(EndEvent(KeyboardInterrupt()))
     assert capsys.readouterr().out.count("\x1b[?25h") == 1
 
 

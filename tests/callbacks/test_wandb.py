@@ -79,7 +79,7 @@ class Bench:
             self.follower.on_step(events.step(step))
 
     def end(self, error: BaseException | None = None) -> None:
-        self.follower.on_end(EndEvent(0, error))
+        self.follower.on_end(EndEvent(error))
 
     def seen(self, kind: str = "") -> list[list[Any]]:
         path = self.path / "seen.jsonl"

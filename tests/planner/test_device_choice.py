@@ -16,8 +16,8 @@ from moe_train.parallel.resolved import ResolvedRun
 from moe_train.planner.machine.experiment import CANDIDATES, SHARE, choose_experiment
 from moe_train.planner.machine.profiles import UNKNOWN, profile_of
 from moe_train.planner.report.plan_report import plan_report
-from moe_train.run.records import device_peak
 from moe_train.run.resolution import resolve_on_devices
+from moe_train.train.metrics import device_peak
 from tests.support.devices import A100, H100, node, on, outcome, sensible, tables
 
 

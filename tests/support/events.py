@@ -47,4 +47,4 @@ def play(
         else:
             callback.on_validation(ValidationEvent(record["step"], record))
     callback.on_save(SaveEvent(records[-1]["step"], 1.0, Path("step")))
-    callback.on_end(EndEvent(records[-1]["step"], error))
+    callback.on_end(EndEvent(error))

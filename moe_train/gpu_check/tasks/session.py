@@ -43,7 +43,7 @@ def open(overrides: list[str]) -> dict[str, Any]:
         its step: tokens, arithmetic of a token, the device's peak.
     """
     from moe_train.parallel.flops import flops_per_token
-    from moe_train.run.records import device_peak
+    from moe_train.train.metrics import device_peak
 
     begun = time.perf_counter()
     if _open.overrides != overrides:

@@ -20,11 +20,11 @@ SMALL = ["experiment=single", "model.layers=2", "batch.global=4", "data.sequence
 def steps(every: int, count: int) -> list[int]:
     collected: list[int] = []
     with CallbackList([GarbageCollection(every)]) as callbacks:
-        callbacks.on_start(events.start())
+        callbacks.start(events.start())
         assert gc.isenabled() is (every == 0)
         with mock.patch.object(gc, "collect", lambda: collected.append(step)):
             for step in range(1, count + 1):
-                callbacks.on_step(events.step(step))
+                callbacks.notify(events.step(step))
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
     return collected
@@ -40,7 +40,7 @@ def test_a_run_that_fails_leaves_pythons_collector_on() -> None:
         pytest.raises(ZeroDivisionError),
         CallbackList([GarbageCollection(5)]) as callbacks,
     ):
-        callbacks.on_start(events.start())
+        callbacks.start(events.start())
         assert not gc.isenabled()
         raise ZeroDivisionError
     assert gc.isenabled()
