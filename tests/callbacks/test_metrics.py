@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.callbacks.recorders import ExpertLoad, MetricsRecorder, StatusWriter
@@ -96,6 +96,7 @@ def test_a_torn_line_in_the_middle_is_named(tmp_path: Path) -> None:
         MetricsRecorder(path, 0.0).on_start(events.start(step=3))
 
 
+@settings(deadline=None)
 @given(steps=st.integers(1, 12), every=st.integers(1, 4), back=st.integers(0, 12))
 def test_truncation_leaves_each_step_once(
     tmp_path_factory: pytest.TempPathFactory, steps: int, every: int, back: int
