@@ -1,4 +1,4 @@
-"""Which kernel set a process takes: what ``backend.kernels`` says, and what imports."""
+"""Choice of the kernel set: ``backend.kernels``, and whether TransformerEngine imports."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Every patch of Megatron-Core and torch, each with its reason, most in two tables.
 
-*Missing CUDA*: a CPU with gloo stands in for a GPU with NCCL (``MISSING_CUDA``, and the tables of
+*Missing CUDA*: CPU and gloo replace GPU and NCCL (``MISSING_CUDA``, and the tables of
 `moe_train.backend.cpu.torch_cuda`); applied by the CPU backend only.
-*Missing TransformerEngine*: torch's kernels stand in for TransformerEngine's (``MISSING_TE``);
+*Missing TransformerEngine*: torch's kernels replace TransformerEngine's (``missing_te``);
 applied wherever those are used, on CPU and GPU. With TransformerEngine nothing of it is.
 *Everywhere*, while the process groups are made: :func:`local_singletons`.
 
@@ -46,7 +46,7 @@ def keep_compiler_out() -> None:
 
 @contextlib.contextmanager
 def lean_imports() -> Iterator[None]:
-    """Import Megatron without what a host rank never uses.
+    """Import Megatron without what a CPU rank never uses.
 
     ``jit_fuser`` is ``torch.compile``, whose import alone (torch._dynamo, torch._inductor) is
     about half of a rank's start-up; Megatron's timers import wandb, which our mirror does
@@ -171,7 +171,7 @@ def missing_te() -> tuple[Patch, ...]:
 
 
 def apply_missing_cuda() -> None:
-    """Let a CPU stand in for a GPU, in this process; Megatron is imported on the way."""
+    """Apply the patches for a CPU to this process; imports Megatron."""
     if not _once("_moe_train_no_cuda"):
         return
     if (interface := gloo.select_interface()) is not None:
@@ -186,7 +186,7 @@ def apply_missing_cuda() -> None:
 
 
 def apply_missing_te(*, lean: bool = True) -> None:
-    """Let torch's kernels stand in for TransformerEngine's, in this process.
+    """Apply the patches for torch's kernels to this process; imports Megatron.
 
     Args:
         lean: import Megatron without its compiled functions.

@@ -1,4 +1,4 @@
-"""What the rest of the program may ask of a machine."""
+"""The protocol of a backend: device, kernels and Megatron fields of one kind of machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Backend(Protocol):
     communication: str
     """torch.distributed backend name."""
     kernels: KernelChoice
-    """The kernel set and why it was taken; on a GPU final once :meth:`prepare` has run."""
+    """The kernel set and the reason; on a GPU final once :meth:`prepare` has run."""
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""Take the backend of a decided device: ``cpu`` or ``cuda``."""
+"""Select the backend of a device: ``cpu`` or ``cuda``."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def select_backend(device: str, config: BackendConfig) -> Backend:
         count, reason = cuda_facts()
         # A launcher may show each rank its own GPU alone.
         index = 0 if count == 1 else local_rank
-        lonely = count == 1 and local_rank > 0 and device == "auto"
-        if index < count and not lonely:
+        shared = count == 1 and local_rank > 0 and device == "auto"
+        if index < count and not shared:
             from moe_train.backend.cuda.backend import CudaBackend
 
             for note in notes:

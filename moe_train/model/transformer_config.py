@@ -1,4 +1,8 @@
-"""Our config as Megatron's three dataclasses, with ``megatron.*`` applied last."""
+"""Megatron's TransformerConfig, OptimizerConfig and DDP config from ours.
+
+``megatron.*`` overrides are applied last. ``recompute.layers`` is not here: Megatron cannot express
+a list of layers, see `moe_train.model.spec.Layer`.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +61,13 @@ def transformer_config(config: Config, backend: Backend) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=_chunks(parallel.virtual_pipeline),
         context_parallel_size=parallel.context,
-        # Spanning experts leave their stage, so Megatron sees only the part of the expert
+        # Spanning experts are not inside one stage, so Megatron sees only the part of the expert
         # group that lies inside a stage: its expert-data-parallel groups are then right.
         expert_model_parallel_size=parallel.tensor if parallel.span else parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         overlap_p2p_comm=_chunks(parallel.virtual_pipeline) is not None,
         batch_p2p_comm=_chunks(parallel.virtual_pipeline) is None,
-        # The spanning exchange has an overlap of its own.
+        # The cross-stage dispatcher has an overlap of its own.
         overlap_moe_expert_parallel_comm=parallel.overlap_expert_comm and not parallel.span,
         deallocate_pipeline_outputs=True,
         **_moe_fields(config),

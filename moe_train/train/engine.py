@@ -1,4 +1,4 @@
-"""Everything that a step needs, built once: groups, model, optimizer, schedule."""
+"""One rank's model, optimizer, LR scheduler and pipeline schedule, built once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Engine:
-    """One rank's training machinery. Its only mutable state is in model and optimizer."""
+    """What a training step needs on one rank. Only model and optimizer have mutable state."""
 
     run: ResolvedRun
     backend: Backend

@@ -13,7 +13,7 @@ import torch
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from torch.distributed.nn.functional import all_reduce
 
-MicroBatch = dict[str, torch.Tensor]
+from moe_train.data.batches import MicroBatch
 
 
 def mean_loss(

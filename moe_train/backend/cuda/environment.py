@@ -14,25 +14,25 @@ NCCL2 = LAZY[0]
 def set_environment(config: BackendConfig) -> list[str]:
     """Write the machine settings of a settled config; call before anything asks for a GPU.
 
-    What the config says wins over what the environment had: config.yaml of a run is then the
-    truth about it. Two things stay: NCCL settings that the config does not name, and settings of
+    The config wins over the environment, so that config.yaml of a run is the truth about it. Two
+    things stay: NCCL settings that the config does not name, and settings of
     torch's allocator, of which the config knows but one.
 
     Returns:
-        What differs from the environment that was there, in words.
+        One note for each difference from the environment that was found.
     """
     os.environ.setdefault(*LAZY)
     wanted = {name: value for name, value, _ in settings(config)}
-    # A run calls this when its device is decided and again when it opens: what it finds then is
-    # its own.
-    theirs = {
+    # A run calls this when its device is decided and again when it opens: the second time the
+    # values are its own.
+    inherited = {
         name: os.environ[name]
         for name in ALLOCATORS
         if os.environ.get(name) not in (None, wanted.get(name))
     }
     notes = []
     for name, value, key in settings(config):
-        if name in ALLOCATORS and theirs:
+        if name in ALLOCATORS and inherited:
             continue
         before = os.environ.get(name, value)
         if before != value:
@@ -40,6 +40,6 @@ def set_environment(config: BackendConfig) -> list[str]:
         os.environ[name] = value
     notes += [
         f"{name}={value} of the environment is kept; backend.expandable_segments is not applied"
-        for name, value in theirs.items()
+        for name, value in inherited.items()
     ]
     return notes

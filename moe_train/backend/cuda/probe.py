@@ -1,4 +1,4 @@
-"""What torch sees of the GPUs, read in a process of its own.
+"""GPUs as torch sees them, read in a process of its own.
 
 Looking starts CUDA, which reads its environment then: a rank that has yet to write its own asks
 another process.
@@ -41,10 +41,10 @@ def cuda_facts() -> tuple[int, str]:
 
 
 def disagreement(device: torch.device, devices: Devices) -> str:
-    """What torch sees otherwise than the table that the plan was made from; empty if nothing.
+    """How torch contradicts the table that the plan was made from; empty if it does not.
 
     Args:
-        device: that this process has taken.
+        device: the one that this process uses.
         devices: the table, in the order of torch's indices.
     """
     import torch
@@ -53,9 +53,9 @@ def disagreement(device: torch.device, devices: Devices) -> str:
     if count < len(devices.gpus):
         return f"the driver lists {len(devices.gpus)} GPUs, and torch shows {count}"
     listed = devices.gpus[device.index or 0].memory_gb
-    found = torch.cuda.get_device_properties(device).total_memory / 1e9
-    if listed and abs(found / listed - 1) > OTHER_SIZE:
-        return f"the driver lists a GPU of {listed:.1f} GB, and torch shows one of {found:.1f} GB"
+    actual = torch.cuda.get_device_properties(device).total_memory / 1e9
+    if listed and abs(actual / listed - 1) > OTHER_SIZE:
+        return f"the driver lists a GPU of {listed:.1f} GB, and torch shows one of {actual:.1f} GB"
     return ""
 
 

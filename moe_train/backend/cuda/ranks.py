@@ -1,7 +1,8 @@
-"""How many ranks to start on this node: ``python -m moe_train.backend.cuda.ranks [--most N]``.
+"""Number of ranks to start on this node: ``python -m moe_train.backend.cuda.ranks [--most N]``.
 
-One for each GPU that this process sees; without any, as many as the mission's layout has, on the
-CPU. Launchers ask this before anything else runs, so it imports the standard library alone.
+One for each GPU that this process sees; without any, eight on the CPU, as
+`experiment=twin` has. Launchers run this before anything else, so it imports the standard library
+alone.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class TorchGroupedLinear(torch.nn.Module):
 
     partition_dim: int
     tape: Tape | None = None
-    """Set for one pass whose products are written down or replayed."""
+    """Set for one pass whose products are recorded or replayed."""
 
     def __init__(
         self,

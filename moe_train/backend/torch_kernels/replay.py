@@ -1,12 +1,12 @@
-"""Grouped experts whose backward pass is not grouped as the forward pass was.
+"""Grouped experts whose backward pass groups other rows than the forward pass did.
 
 ``placement=span`` runs the experts of several stages in one grouped product. The stages that go
 forward together do not go backward together, so no autograd graph of the forward pass could be
-used. Instead the forward pass runs without a graph and writes down the results of its first grouped
-product (:func:`record`); the backward pass puts together what belongs together by then and runs
-Megatron's own forward code once more (:func:`backward`), where the grouped products take what was
-written down instead of computing it. So no product is repeated; the activation between them is, and
-need not be kept. The second product's result is not needed at all.
+used. Instead the forward pass runs without a graph and records the results of its first grouped
+product (:func:`record`). The backward pass regroups the rows and runs Megatron's own forward code
+once more (:func:`backward`), where the grouped products return the recorded results. So no product
+is repeated; the activation between them is recomputed and not saved, and the second product's
+result is not needed at all.
 
 Shape letters: T rows sorted by expert, E experts of all parts, H hidden, I input, O output width.
 """
@@ -34,12 +34,12 @@ Rows = Sequence[int]
 
 @dataclass
 class Tape:
-    """What the grouped products of one pass through the experts do beside computing.
+    """Records or replays the grouped products of one pass through the experts.
 
     Args:
-        parts: equal parts of the experts; a part's weight gradient is made by itself, and a part
-            without rows is left alone.
-        inputs: of the first product, by part with rows; None where they are what it gets.
+        parts: equal parts of the experts; each part's weight gradient is computed separately, and
+            one without rows is not touched.
+        inputs: of the first product, by part with rows; None: the product's own input.
         result: of the first product; None where both are to be computed.
     """
 
@@ -130,7 +130,7 @@ def backward(
 
 
 class _Product(torch.autograd.Function):
-    """A grouped product, computed or written down earlier, with weight gradients by part."""
+    """A grouped product, computed or replayed, with weight gradients by part."""
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -1,1 +1,1 @@
-"""Experts that span pipeline stages: every rank of a replica hosts experts of every layer."""
+"""Experts that span pipeline stages: every rank of a replica owns experts of every layer."""
