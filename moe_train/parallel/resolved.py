@@ -23,9 +23,9 @@ from moe_train.parallel.vocabulary import vocabulary
 class ResolvedRun:
     """A legal configuration, its layout, and every size that follows from the two.
 
-    Built once, by `moe_train.planner.resolution.resolve_run`; equal on all ranks, which compare
-    `digest` before process groups exist. Nothing changes it later; the `with_...`
-    methods return another one.
+    `moe_train.planner.resolution.resolve_run` builds it; ranks compare `digest` before process
+    groups exist. It never changes: the ``with_`` methods return another one, with what is known
+    only once the run folder and the data are open.
     """
 
     config: Config
@@ -71,10 +71,6 @@ class ResolvedRun:
         """SHA-256 of `to_mapping`, hexadecimal."""
         text = json.dumps(self.to_mapping(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-    def with_config(self, config: Config) -> ResolvedRun:
-        """The same ranks and vocabulary under another resolved config."""
-        return dataclasses.replace(self, config=config, layout=layout_of(config, self.layout.world))
 
     def with_vocabulary(self, vocab: int, source: str) -> ResolvedRun:
         """With the vocabulary of the opened data."""
