@@ -1,8 +1,8 @@
 """Block-wise SHA-256 of files, so that the ranks of any world can share the work of verifying.
 
 A digest of a whole file can only be made by one reader from the first byte to the last, and a
-checkpoint has as many files as the world that wrote it had writing ranks. Blocks can be dealt out
-to any number of readers, and a damaged one says where the damage is.
+checkpoint has as many files as the world that wrote it had writing ranks. Blocks can be divided
+among any number of readers, and a damaged one says where the damage is.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def block_size(size: int, files: int = 1) -> int:
 
 
 class HashingStream:
-    """Passes writes on to ``stream`` and takes the digests of what passes; never seeks.
+    """Writes to ``stream`` and hashes what is written; never seeks.
 
-    What is hashed is what the file system was given: a file that it keeps wrongly will not match.
+    The bytes are hashed before the file system stores them: a file that it damages will not match.
     """
 
     def __init__(self, stream: BinaryIO, block: int) -> None:
@@ -84,10 +84,10 @@ class HashingStream:
             written += self._stream.write(view[written:])
         begin = 0
         while begin < len(view):
-            room = self._block - self._size % self._block
-            if self._size and room == self._block:
+            left = self._block - self._size % self._block
+            if self._size and left == self._block:
                 self._digests.append(hashlib.sha256())
-            part = view[begin : begin + room]
+            part = view[begin : begin + left]
             self._digests[-1].update(part)
             self._size += len(part)
             begin += len(part)
@@ -98,7 +98,7 @@ class HashingStream:
         return self._size
 
     def flush(self) -> None:
-        """Hand on what the stream holds back."""
+        """Flush the stream's buffer."""
         self._stream.flush()
 
     def entry(self) -> FileEntry:
@@ -141,17 +141,17 @@ def blocks(files: Mapping[str, FileEntry]) -> list[Block]:
 
     Manifests of format 2 have one digest a file, which is one block then.
     """
-    found = []
+    result = []
     for name, entry in sorted(files.items()):
         size, digests = entry["size"], entry["sha256"]
         if isinstance(digests, str):
-            found.append(Block(name, 0, size, digests))
+            result.append(Block(name, 0, size, digests))
             continue
         for number, digest in enumerate(digests):
             step = entry["block"]
             begin = number * step
-            found.append(Block(name, begin, min(begin + step, size), digest))
-    return found
+            result.append(Block(name, begin, min(begin + step, size), digest))
+    return result
 
 
 def rank_share(whole: Iterable[Block], rank: int, world: int) -> list[Block]:

@@ -51,7 +51,7 @@ def staging_folder(root: Path, step: int) -> Path:
 
 
 def check_free_space(root: Path, size: int) -> None:
-    """Refuse to begin a checkpoint of ``size`` bytes of tensors that has no room.
+    """Refuse to begin a checkpoint of ``size`` bytes of tensors that does not fit on the disk.
 
     Raises:
         OSError: too little is free; says what is needed and what is there.
@@ -60,7 +60,7 @@ def check_free_space(root: Path, size: int) -> None:
     if free < needed:
         raise OSError(
             f"{root} has {free / 2**20:,.1f} MiB free and this checkpoint needs "
-            f"{needed / 2**20:,.1f} MiB; a lower checkpoint.keep leaves more room"
+            f"{needed / 2**20:,.1f} MiB; lower checkpoint.keep to free space"
         )
 
 

@@ -62,7 +62,7 @@ class Manifest:
 
     @model_validator(mode="after")
     def _digests_cover_files(self) -> Self:
-        """Bytes that no digest covers would be taken as they are."""
+        """Refuse bytes that no digest covers: they would be loaded unverified."""
         for name, entry in self.files.items():
             block, digests = entry.get("block"), entry["sha256"]
             if self.format == 2:
@@ -103,7 +103,7 @@ def verify(folder: Path, deep: bool = True, threads: int = 1) -> Manifest:
 
     Args:
         deep: compare hashes too, not sizes alone.
-        threads: that hash.
+        threads: how many hash.
 
     Raises:
         CheckpointError: names the first file that is missing, unlisted, a link, or different.

@@ -90,7 +90,7 @@ def master_from_model(optimizer: Any) -> None:
         elif (own := _range(part, param)) is not None:
             values = weights.view(-1)[slice(*own)]
             state = _raw(part, param, "param")
-            # On the device, where both lie: a cast without a copy between.
+            # Both are on the device: a cast without a copy through the host.
             state.copy_(values.view(state.shape))
 
 
@@ -178,5 +178,5 @@ def _range(part: DistributedOptimizer, param: torch.nn.Parameter) -> Range | Non
     """This rank's range of the flat parameter, or None."""
     if param not in part.model_param_gbuf_map:
         return None
-    found = part._get_model_param_range_map(param)["param"]
-    return found.start, found.end
+    own = part._get_model_param_range_map(param)["param"]
+    return own.start, own.end

@@ -1,4 +1,4 @@
-"""Saves a checkpoint: stage, write, describe, commit by rename; at once, or beside the training."""
+"""Saves a checkpoint: stage, write, describe, commit by rename; at once, or asynchronously."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Save:
         asynchronous: write in a thread, from a copy of the state; the caller may go on training.
 
     Raises:
-        CheckpointError: on every rank, when any rank could not write or the disk has no room;
+        CheckpointError: on every rank, when any rank could not write or the disk is too full;
             the previous checkpoint is untouched, and what was written of this one is removed.
     """
 
@@ -66,7 +66,7 @@ class Save:
         self.final = root / folders.committed_name(step)
         self._staging = root / f"{self.final.name}.tmp"
         state = self._describe(chunks, optimizer, fields)
-        # All that may fail on one rank alone comes before what the ranks do together.
+        # Work that may fail on one rank alone comes before collectives.
         values = self._own(lambda: ItemValues(state))
         sharded = self._own(lambda: plan_sharded(state))
         size = sum(self._on_all_ranks(lambda: bytes_to_write(sharded)))
@@ -80,7 +80,7 @@ class Save:
         if asynchronous:
             self._on_all_ranks(self._writer.stage)
         self.seconds = time.monotonic() - begun
-        """Time that the save has taken so far, in whichever thread."""
+        """Time spent on the save so far, in either thread."""
         if asynchronous:
             pool = ThreadPoolExecutor(1, "checkpoint")
             self._pending = pool.submit(self._write)
@@ -173,6 +173,6 @@ class Save:
             return run_on_all_ranks(work, self._staging, "could not be written", _FREE_SPACE)
         except MoeTrainError:
             if dist.get_rank() == 0:
-                # Its room may be what the next attempt needs.
+                # The next attempt may need its space.
                 shutil.rmtree(self._staging, ignore_errors=True)
             raise

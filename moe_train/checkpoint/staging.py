@@ -1,4 +1,4 @@
-"""Between a device and host memory, piece by piece through one buffer of a fixed size.
+"""Staging of tensors between a device and host memory, through one buffer of a fixed size.
 
 Whole tensors would be copied, cast and made contiguous on the device, which has no room for that
 beside the state of a large model. Here a tensor crosses in pieces: what a save or a load adds on
@@ -19,12 +19,12 @@ PIECE = 64 * 2**20
 
 
 def host_empty(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool = False) -> torch.Tensor:
-    """Memory of the host; all that saves and loads take for values is made here."""
+    """A host tensor; saves and loads allocate all memory for values here."""
     return torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=pinned)
 
 
 def on_host(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` lies in host memory, so that nothing has to be staged."""
+    """Whether ``tensor`` is in host memory, so that nothing has to be staged."""
     return tensor.device.type == "cpu"
 
 
@@ -83,7 +83,7 @@ class Staging:
             there.copy_(buffer if there.is_contiguous() else buffer.to(there.device))
 
     def _buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The buffer as a tensor of the shape of ``like``, which lies on a device."""
+        """The buffer as a tensor of the shape of ``like``, which is on a device."""
         if self._bytes is None:
             self._bytes = host_empty([PIECE], torch.uint8, pinned=like.is_cuda)
         size = like.numel() * dtype.itemsize

@@ -68,7 +68,7 @@ def plan_sharded(state: StateDict) -> dict[str, Any]:
 
 
 def check_sharding(sharded: dict[str, Any]) -> None:
-    """Check that the ranks together have every part of every tensor once; collective.
+    """Check that every part of every tensor is on exactly one rank; collective.
 
     Raises:
         CheckpointingException: Megatron's, on the rank that checks (0).
@@ -134,7 +134,7 @@ class ShardWriter:
 
     Opening and :meth:`finish` are collective over the world. :meth:`stage`, or :meth:`write`
     without it, is collective over data-parallel groups whose optimizers hold flat shards: every
-    rank has to come there. After :meth:`stage`, :meth:`write` may run in a thread beside other
+    rank has to call it. After :meth:`stage`, :meth:`write` may run in a thread beside other
     collectives.
 
     Args:
@@ -164,7 +164,7 @@ class ShardWriter:
     def stage(self) -> None:
         """Copy the values to the host, so that the state may change while they are written.
 
-        Needs room in host memory for this rank's part of a checkpoint.
+        Needs host memory for this rank's part of a checkpoint.
 
         Raises:
             torch.OutOfMemoryError: the device has no room for a piece.

@@ -12,9 +12,9 @@ from moe_train.config.training import DataConfig
 from moe_train.data import tokenizer as tokenizers
 from moe_train.data.cache import cache_folder, lock
 from moe_train.data.corpus import DEFAULT_TOKENIZER, embedded_corpus
-from moe_train.data.manifest import beside
+from moe_train.data.manifest import dataset_file
 from moe_train.data.tokenizer import Tokenizer
-from moe_train.data.verify import Facts, check_files, check_vocabulary, largest_id
+from moe_train.data.verify import DatasetFiles, check_files, check_vocabulary, largest_id
 from moe_train.errors import DataError
 from moe_train.files import write_json
 
@@ -26,15 +26,15 @@ SCAN_BYTES = 32 << 30
 class Part:
     """One dataset of a blend."""
 
-    facts: Facts
+    files: DatasetFiles
     weight: float | None
     """Share in the blend, not normalised; None takes the tokens' share."""
     largest_id: int
 
     @property
     def prefix(self) -> Path:
-        """Where the dataset lies."""
-        return self.facts.prefix
+        """Path of the dataset's files, without their endings."""
+        return self.files.prefix
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Corpus:
             DataError: file, id and offset.
         """
         for part in (*self.train, *self.valid):
-            check_vocabulary(part.facts, part.largest_id, limit, "the model's vocabulary")
+            check_vocabulary(part.files, part.largest_id, limit, "the model's vocabulary")
 
     def describe(self) -> str:
-        """One line for people."""
-        tokens = sum(part.facts.tokens for part in self.train)
+        """One line for the console."""
+        tokens = sum(part.files.tokens for part in self.train)
         what = "embedded corpus" if self.embedded else f"{len(self.train)} dataset(s)"
         by = self.tokenizer.describe() if self.tokenizer else f"vocabulary {self.vocab_size}"
         return f"{what}, {tokens:,} tokens, {by}"
@@ -95,8 +95,8 @@ def open_corpus(config: DataConfig, ready_megatron: Callable[[], None] = lambda:
     else:
         vocab_size = tokenizer.vocab_size
         for part in (*train, *valid):
-            check_vocabulary(part.facts, part.largest_id, vocab_size, "the tokenizer's vocabulary")
-    manifest = train[0].facts.manifest
+            check_vocabulary(part.files, part.largest_id, vocab_size, "the tokenizer's vocabulary")
+    manifest = train[0].files.manifest
     eod = manifest.eod if manifest else tokenizer.eod if tokenizer else None
     return Corpus(train, valid, tokenizer, vocab_size, eod, embedded)
 
@@ -107,7 +107,7 @@ def parse_blend(field: str, entries: Sequence[str]) -> list[tuple[Path, float | 
     Raises:
         DataError: a weight that is not above 0, or weights on some entries only.
     """
-    found: list[tuple[Path, float | None]] = []
+    parts: list[tuple[Path, float | None]] = []
     for entry in entries:
         match = re.fullmatch(r"([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?):(.+)", entry)
         weight: float | None = None
@@ -123,10 +123,10 @@ def parse_blend(field: str, entries: Sequence[str]) -> list[tuple[Path, float | 
         prefix = Path(path).expanduser()
         if prefix.suffix in (".bin", ".idx"):
             prefix = prefix.with_suffix("")
-        found.append((prefix, weight))
-    if len({weight is None for _, weight in found}) > 1:
+        parts.append((prefix, weight))
+    if len({weight is None for _, weight in parts}) > 1:
         raise DataError(field, "only some entries have a weight", "weight:path for all, or none")
-    return found
+    return parts
 
 
 def _parts(field: str, entries: Sequence[str], cache: Path) -> tuple[Part, ...]:
@@ -134,21 +134,21 @@ def _parts(field: str, entries: Sequence[str], cache: Path) -> tuple[Part, ...]:
 
 
 def _part(prefix: Path, weight: float | None, cache: Path) -> Part:
-    facts = check_files(prefix)
-    return Part(facts, weight, _largest_id(facts, cache))
+    files = check_files(prefix)
+    return Part(files, weight, _largest_id(files, cache))
 
 
-def _largest_id(facts: Facts, cache: Path) -> int:
+def _largest_id(files: DatasetFiles, cache: Path) -> int:
     """Largest id, read from the tokens and checked against digests once per state of the files."""
-    stat = facts.bin_path.stat()
-    index = beside(facts.prefix, ".idx").stat()
-    if facts.manifest is not None and stat.st_size > SCAN_BYTES:
-        return facts.manifest.max_token_id
+    stat = files.bin_path.stat()
+    index = dataset_file(files.prefix, ".idx").stat()
+    if files.manifest is not None and stat.st_size > SCAN_BYTES:
+        return files.manifest.max_token_id
     record = cache / "scans" / f"{stat.st_dev}-{stat.st_ino}.json"
-    state = [str(facts.bin_path.resolve()), stat.st_size, stat.st_mtime_ns]
+    state = [str(files.bin_path.resolve()), stat.st_size, stat.st_mtime_ns]
     state += [index.st_size, index.st_mtime_ns]
-    if facts.manifest is not None:
-        state += [facts.manifest.bin_sha256, facts.manifest.idx_sha256]
+    if files.manifest is not None:
+        state += [files.manifest.bin_sha256, files.manifest.idx_sha256]
     with lock(record):
         try:
             known = json.loads(record.read_text(encoding="utf-8"))
@@ -156,18 +156,18 @@ def _largest_id(facts: Facts, cache: Path) -> int:
                 return int(known["largest"])
         except (OSError, ValueError, KeyError, TypeError):
             pass  # no record of this state: read the tokens
-        largest = largest_id(facts)
+        largest = largest_id(files)
         write_json(record, {"state": state, "largest": largest})
     return largest
 
 
 def _common_tokenizer(parts: Sequence[Part], wanted: Tokenizer | None) -> Tokenizer | None:
     """The one tokenizer of all parts, checked against the one that the config names."""
-    known = [part for part in parts if part.facts.manifest is not None]
+    known = [part for part in parts if part.files.manifest is not None]
     names: dict[str, Path] = {}
     for part in known:
-        assert part.facts.manifest is not None
-        names.setdefault(part.facts.manifest.tokenizer_fingerprint, part.prefix)
+        assert part.files.manifest is not None
+        names.setdefault(part.files.manifest.tokenizer_fingerprint, part.prefix)
     if len(names) > 1:
         (one, first), (other, second) = list(names.items())[:2]
         raise DataError(
@@ -187,6 +187,6 @@ def _common_tokenizer(parts: Sequence[Part], wanted: Tokenizer | None) -> Tokeni
         return wanted
     if not known:
         return None
-    manifest = known[0].facts.manifest
+    manifest = known[0].files.manifest
     assert manifest is not None
     return manifest.open_tokenizer(known[0].prefix)

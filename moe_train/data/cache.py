@@ -44,7 +44,7 @@ def cache_folder(configured: str | Path | None = None) -> Path:
             "data.cache", f"{folder} cannot be made: {error.strerror}", "set data.cache=FOLDER"
         ) from error
     try:
-        # Permission bits do not say it: they are not asked for root, nor true on every file system.
+        # Not by permission bits: root ignores them, and some file systems report them wrongly.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -110,6 +110,6 @@ def _is_pickle(path: Path) -> bool:
     try:
         np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        # Torn arrays raise it too; numpy names the case in words only.
+        # Torn arrays raise it too; numpy tells the cases apart by its message only.
         return "allow_pickle" in str(error) or "object" in str(error).lower()
     return False

@@ -78,15 +78,15 @@ def select(root: Path) -> list[Path]:
     Raises:
         DataError: there are no sources.
     """
-    found = []
+    files = []
     for folder, subfolders, names in root.walk():
         # Pruned here: site-packages alone may hold more files than the library.
         subfolders[:] = [name for name in subfolders if name not in LEFT_OUT]
-        found += [folder / name for name in names if name.endswith(".py") and name not in LEFT_OUT]
-    found.sort(key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
+        files += [folder / name for name in names if name.endswith(".py") and name not in LEFT_OUT]
+    files.sort(key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
     chosen: list[Path] = []
     total = 0
-    for path in found:
+    for path in files:
         size = path.stat().st_size
         if not 0 < size <= FILE_BYTES or not _is_utf8(path):
             continue

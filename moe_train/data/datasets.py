@@ -189,7 +189,7 @@ def _blend(parts: Sequence[Part]) -> tuple[list[str], list[float] | None]:
     prefixes = [str(part.prefix.resolve()) for part in parts]
     if len(parts) == 1:
         return prefixes, None
-    weights = [float(part.facts.tokens) if part.weight is None else part.weight for part in parts]
+    weights = [float(part.files.tokens) if part.weight is None else part.weight for part in parts]
     return prefixes, weights
 
 
@@ -198,7 +198,7 @@ def _check_length(
 ) -> None:
     """Refuse a split that does not hold one sample (and the token after it)."""
     for part in parts:
-        lengths = part.facts.lengths
+        lengths = part.files.lengths
         begin, end = (int(round(bound * float(lengths.size))) for bound in bounds)
         tokens = int(lengths[begin:end].sum(dtype=np.int64))
         if tokens < sequence + 1:
@@ -215,8 +215,8 @@ def _index_folder(config: DataConfig, corpus: Corpus) -> Path:
     """Cache folder bound to the state of the files: Megatron's own key is their path only."""
     state = []
     for part in (*corpus.train, *corpus.valid):
-        stat = part.facts.bin_path.stat()
-        manifest = part.facts.manifest
+        stat = part.files.bin_path.stat()
+        manifest = part.files.manifest
         digest = manifest.idx_sha256 if manifest else stat.st_mtime_ns
         state.append([str(part.prefix.resolve()), stat.st_size, digest])
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:20]

@@ -194,7 +194,7 @@ def _pool(sources: list[Source], encoding: Encoding, workers: int) -> Items:
         raise DataError(
             "--workers",
             f"one of {workers} worker processes died, perhaps for lack of memory",
-            "run again with fewer workers; finished files are kept",
+            "run again with fewer workers; finished files are reused",
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

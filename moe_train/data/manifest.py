@@ -1,4 +1,4 @@
-"""``PREFIX.json``: what a prepared dataset holds, beside its .bin and .idx files."""
+"""Manifest of a prepared dataset: ``PREFIX.json``, next to its .bin and .idx files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from moe_train.files import read_validated, write_json
 FORMAT: Final = 1
 MAX_BYTES = 256 * 2**20
 BLOCK = 16 * 2**20
-"""Bytes of .bin that one digest of ``bin_blocks`` stands for."""
+"""Bytes of .bin that one digest of ``bin_blocks`` covers."""
 
 type Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-def beside(prefix: Path, ending: str) -> Path:
+def dataset_file(prefix: Path, ending: str) -> Path:
     """``PREFIX`` + ending; a dot inside the prefix's name is part of the name."""
     return prefix.with_name(prefix.name + ending)
 
@@ -70,7 +70,7 @@ class Manifest:
         Raises:
             DataError: its copy is missing or is not the one that the manifest names.
         """
-        copy = beside(prefix, ".tokenizer.json")
+        copy = dataset_file(prefix, ".tokenizer.json")
         source = "byte" if self.tokenizer == "byte" else str(copy)
         opened = tokenizers.load(source)
         if opened.fingerprint != self.tokenizer_fingerprint:
@@ -89,7 +89,7 @@ def read_manifest(prefix: Path) -> Manifest | None:
     Raises:
         DataError: there is one, but it cannot be read or is of another format.
     """
-    path = beside(prefix, ".json")
+    path = dataset_file(prefix, ".json")
     if not path.exists():
         return None
     return read_validated(

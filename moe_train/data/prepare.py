@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from moe_train.data import tokenizer as tokenizers
 from moe_train.data.encode import Encoder, Encoding, End, encode_all, text_of
-from moe_train.data.manifest import Manifest, beside
+from moe_train.data.manifest import Manifest, dataset_file
 from moe_train.data.shards import Shard, ShardFolder, ShardWriter
 from moe_train.data.sources import Source, digest, expand, read
 from moe_train.data.statistics import count_tokens, entropy_of_counts
@@ -44,7 +44,7 @@ class Request:
     workers: int = 1
     overwrite: bool = False
     bpe_bytes: int = 256 * 1024 * 1024
-    """Text that bpe is trained on at most, taken from the beginning."""
+    """Text that bpe is trained on at most, from the beginning."""
 
 
 @dataclass
@@ -76,11 +76,12 @@ def prepare(request: Request, report: Report | None = None) -> Manifest:
         DataError: bad input (file and line), an output that exists or cannot be written.
     """
     output = request.output
-    taken = [beside(output, ending) for ending in OUTPUTS if beside(output, ending).exists()]
-    if taken and not request.overwrite:
-        raise DataError(str(taken[0]), "exists", "choose another --output or give --overwrite")
+    targets = [dataset_file(output, ending) for ending in OUTPUTS]
+    existing = [path for path in targets if path.exists()]
+    if existing and not request.overwrite:
+        raise DataError(str(existing[0]), "exists", "choose another --output or give --overwrite")
     sources = expand(request.sources)
-    work = beside(output, ".partial")
+    work = dataset_file(output, ".partial")
     try:
         work.mkdir(parents=True, exist_ok=True)
         with FileLock(work / "lock", timeout=0):
@@ -94,7 +95,7 @@ def prepare(request: Request, report: Report | None = None) -> Manifest:
         raise DataError(
             str(error.filename or output),
             f"cannot be used: {error.strerror or error}",
-            "free or choose another place, and run again: finished files are kept",
+            "free or choose another place, and run again: finished files are reused",
         ) from error
     return manifest
 
@@ -127,8 +128,8 @@ def _prepare(request: Request, sources: list[Source], work: Path, report: Report
     merged = work / "merged"
     full = [folder.prefix(s) for s, shard in zip(sources, shards, strict=True) if shard.documents]
     _merge(merged, full, dtype)
-    counts = count_tokens(_tokens(beside(merged, ".bin"), dtype))
-    whole, blocks = block_digests(beside(merged, ".bin"))
+    counts = count_tokens(_tokens(dataset_file(merged, ".bin"), dtype))
+    whole, blocks = block_digests(dataset_file(merged, ".bin"))
     manifest = Manifest(
         documents=documents,
         tokens=int(counts.sum()),
@@ -141,11 +142,11 @@ def _prepare(request: Request, sources: list[Source], work: Path, report: Report
         tokenizer="byte" if spec == "byte" else "file",
         tokenizer_fingerprint=tokenizer.fingerprint,
         unigram_entropy=entropy_of_counts(counts),
-        bin_bytes=beside(merged, ".bin").stat().st_size,
+        bin_bytes=dataset_file(merged, ".bin").stat().st_size,
         bin_sha256=whole,
         bin_blocks=blocks,
-        idx_bytes=beside(merged, ".idx").stat().st_size,
-        idx_sha256=digest(beside(merged, ".idx")),
+        idx_bytes=dataset_file(merged, ".idx").stat().st_size,
+        idx_sha256=digest(dataset_file(merged, ".idx")),
         sources=[
             {
                 "path": shard.path,
@@ -158,14 +159,14 @@ def _prepare(request: Request, sources: list[Source], work: Path, report: Report
         ],
     )
     if isinstance(tokenizer, tokenizers.FileTokenizer):
-        beside(merged, ".tokenizer.json").write_text(tokenizer.source, encoding="utf-8")
-    manifest.write(beside(merged, ".json"))
+        dataset_file(merged, ".tokenizer.json").write_text(tokenizer.source, encoding="utf-8")
+    manifest.write(dataset_file(merged, ".json"))
     _publish(merged, request.output)
     return manifest
 
 
 def _tokenizer(request: Request, sources: list[Source], work: Path) -> str:
-    """Specification of the tokenizer to use, after training it if that is asked for."""
+    """Specification of the tokenizer to use, after training it for bpe:VOCAB."""
     if not request.tokenizer.startswith("bpe:"):
         return request.tokenizer
     size = request.tokenizer.removeprefix("bpe:")
@@ -211,19 +212,19 @@ def _shards(
     report: Report,
 ) -> list[Shard]:
     """Finished shards of all sources, in their order."""
-    found = {source: shard for source in sources if (shard := folder.find(source)) is not None}
-    progress.done = progress.resumed = len(found)
-    progress.documents = sum(shard.documents for shard in found.values())
-    progress.tokens = sum(shard.tokens for shard in found.values())
+    finished = {source: shard for source in sources if (shard := folder.find(source)) is not None}
+    progress.done = progress.resumed = len(finished)
+    progress.documents = sum(shard.documents for shard in finished.values())
+    progress.tokens = sum(shard.tokens for shard in finished.values())
     report(progress)
     writer: ShardWriter | None = None
-    left = [source for source in sources if source not in found]
+    left = [source for source in sources if source not in finished]
     results = encode_all(left, encoding, request.workers)
     try:
         for source, result in results:
             writer = writer or folder.writer(source)
             if isinstance(result, End):
-                found[source] = writer.finish()
+                finished[source] = writer.finish()
                 writer = None
                 progress.done += 1
             else:
@@ -235,22 +236,22 @@ def _shards(
         results.close()
         if writer is not None:
             writer.close()
-    return [found[source] for source in sources]
+    return [finished[source] for source in sources]
 
 
 def _merge(merged: Path, shards: list[Path], dtype: Any) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(beside(merged, ".bin")), dtype=dtype)
+    builder = IndexedDatasetBuilder(str(dataset_file(merged, ".bin")), dtype=dtype)
     for shard in shards:
         # Not the builder's add_index: it runs a full garbage collection for every shard.
         lengths = check_files(shard).lengths.tolist()
         first = len(builder.sequence_lengths) + 1
         builder.sequence_lengths.extend(lengths)
         builder.document_indices.extend(range(first, first + len(lengths)))
-        with beside(shard, ".bin").open("rb") as stream:
+        with dataset_file(shard, ".bin").open("rb") as stream:
             shutil.copyfileobj(stream, builder.data_file)
-    builder.finalize(str(beside(merged, ".idx")))
+    builder.finalize(str(dataset_file(merged, ".idx")))
 
 
 def _tokens(path: Path, dtype: Any, chunk: int = 1 << 22) -> Iterator[Any]:
@@ -262,10 +263,10 @@ def _tokens(path: Path, dtype: Any, chunk: int = 1 << 22) -> Iterator[Any]:
 def _publish(merged: Path, output: Path) -> None:
     """Move the finished files to their names, the manifest last."""
     for ending in OUTPUTS:
-        beside(output, ending).unlink(missing_ok=True)
+        dataset_file(output, ending).unlink(missing_ok=True)
     for ending in reversed(OUTPUTS):
-        if beside(merged, ending).exists():
-            os.replace(beside(merged, ending), beside(output, ending))
+        if dataset_file(merged, ending).exists():
+            os.replace(dataset_file(merged, ending), dataset_file(output, ending))
 
 
 def _digest(content: Any) -> str:

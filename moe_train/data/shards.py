@@ -1,7 +1,7 @@
 """The unfinished work of a preparation: one shard per input file, each with a done-marker.
 
 A shard counts only if its marker matches the input file and everything that decides the
-tokens, so a killed preparation continues where it stopped and nothing stale is kept.
+tokens, so a killed preparation continues where it stopped and no stale shard is used.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ShardFolder:
         return self.folder / hashlib.sha256(str(source.path).encode()).hexdigest()[:20]
 
     def find(self, source: Source) -> Shard | None:
-        """The finished shard of a source, if it still stands for that source."""
+        """The finished shard of a source, if it is still valid for that source."""
         prefix = self.prefix(source)
         try:
             content = json.loads(prefix.with_suffix(".done").read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ class ShardWriter:
         return shard
 
     def close(self) -> None:
-        """Let go of an unfinished shard's file."""
+        """Close an unfinished shard's file."""
         self.builder.data_file.close()
 
 

@@ -29,7 +29,7 @@ KINDS = {
 
 
 class Raw(NamedTuple):
-    """One raw document and where it stands (line or row, from 1)."""
+    """One raw document and its position (line or row, from 1)."""
 
     position: int
     content: Any
@@ -55,29 +55,29 @@ def expand(paths: Iterable[Path]) -> list[Source]:
     Raises:
         DataError: a path is missing, has an unknown ending, or no file is left.
     """
-    found: list[Source] = []
+    sources: list[Source] = []
     for path in paths:
         if path.is_dir():
             files = (p for p in path.rglob("*") if p.is_file())
             inside = sorted((p for p in files if _kind(p)), key=lambda p: p.as_posix())
             if not inside:
                 raise DataError(str(path), "holds no file to read", f"endings read: {_endings()}")
-            found += [Source(p, str(_kind(p))) for p in inside]
+            sources += [Source(p, str(_kind(p))) for p in inside]
         elif not path.exists():
             raise DataError(str(path), "does not exist", "give an existing file or folder")
         elif kind := _kind(path):
-            found.append(Source(path, kind))
+            sources.append(Source(path, kind))
         else:
             raise DataError(str(path), "has an unknown ending", f"endings read: {_endings()}")
-    if not found:
+    if not sources:
         raise DataError("sources", "none given", "name at least one file or folder")
     seen: set[Path] = set()
-    for source in found:
+    for source in sources:
         real = source.path.resolve()
         if real in seen:
             raise DataError(str(source.path), "is named twice", "name every file once")
         seen.add(real)
-    return found
+    return sources
 
 
 def read(source: Source, text_key: str = "text") -> Iterator[Raw]:

@@ -34,8 +34,8 @@ def inspect(
     Raises:
         DataError: missing, truncated or changed files, or a foreign tokenizer.
     """
-    facts = check_files(prefix)
-    manifest = facts.manifest
+    files = check_files(prefix)
+    manifest = files.manifest
     if verify:
         if manifest is None:
             raise DataError(str(prefix), "has no manifest to verify against", "prepare it again")
@@ -51,33 +51,33 @@ def inspect(
                 "--tokenizer", f"is not the one that {prefix} was prepared with", "leave it out"
             )
         decoder = given
-    counts = count_tokens(facts.chunks())
+    counts = count_tokens(files.chunks())
     if decoder is not None:
-        check_vocabulary(facts, counts.size - 1, decoder.vocab_size, "the tokenizer's vocabulary")
-    sequences = facts.lengths.size
+        check_vocabulary(files, counts.size - 1, decoder.vocab_size, "the tokenizer's vocabulary")
+    sequences = files.lengths.size
     report: dict[str, Any] = {
         "prefix": str(prefix),
-        "documents": facts.documents,
+        "documents": files.documents,
         "sequences": sequences,
-        "tokens": facts.tokens,
-        "dtype": facts.dtype.name,
+        "tokens": files.tokens,
+        "dtype": files.dtype.name,
         "max_token_id": counts.size - 1,
         "distinct_tokens": int((counts > 0).sum()),
         "unigram_entropy": entropy_of_counts(counts),
-        "shortest": int(facts.lengths.min()),
-        "median": float(np.median(facts.lengths)),
-        "longest": int(facts.lengths.max()),
+        "shortest": int(files.lengths.min()),
+        "median": float(np.median(files.lengths)),
+        "longest": int(files.lengths.max()),
         "tokenizer": decoder.describe() if decoder else None,
         "vocab_size": decoder.vocab_size if decoder else None,
         "manifest": manifest is not None,
     }
     if samples:
-        ids = np.memmap(facts.bin_path, dtype=facts.dtype, mode="r")
-        starts = np.concatenate([[0], np.cumsum(facts.lengths, dtype=np.int64)[:-1]])
+        ids = np.memmap(files.bin_path, dtype=files.dtype, mode="r")
+        starts = np.concatenate([[0], np.cumsum(files.lengths, dtype=np.int64)[:-1]])
         chosen = np.unique(np.linspace(0, sequences - 1, min(samples, sequences)).astype(int))
         report["samples"] = []
         for number in chosen.tolist():
-            length = int(facts.lengths[number])
+            length = int(files.lengths[number])
             shown = ids[starts[number] : starts[number] + min(length, SAMPLE_TOKENS)].tolist()
             report["samples"].append(
                 {

@@ -27,7 +27,7 @@ EOD_NAMES = (
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program asks of a tokenizer."""
+    """Protocol of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
@@ -48,10 +48,10 @@ class Tokenizer(Protocol):
         """Ids of several texts."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; ids that stand for no text are left out."""
+        """Text of ids; ids without text are left out."""
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for the console."""
 
 
 class ByteTokenizer:
@@ -74,7 +74,7 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for the console."""
         return "byte (vocabulary 257)"
 
 
@@ -129,15 +129,15 @@ class FileTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
-        found = self._library.encode_batch(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        encodings = self._library.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens are left out."""
         return str(self._library.decode(list(ids), skip_special_tokens=True))
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for the console."""
         return f"{self.path.name} (vocabulary {self.vocab_size})"
 
 

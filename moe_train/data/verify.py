@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_train.data.manifest import BLOCK, Manifest, beside, read_manifest
+from moe_train.data.manifest import BLOCK, Manifest, dataset_file, read_manifest
 from moe_train.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -29,8 +29,8 @@ SCAN = 1 << 24
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the files of a prefix hold."""
+class DatasetFiles:
+    """Contents of a prefix's files, as their index describes them."""
 
     prefix: Path
     dtype: np.dtype[Any]
@@ -43,7 +43,7 @@ class Facts:
     @property
     def bin_path(self) -> Path:
         """File of the tokens."""
-        return beside(self.prefix, ".bin")
+        return dataset_file(self.prefix, ".bin")
 
     def chunks(self) -> Iterator[npt.NDArray[Any]]:
         """Token ids in order, in pieces of at most `SCAN`."""
@@ -52,20 +52,20 @@ class Facts:
             yield ids[start : start + SCAN]
 
 
-def check_files(prefix: Path) -> Facts:
+def check_files(prefix: Path) -> DatasetFiles:
     """Check that the files of a prefix are there, whole and consistent.
 
     Raises:
         DataError: naming the file, and the offset from which bytes are missing.
     """
     for ending in (".idx", ".bin"):
-        path = beside(prefix, ending)
+        path = dataset_file(prefix, ending)
         if not path.is_file():
             raise DataError(
                 str(path), "does not exist", "give the prefix that moe-train data prepare wrote"
             )
     manifest = read_manifest(prefix)
-    idx, binary = beside(prefix, ".idx"), beside(prefix, ".bin")
+    idx, binary = dataset_file(prefix, ".idx"), dataset_file(prefix, ".bin")
     if manifest is not None:
         _check_size(idx, manifest.idx_bytes, "manifest")
         _check_size(binary, manifest.bin_bytes, "manifest")
@@ -104,7 +104,7 @@ def check_files(prefix: Path) -> Facts:
             str(idx), f"sequences up to offset {at} make up {tokens} tokens, too many or few", AGAIN
         )
     _check_size(binary, tokens * dtype.itemsize, "index")
-    return Facts(prefix, dtype, lengths, entries - 1, tokens, manifest)
+    return DatasetFiles(prefix, dtype, lengths, entries - 1, tokens, manifest)
 
 
 def _check_places(
@@ -137,45 +137,45 @@ def _check_places(
         raise DataError(str(idx), f"documents do not span the sequences (offset {at})", AGAIN)
 
 
-def largest_id(facts: Facts) -> int:
+def largest_id(files: DatasetFiles) -> int:
     """Largest id in the tokens, by reading them all; both files against the manifest's SHA-256.
 
     Raises:
         DataError: an id is negative, or a digest differs (file and offset).
     """
     largest = 0
-    for index, chunk in enumerate(facts.chunks()):
+    for index, chunk in enumerate(files.chunks()):
         low = int(chunk.min())
         if low < 0:
-            at = (index * SCAN + int(np.argmin(chunk))) * facts.dtype.itemsize
-            raise DataError(str(facts.bin_path), f"negative token id {low} at offset {at}", AGAIN)
+            at = (index * SCAN + int(np.argmin(chunk))) * files.dtype.itemsize
+            raise DataError(str(files.bin_path), f"negative token id {low} at offset {at}", AGAIN)
         largest = max(largest, int(chunk.max()))
-    if facts.manifest is not None:
+    if files.manifest is not None:
         # First what has one exact place, then what digests can only place in a block.
         owner = "the tokenizer's vocabulary"
-        check_vocabulary(facts, largest, facts.manifest.vocab_size, owner)
-        _check_digests(facts, facts.manifest)
+        check_vocabulary(files, largest, files.manifest.vocab_size, owner)
+        _check_digests(files, files.manifest)
     return largest
 
 
-def _check_digests(facts: Facts, manifest: Manifest) -> None:
-    idx = beside(facts.prefix, ".idx")
+def _check_digests(files: DatasetFiles, manifest: Manifest) -> None:
+    idx = dataset_file(files.prefix, ".idx")
     with idx.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != manifest.idx_sha256:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != manifest.idx_sha256:
         raise DataError(str(idx), "does not match the SHA-256 of its manifest", AGAIN)
-    whole, blocks = block_digests(facts.bin_path)
-    for number, (told, here) in enumerate(zip(manifest.bin_blocks, blocks, strict=False)):
-        if told != here:
+    whole, blocks = block_digests(files.bin_path)
+    for number, (expected, actual) in enumerate(zip(manifest.bin_blocks, blocks, strict=False)):
+        if expected != actual:
             begin, end = number * BLOCK, min((number + 1) * BLOCK, manifest.bin_bytes)
             raise DataError(
-                str(facts.bin_path),
+                str(files.bin_path),
                 f"does not match the SHA-256 of its manifest between offsets {begin} and {end}",
                 AGAIN,
             )
     if whole != manifest.bin_sha256:
         raise DataError(
-            str(facts.bin_path), "does not match the SHA-256 of its manifest (from offset 0)", AGAIN
+            str(files.bin_path), "does not match the SHA-256 of its manifest (from offset 0)", AGAIN
         )
 
 
@@ -189,11 +189,11 @@ def block_digests(path: Path) -> tuple[str, list[str]]:
     return whole.hexdigest(), blocks
 
 
-def check_vocabulary(facts: Facts, largest: int, limit: int, owner: str) -> None:
+def check_vocabulary(files: DatasetFiles, largest: int, limit: int, owner: str) -> None:
     """Refuse tokens that a vocabulary of `limit` ids does not have.
 
     Args:
-        facts: the dataset.
+        files: the dataset.
         largest: its largest id.
         limit: ids below this are legal.
         owner: whose vocabulary it is, for the message.
@@ -203,17 +203,17 @@ def check_vocabulary(facts: Facts, largest: int, limit: int, owner: str) -> None
     """
     if largest < limit:
         return
-    for index, chunk in enumerate(facts.chunks()):
+    for index, chunk in enumerate(files.chunks()):
         beyond = np.flatnonzero(chunk >= limit)
         if beyond.size:
-            at = (index * SCAN + int(beyond[0])) * facts.dtype.itemsize
+            at = (index * SCAN + int(beyond[0])) * files.dtype.itemsize
             raise DataError(
-                str(facts.bin_path),
+                str(files.bin_path),
                 f"token id {int(chunk[beyond[0]])} at offset {at} is beyond {owner} of {limit}",
                 f"a vocabulary of at least {largest + 1}, or the tokenizer of this data",
             )
     raise DataError(
-        str(facts.bin_path), f"manifest names a token id {largest} that is not there", AGAIN
+        str(files.bin_path), f"manifest names a token id {largest} that is not there", AGAIN
     )
 
 

@@ -22,7 +22,7 @@ from moe_train.checkpoint.manifest import Manifest, read_manifest, verify
 from moe_train.config.compose import collect, compose_mapping, typed
 from moe_train.config.root import Config
 from moe_train.config.schema import dotted_keys
-from moe_train.data.manifest import beside
+from moe_train.data.manifest import dataset_file
 from moe_train.data.manifest import read_manifest as read_data_manifest
 from moe_train.data.prepare import Request, prepare
 from moe_train.data.verify import HEADER, check_files, check_vocabulary, largest_id
@@ -215,7 +215,7 @@ def test_data_index(tmp_path: Path, long: bool) -> None:
     for size in (3, 1, 5):
         builder.add_document(list(range(size)), [size])
     builder.finalize(f"{prefix}.idx")
-    path = beside(prefix, ".idx")
+    path = dataset_file(prefix, ".idx")
     sound = path.read_bytes()
 
     def check(raw: bytes) -> None:
@@ -245,7 +245,7 @@ def test_data_manifest(tmp_path: Path, long: bool) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "some words"}\n{"text": "more"}\n')
     prefix = tmp_path / "set"
     prepare(Request((tmp_path / "in.jsonl",), prefix))
-    path = beside(prefix, ".json")
+    path = dataset_file(prefix, ".json")
     sound = path.read_bytes()
 
     def check(raw: bytes) -> None:

@@ -12,7 +12,7 @@ import pytest
 from moe_train.config.training import DataConfig
 from moe_train.data import corpus as room
 from moe_train.data.blend import open_corpus
-from moe_train.data.manifest import beside
+from moe_train.data.manifest import dataset_file
 from moe_train.data.verify import check_files
 from moe_train.errors import DataError
 
@@ -86,7 +86,7 @@ def test_default_data_of_a_run(
 
 def test_damaged_cache_is_prepared_again(tmp_path: Path, small: None) -> None:
     prefix = room.embedded_corpus(tmp_path, "byte")
-    path = beside(prefix, ".bin")
+    path = dataset_file(prefix, ".bin")
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
     assert room.embedded_corpus(tmp_path, "byte") == prefix

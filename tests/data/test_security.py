@@ -17,7 +17,7 @@ import pytest
 from moe_train.config.training import DataConfig
 from moe_train.data import cache
 from moe_train.data.blend import open_corpus
-from moe_train.data.manifest import BLOCK, MAX_BYTES, beside, read_manifest
+from moe_train.data.manifest import BLOCK, MAX_BYTES, dataset_file, read_manifest
 from moe_train.data.prepare import Request, prepare
 from moe_train.data.verify import HEADER, check_files
 from moe_train.errors import EXIT_DATA, DataError
@@ -79,11 +79,11 @@ def flip(path: Path, at: int) -> None:
 def test_every_flipped_byte_is_seen(prefix: Path, tmp_path: Path) -> None:
     """In the tokens and in each part of the index; seen again after the first look."""
     opened(prefix, tmp_path / "cache")
-    size = {ending: beside(prefix, ending).stat().st_size for ending in (".bin", ".idx")}
+    size = {ending: dataset_file(prefix, ending).stat().st_size for ending in (".bin", ".idx")}
     places = [(".bin", at) for at in (0, size[".bin"] // 2, size[".bin"] - 1)]
     places += [(".idx", at) for at in range(0, size[".idx"], 37)]
     for ending, at in places:
-        path = beside(prefix, ending)
+        path = dataset_file(prefix, ending)
         whole = path.read_bytes()
         flip(path, at)
         with pytest.raises(DataError, match="offset|SHA-256") as caught:
@@ -103,26 +103,26 @@ def test_a_flip_is_placed_in_its_block(
     other = made(tmp_path / "blocks")
     told = read_manifest(other)
     assert told is not None and len(told.bin_blocks) == -(-told.bin_bytes // 4096) > 2
-    flip(beside(other, ".bin"), 5000)
+    flip(dataset_file(other, ".bin"), 5000)
     with pytest.raises(DataError, match="between offsets 4096 and 8192"):
         opened(other, tmp_path / "cache")
 
 
 def test_data_of_before_the_blocks(prefix: Path, tmp_path: Path) -> None:
-    path = beside(prefix, ".json")
+    path = dataset_file(prefix, ".json")
     content = json.loads(path.read_text())
     assert len(content.pop("bin_blocks")) == 1 and content["bin_bytes"] < BLOCK
     path.write_text(json.dumps(content))
     opened(prefix, tmp_path / "cache")
-    flip(beside(prefix, ".bin"), 10)
+    flip(dataset_file(prefix, ".bin"), 10)
     with pytest.raises(DataError, match="does not match the SHA-256"):
         opened(prefix, tmp_path / "cache")
 
 
 def test_index_that_leads_astray(prefix: Path) -> None:
     """Without a manifest the structure itself must hold: every place and document bound."""
-    beside(prefix, ".json").unlink()
-    idx = beside(prefix, ".idx")
+    dataset_file(prefix, ".json").unlink()
+    idx = dataset_file(prefix, ".idx")
     whole = idx.read_bytes()
     sequences = check_files(prefix).lengths.size
     begins = HEADER.size + 4 * sequences
@@ -142,7 +142,7 @@ def test_index_that_leads_astray(prefix: Path) -> None:
 
 
 def test_manifest_that_is_no_manifest(prefix: Path) -> None:
-    path = beside(prefix, ".json")
+    path = dataset_file(prefix, ".json")
     content = json.loads(path.read_text())
     odd: dict[str, Any] = {
         "documents": "1",
@@ -196,7 +196,7 @@ def test_pickles_among_the_indices(tmp_path: Path) -> None:
 
 
 def _places(prefix: Path, cache: Path) -> list[Path]:
-    data = [beside(prefix, ending) for ending in (".bin", ".idx", ".json", ".tokenizer.json")]
+    data = [dataset_file(prefix, ending) for ending in (".bin", ".idx", ".json", ".tokenizer.json")]
     return [*data, *sorted(cache.rglob("*.npy")), *sorted(cache.rglob("*.json"))]
 
 
@@ -258,7 +258,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_one_message_for_all_ranks(kind: str, prefix: Path, tmp_path: Path) -> None:
     spoil, words = DAMAGE[kind]
-    spoil(beside(prefix, ".bin"))
+    spoil(dataset_file(prefix, ".bin"))
     overrides = [*SMALL, "parallel.expert=2", f"data.train=[{prefix}]"]
     run = train_run(tmp_path / "r", [*overrides, f"data.cache={tmp_path}/cache"], world=2)
     told = (tmp_path / "r.log").read_text()
@@ -290,5 +290,5 @@ def test_a_shard_that_was_damaged_while_it_waited(spoil: str, tmp_path: Path) ->
     prepare(Request(tuple(sources), tmp_path / "set"), lambda p: resumed.append(p.resumed))
     assert max(resumed) == 1
     for ending in (".bin", ".idx"):
-        whole = beside(tmp_path / "whole", ending).read_bytes()
-        assert beside(tmp_path / "set", ending).read_bytes() == whole
+        whole = dataset_file(tmp_path / "whole", ending).read_bytes()
+        assert dataset_file(tmp_path / "set", ending).read_bytes() == whole

@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from moe_train.config.training import DataConfig
 from moe_train.data.blend import open_corpus, parse_blend
-from moe_train.data.manifest import beside
+from moe_train.data.manifest import dataset_file
 from moe_train.data.prepare import Request, prepare
 from moe_train.data.verify import HEADER, check_files
 from moe_train.errors import DataError
@@ -51,7 +51,7 @@ def test_good_files(prefix: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
 def test_missing_and_truncated_and_grown(prefix: Path, ending: str) -> None:
-    path = beside(prefix, ending)
+    path = dataset_file(prefix, ending)
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
     with pytest.raises(DataError, match=rf"set\{ending}: truncated at offset {len(whole) - 3}"):
@@ -65,13 +65,13 @@ def test_missing_and_truncated_and_grown(prefix: Path, ending: str) -> None:
 
 
 def test_damage_without_a_manifest(prefix: Path) -> None:
-    beside(prefix, ".json").unlink()
-    whole = beside(prefix, ".bin").read_bytes()
-    cut(beside(prefix, ".bin"), 2)
+    dataset_file(prefix, ".json").unlink()
+    whole = dataset_file(prefix, ".bin").read_bytes()
+    cut(dataset_file(prefix, ".bin"), 2)
     with pytest.raises(DataError, match="truncated at offset 30: the index says 32"):
         check_files(prefix)
-    beside(prefix, ".bin").write_bytes(whole)
-    idx = beside(prefix, ".idx")
+    dataset_file(prefix, ".bin").write_bytes(whole)
+    idx = dataset_file(prefix, ".idx")
     index = idx.read_bytes()
     for bad, message in (
         (index[:-1], "truncated at offset"),
@@ -92,7 +92,7 @@ def test_empty_corpus(tmp_path: Path, documents: list[list[int]]) -> None:
 
 
 def test_damaged_manifest(prefix: Path) -> None:
-    path = beside(prefix, ".json")
+    path = dataset_file(prefix, ".json")
     content = json.loads(path.read_text())
     for bad, message in (
         ("{", "cannot be read"),
@@ -110,9 +110,9 @@ def test_token_beyond_vocabulary(prefix: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"set\.bin: token id 256 at offset 20 is beyond .* of 256"):
         corpus.check_vocabulary(256)
     # Damage that changes no size is seen too, although the manifest says otherwise.
-    data = bytearray(beside(prefix, ".bin").read_bytes())
+    data = bytearray(dataset_file(prefix, ".bin").read_bytes())
     data[6:8] = (999).to_bytes(2, "little")
-    beside(prefix, ".bin").write_bytes(bytes(data))
+    dataset_file(prefix, ".bin").write_bytes(bytes(data))
     with pytest.raises(DataError, match="token id 999 at offset 6 is beyond the tokenizer's"):
         open_corpus(config(tmp_path, prefix))
 
