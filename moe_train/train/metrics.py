@@ -67,7 +67,6 @@ def step_record(
         "mfu": mfu(tokens_per_second, work.flops_per_token, work.peak_flops),
         "peak_memory_bytes": peak_memory_bytes,
         "load_imbalance": routing.load_imbalance,
-        "idle_experts": int((routing.tokens_LE == 0).sum()),
         "dropped_tokens": routing.dropped,
         "aux_loss": routing.aux_loss,
         "z_loss": routing.z_loss,
