@@ -111,7 +111,7 @@ class WandbFollower(Callback):
         summary = asdict(self._metrics.summary) if self._metrics.summary else {}
         summary.pop("run_folder", None)
         end = {"exit_code": int(event.state == "failed"), "summary": summary}
-        assert process.stdin is not None
+        assert process.stdin is not None and process.stdout is not None
         # Broken where the process is gone.
         with contextlib.suppress(OSError), process.stdin:
             process.stdin.write(json.dumps(end).encode() + b"\n")
@@ -125,6 +125,7 @@ class WandbFollower(Callback):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            process.stdout.close()
 
     def _pass_messages(self) -> bool:
         """Warn of what the process has written and of its end; returns whether it still runs."""
@@ -141,6 +142,7 @@ class WandbFollower(Callback):
         if code is None:
             return True
         self._process = None
+        process.stdout.close()
         if code not in (0, 1):
             _warn("its process ended unexpectedly; metrics.jsonl has everything")
         return False

@@ -65,9 +65,9 @@ def training_loop(
     """
     config, folder, engine = session.config, session.folder, session.engine
     assert folder is not None
-    found, manifest = restore(session, folder.checkpoints, config.checkpoint.resume)
-    if session.rank == 0 and found is not None and found.parent == folder.checkpoints:
-        prune(found, config.checkpoint.keep)
+    checkpoint, manifest = restore(session, folder.checkpoints, config.checkpoint.resume)
+    if session.rank == 0 and checkpoint is not None and checkpoint.parent == folder.checkpoints:
+        prune(checkpoint, config.checkpoint.keep)
     start, consumed = (manifest.step, manifest.consumed_samples) if manifest else (0, 0)
     datasets = _datasets(session, start, consumed)
     source = _source(session, datasets.train, consumed)
