@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +10,12 @@ import torch
 import torch.distributed as dist
 
 from moe_train.files import write_atomically
-from moe_train.planner.schedule.chrome import Event, process, trace_text
+from moe_train.planner.schedule.chrome import process, trace_text
 from moe_train.train.callback import Callback, EndEvent, StartEvent, StepEvent
 from moe_train.train.tracing import Tracer
 
 WARMUP = 2
 """The step after a start that is traced: in the first one, much happens for the first time."""
-
-
-@dataclass(frozen=True)
-class RankTrace:
-    """Events of one rank; times from a zero that all ranks share."""
-
-    rank: int
-    stage: int
-    events: list[Event]
 
 
 class StepTrace(Callback):
@@ -53,17 +42,21 @@ class StepTrace(Callback):
         """Gather and write the recorded step."""
         if self._tracer.step != event.step:
             return
-        own = RankTrace(dist.get_rank(), self._tracer.stage, self._tracer.events)
-        ranks: list[Any] | None = [None] * dist.get_world_size() if own.rank == 0 else None
-        dist.gather_object(own, ranks)
+        rank, stage = dist.get_rank(), self._tracer.stage
+        # A process each, sorted by stage and rank.
+        events = process(rank, f"rank {rank}, stage {stage} (measured)", stage * 1000 + rank)
+        events += [{**one, "pid": rank} for one in self._tracer.events]
+        ranks: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
+        dist.gather_object((stage, rank, events), ranks)
         if ranks is not None:
+            merged = [one for _, _, events in sorted(ranks) for one in events]
             metadata = {
                 "layout": self._layout,
                 "step": event.step,
                 "run": self._path.parent.name,
                 "source": "measured",
             }
-            write_atomically(self._path, trace_text(merge(ranks), metadata))
+            write_atomically(self._path, trace_text(merged, metadata))
         self._tracer.step, self._tracer.events = None, []
 
 
@@ -95,13 +88,3 @@ class TorchProfiler(Callback):
     def on_end(self, event: EndEvent) -> None:
         """Stop; a profile of fewer steps is written too."""
         self._profiler.stop()
-
-
-def merge(ranks: Sequence[RankTrace]) -> list[Event]:
-    """All ranks' events, a process each, sorted by stage and rank."""
-    events: list[Event] = []
-    for one in sorted(ranks, key=lambda trace: (trace.stage, trace.rank)):
-        name = f"rank {one.rank}, stage {one.stage} (measured)"
-        events += process(one.rank, name, one.stage * 1000 + one.rank)
-        events += [{**event, "pid": one.rank} for event in one.events]
-    return events

@@ -28,13 +28,9 @@ class Intervals:
     validate: int
     save: int
 
-    def validates(self, step: int) -> bool:
-        """Whether to validate after ``step``; the last step always counts."""
-        return bool(self.validate) and (step % self.validate == 0 or step == self.steps)
-
-    def saves(self, step: int) -> bool:
-        """Whether to save after ``step``; the last step always counts."""
-        return bool(self.save) and (step % self.save == 0 or step == self.steps)
+    def due(self, every: int, step: int) -> bool:
+        """Whether what happens every so many steps does after ``step``; always after the last."""
+        return bool(every) and (step % every == 0 or step == self.steps)
 
 
 @dataclass
@@ -143,7 +139,7 @@ def run_loop(
             config=engine.config,
         )
         callbacks.notify(StepEvent(step, MappingProxyType(record), result))
-        if not stop and intervals.validates(step):
+        if not stop and intervals.due(intervals.validate, step):
             with watchdog.phase("validation", step), budget.measure("validation"):
                 loss = validate(engine, validation())
             record = {"step": step, "valid_loss": loss}
@@ -151,7 +147,7 @@ def run_loop(
                 record["unigram_entropy"] = unigram_entropy
             callbacks.notify(ValidationEvent(step, MappingProxyType(record)))
             stop = sync_control_flags(engine, signals, saver).stop
-        if intervals.saves(step) or (stop and intervals.save):
+        if intervals.due(intervals.save, step) or (stop and intervals.save):
             with watchdog.phase("checkpoint", step):
                 saver.begin(step)
             flags = sync_control_flags(engine, signals, saver)
