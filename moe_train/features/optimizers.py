@@ -59,12 +59,5 @@ OPTIMIZERS = {
             hyper_parameters={"momentum": "momentum"},
             constants={"fused": True},
         ),
-        Optimizer(
-            name="lion",
-            about="Lion (Chen et al., arXiv:2302.06675)",
-            state_names=("exp_avg",),
-            build="moe_train.backend.torch_kernels.lion:Lion",
-            hyper_parameters={"beta1": "beta1", "beta2": "beta2"},
-        ),
     )
 }
