@@ -111,23 +111,6 @@ DISPATCHERS = {
             ),
         ),
         Dispatcher(
-            name="alltoall_bf16",
-            about="alltoall with rows in bf16, whatever the compute dtype",
-            layer="moe_train.model.compressed:CompressedMoELayer",
-            overlaps=False,
-            collectives=(
-                Collective("experts, counts", "all_gather", "tp_ep", "dispatch",
-                           lambda z, ranks: ranks * z.E * COUNT, "8 E e x", 1, 0, unpadded=True),
-                Collective("experts, rows out", "all_to_all", "ep", "dispatch",
-                           lambda z, _: z.N * z.K * z.H * 2, "2 N K H"),
-                Collective("experts, probabilities", "all_to_all", "ep", "dispatch",
-                           lambda z, _: z.N * z.K * PROBABILITY, "4 N K"),
-                Collective("experts, rows back", "all_to_all", "ep", "combine",
-                           lambda z, _: z.N * z.K * z.H * 2, "2 N K H"),
-                *_EXPERT_TENSOR,
-            ),
-        ),
-        Dispatcher(
             name="allgather",
             about="every rank gets all tokens of the group and adds its experts' results up",
             megatron="allgather",
