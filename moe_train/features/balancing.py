@@ -99,27 +99,6 @@ BALANCING = {
             plain_top_k=False,
             per_rank=PerRank(f"balances {_RANK_TOKENS}", _CUT),
         ),
-        Balancing(
-            name="quantile",
-            about="bias on the choice from quantiles of the scores, updated once a step; no loss",
-            megatron="quantile_balancing",
-            collectives=(
-                Collective(
-                    "logits, all-gather",
-                    "all_gather",
-                    "tp_cp",
-                    "router",
-                    lambda z, ranks: z.N * ranks * z.E * SCORE,
-                    "4 N t E",
-                    1,
-                    0,
-                ),
-            ),
-            step_groups=("dp_cp",),
-            state=("qb_beta",),
-            excludes=("groups",),
-            plain_top_k=False,
-        ),
         Balancing(name="none", about="no loss"),
     )
 }

@@ -36,7 +36,6 @@ OPTIONS: dict[str, tuple[list[str], tuple[tuple[str, ...], ...]]] = {
     "seq_aux": ([R + "balancing=seq_aux", R + "aux_coeff=0.1"], BOTH),
     "global_aux": ([R + "balancing=global_aux", R + "aux_coeff=0.1"], (TP2EP2,)),
     "sinkhorn": ([R + "balancing=sinkhorn"], (EP2,)),
-    "quantile": ([R + "balancing=quantile"], BOTH),
     "none": ([R + "balancing=none"], BOTH),
     "expert_bias": (
         [R + "score=sigmoid", R + "expert_bias=true", R + "expert_bias_rate=0.01"],
