@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Builds TransformerEngine's torch extension from source, for checks of the CUDA model on machines
 # without a GPU. It goes into an environment of its own, .cache/te/venv, which sees the packages of
-# .venv: where TransformerEngine can be imported Megatron behaves differently, and the host runs
-# must not notice.
+# .venv: where TransformerEngine can be imported Megatron behaves differently, and CPU runs
+# must not be affected.
 # Prints the interpreter to use: .cache/te/python, which tells TransformerEngine where torch's CUDA
 # libraries are. Exit code 3: this machine cannot build it, and the last line says why.
 # MAX_JOBS (default 1): compilers at a time; one takes some 2 GB and twenty minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-impossible() { printf '%s\n' "$*" >&2; exit 3; }
+fail() { printf '%s\n' "$*" >&2; exit 3; }
 
 main=$PWD/.venv/bin/python
 home=.cache/te
@@ -24,13 +24,13 @@ fi
 
 : "${CUDA_HOME:=/usr/local/cuda}"
 export CUDA_HOME
-[ -x "$CUDA_HOME/bin/nvcc" ] || impossible "no CUDA toolkit: no nvcc in $CUDA_HOME/bin (set CUDA_HOME)"
-command -v c++ >/dev/null || impossible "no C++ compiler"
+[ -x "$CUDA_HOME/bin/nvcc" ] || fail "no CUDA toolkit: no nvcc in $CUDA_HOME/bin (set CUDA_HOME)"
+command -v c++ >/dev/null || fail "no C++ compiler"
 toolkit=$("$CUDA_HOME/bin/nvcc" --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p')
 ours=$("$main" -c 'import torch; print((torch.version.cuda or "none").split(".")[0])')
 constraints=constraints.txt
 if [ "$ours" = 12 ]; then constraints="constraints-cu12.txt"; fi
-[ "$toolkit" = "$ours" ] || impossible "the CUDA toolkit is $toolkit.x, torch was built for $ours.x"
+[ "$toolkit" = "$ours" ] || fail "the CUDA toolkit is $toolkit.x, torch was built for $ours.x"
 
 mkdir -p "$home"
 rm -f "$home/built"
@@ -50,7 +50,7 @@ pip=(nice -n 19 "$python" -m pip --disable-pip-version-check --no-input)
 log=$home/build.log
 failed() {
   tail -n 30 "$log" >&2
-  impossible "the build of TransformerEngine failed; the end of $log is above"
+  fail "the build of TransformerEngine failed; the end of $log is above"
 }
 # Unpacked here, so that a build that was cut short goes on from the objects it has.
 sources=$home/$(tr -d = <<<"${wanted##* }" | sed 's/-torch/-torch-/')
@@ -79,7 +79,7 @@ END
 chmod +x "$launcher"
 if ! "$launcher" -c 'import transformer_engine.pytorch' >>"$log" 2>&1; then
   tail -n 5 "$log" >&2
-  impossible "TransformerEngine was built and does not import; the end of $log is above"
+  fail "TransformerEngine was built and does not import; the end of $log is above"
 fi
 printf '%s\n' "$wanted" >"$home/built"
 printf '%s\n' "$launcher"

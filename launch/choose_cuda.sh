@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints the CUDA version that the pinned packages should be built for, 12 or 13, and on stderr why.
-# $CUDA decides (12 or 13; a path that other tools keep there is passed over), else the driver:
+# Prints the CUDA major version for the pinned packages, 12 or 13, and on stderr why.
+# $CUDA decides (12 or 13; a path, as other tools set it, is ignored), else the driver:
 # CUDA 13 needs 580 or newer, CUDA 12 runs from 525 on. Without a driver it is 13, which the
 # test-suite runs with.
 set -euo pipefail
@@ -12,10 +12,10 @@ choose() {
 }
 
 case ${CUDA:-} in
-  12 | 13) choose "$CUDA" "asked for by CUDA=$CUDA" ;;
+  12 | 13) choose "$CUDA" "set by CUDA=$CUDA" ;;
   '' | /*) ;;
   *)
-    printf 'CUDA=%s is no choice: 12 or 13, or leave it out to let the driver decide\n' "$CUDA" >&2
+    printf 'CUDA=%s is not supported: set 12 or 13, or unset it to follow the driver\n' "$CUDA" >&2
     exit 2
     ;;
 esac
@@ -28,9 +28,9 @@ if command -v nvidia-smi >/dev/null 2>&1; then
 fi
 major=${driver%%.*}
 if ! [[ $major =~ ^[0-9]+$ ]]; then
-  choose 13 "no NVIDIA driver answers here"
+  choose 13 "no NVIDIA driver found"
 elif [ "$major" -ge 580 ]; then
-  choose 13 "driver $driver runs it"
+  choose 13 "driver $driver supports it"
 elif [ "$major" -ge 525 ]; then
   choose 12 "driver $driver is older than 580, which CUDA 13 needs"
 else

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints the path of a Python that this project can run on, or says in one sentence why there is none.
-# Looked at, in this order: $PYTHON, PATH, pyenv's versions, uv's managed Pythons.
+# Prints the path of a Python that this project can run on; without one, an error message.
+# Search order: $PYTHON, PATH, pyenv's versions, uv's managed Pythons.
 set -euo pipefail
 
 # What a candidate must have: the version range of pyproject.toml, and the modules that a virtual
@@ -28,7 +28,7 @@ candidates() {
 
 incomplete=""
 while IFS= read -r python; do
-  # A pyenv shim exists for versions that are not selected, and then fails: run it, do not trust it.
+  # A pyenv shim also exists for versions that are not selected, and then fails: run it to know.
   "$python" -c "$version_check" >/dev/null 2>&1 || continue
   if "$python" -c "$module_check" >/dev/null 2>&1; then
     # The interpreter itself, so that a shim's later change does not matter.

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs the GPU checks with what is there: the project's own environment if it was made, else a
-# Python of the PATH, whose packages may come by PYTHONPATH. Nothing is installed.
+# Runs the GPU checks with the project's environment if it exists, else with a Python on PATH, whose
+# packages may come from PYTHONPATH. Installs nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The finder of `make setup` comes last: it knows pyenv and uv, and asks for more than is needed here.
+# find_python.sh comes last: it knows pyenv and uv, but requires more than the checks need.
 found=$(launch/find_python.sh 2>/dev/null || true)
 for python in "${PYTHON:-}" .venv/bin/python python3 python3.12 python3.13 python3.14 "$found"; do
   if [ -n "$python" ] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then

@@ -3,13 +3,13 @@
 # EXTRAS (default: dev) chooses the extras. EXTRAS=dev,gpu adds TransformerEngine, whose torch part
 # is compiled here: that takes nvcc, CUDA and cuDNN headers, and some ten minutes.
 # CUDA (12 or 13; default: what the driver runs) chooses the pinned set, see choose_cuda.sh.
-# Safe to repeat: the stamp is written last, and `make` calls this only when it is out of date.
+# Safe to repeat: the stamp is written last, and `make` calls this only when it is outdated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '[setup] %s\n' "$*"; }
 
-# An environment that was moved or whose interpreter is gone cannot be repaired, only replaced.
+# Replace an environment that was moved or whose interpreter is gone.
 if ! .venv/bin/python -c 'import pip' >/dev/null 2>&1; then
   python=$(launch/find_python.sh)
   say "creating .venv with $("$python" --version)"
@@ -25,7 +25,7 @@ say "installing torch, Megatron-Core and the rest (the first time: 2-3 GB, a few
 log=.venv/setup.log
 started=$SECONDS
 pip=(.venv/bin/python -m pip --disable-pip-version-check --no-input)
-# Every tenth package as a sign of life instead of pip's own flood; the whole log is kept.
+# Progress: every tenth package; pip's whole output goes to the log.
 progress() {
   local line count=0
   while IFS= read -r line; do

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The ranks of one node of a Slurm job: one task of slurm.sbatch's step, which passes everything.
-# Asked to stop (USR1 or TERM), it tells the ranks alone. torchrun's agent must not hear of it: USR1
-# would kill it, and TERM gives the ranks 30 seconds, whatever their save takes.
+# It forwards stop signals (USR1, TERM) to the ranks only, not to torchrun's agent: USR1 would kill
+# the agent, and after TERM it kills the ranks within 30 seconds, whatever their checkpoint takes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,13 +10,13 @@ export NODE_RANK=${SLURM_NODEID:?this script is a task of srun}
 export NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-}}
 
 agent=
-asked=
+interrupted=
 # shellcheck disable=SC2329  # by the trap below
 forward() {
   local status rank
-  asked=yes
+  interrupted=yes
   if [ -z "$agent" ]; then return; fi
-  # The ranks are the agent's children. Images often lack pgrep; /proc is always there.
+  # The ranks are the agent's children. Images often lack pgrep, so read /proc.
   for status in $(grep -ls "^PPid:[[:space:]]*$agent\$" /proc/[0-9]*/status || true); do
     rank=${status#/proc/}
     kill -USR1 "${rank%/status}" 2>/dev/null || true
@@ -24,7 +24,7 @@ forward() {
 }
 trap forward USR1 TERM
 
-# Ignored is inherited: by the agent for good, by each rank until it listens itself.
+# An ignored signal is inherited: by the agent for good, by each rank until it installs a handler.
 (
   trap '' USR1
   exec launch/torchrun.sh "$@"
@@ -32,11 +32,11 @@ trap forward USR1 TERM
 agent=$!
 code=127
 while :; do
-  asked=
+  interrupted=
   wait "$agent" && now=0 || now=$?
-  # 127 on a second round: it ended, and was waited for, just before the signal.
+  # 127 in a second round: the agent ended, and was waited for, just before the signal.
   [ "$now" -eq 127 ] || code=$now
-  # Only interrupted by a signal to this script, or ended meanwhile: wait has its own code.
-  [ -n "$asked" ] || break
+  # wait was interrupted by a signal to this script, and returned a code of its own.
+  [ -n "$interrupted" ] || break
 done
 exit "$code"

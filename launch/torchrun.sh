@@ -6,15 +6,15 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 launch/torchrun.sh experiment=moe_30b_8x64gb
 #
 # Environment (all optional on one node):
-#   NPROC        ranks on this node               default: the GPUs it shows (CUDA_VISIBLE_DEVICES), else 8
+#   NPROC        ranks on this node               default: its visible GPUs (CUDA_VISIBLE_DEVICES), else 8
 #   NNODES       number of nodes                  default: 1
 #   NODE_RANK    this node's number from 0        needed when NNODES > 1
 #   MASTER_ADDR  host name or address of node 0   needed when NNODES > 1
 #   MASTER_PORT  free port on node 0              default: 29500 (several nodes); any (one node)
-#   MAX_RESTARTS starts of all ranks after a failure, in all; a run that makes no progress ends with
-#                the last of them, one that was preempted at once   default: 0
+#   MAX_RESTARTS restarts of all ranks after a failure, in total; a preempted run is not
+#                restarted                        default: 0
 #   PYTHON       interpreter                      default: .venv/bin/python, else python3
-#   OMP_NUM_THREADS  CPU threads a rank           default: 1 (host runs are bitwise repeatable)
+#   OMP_NUM_THREADS  CPU threads a rank           default: 1 (CPU runs are bitwise repeatable)
 # Arguments are Hydra overrides and go to train.py unchanged. On several nodes run.dir must be a
 # folder that all nodes share. torchrun returns 1 for any failure: read status.json for the reason.
 set -euo pipefail
@@ -39,7 +39,7 @@ if [ "$nnodes" -gt 1 ]; then
 elif [ -n "${MASTER_PORT:-}" ]; then
   rendezvous=(--nnodes 1 --master-addr 127.0.0.1 --master-port "$MASTER_PORT")
 else
-  # A free port of its own, so that two runs on one machine do not meet.
+  # A free port, so that two runs on one machine do not share a store.
   rendezvous=(--standalone)
 fi
 

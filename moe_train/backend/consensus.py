@@ -34,7 +34,7 @@ def reduce_through_store(
         seconds: to wait for the slowest rank.
 
     Raises:
-        HungError: a rank did not come in time.
+        HungError: a rank did not join in time.
     """
     if world == 1:
         return reduce([value])

@@ -17,12 +17,16 @@ import torch.distributed as dist
 import yaml
 
 from moe_train.backend import local_group, patches
-from moe_train.backend.rendezvous import meet, missing
+from moe_train.backend.rendezvous import missing, rendezvous
 from moe_train.errors import HungError
 
 _WORLDS = count(1)
 _STORES: dict[tuple[int, int], dist.Store] = {}
-_GLOO = re.compile(r"\bgloo\b|Connection (closed|reset) by peer")
+_CONNECTION = re.compile(
+    r"gloo/transport/|connectFullMesh failed|Connection (closed|reset) by peer", re.IGNORECASE
+)
+_MISUSE = re.compile(r"enforce fail|nccl(InvalidUsage|InvalidArgument|UnhandledCudaError)")
+"""gloo's and NCCL's own checks: sizes or arguments that differ between ranks, not a lost peer."""
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -73,7 +77,7 @@ def launcher_store(rank: int, world: int, timeout_seconds: int) -> dist.Store:
         except (dist.DistStoreError, dist.DistNetworkError) as error:
             others = [0] if rank else list(range(1, world))
             raise missing(others, timeout_seconds) from error
-        _STORES[rank, world] = meet(store, rank, world, timeout_seconds)
+        _STORES[rank, world] = rendezvous(store, rank, world, timeout_seconds)
     return _STORES[rank, world]
 
 
@@ -163,17 +167,19 @@ def close_world(abort: bool = False) -> None:
 
 
 def lost_peer(error: BaseException) -> HungError | None:
-    """The error of ours for a collective that failed because a peer is gone or silent.
+    """The HungError for a collective that failed because its connection to a peer did, or None.
 
-    gloo raises RuntimeError with its own file names in the text; NCCL's have a class.
+    gloo raises RuntimeError with its own file names in the text; NCCL's errors have a class.
     """
     kinds = (dist.DistBackendError, dist.DistNetworkError)
-    if not isinstance(error, kinds) and not (
-        isinstance(error, RuntimeError) and _GLOO.search(str(error))
-    ):
+    text = str(error)
+    failed = isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and _CONNECTION.search(text)
+    )
+    if not failed or _MISUSE.search(text):
         return None
     return HungError(
         f"rank {os.environ.get('RANK', '0')}",
-        f"lost a peer: {str(error).splitlines()[0]}",
+        f"lost a peer: {text.splitlines()[0]}",
         "look at the other ranks' logs for the first failure, then start again to resume",
     )

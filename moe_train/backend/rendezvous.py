@@ -1,7 +1,7 @@
-"""Ranks of one start find each other in a store that an earlier start may have used.
+"""Rendezvous of the ranks of one start in torchrun's store, which outlives restarts.
 
-torchrun keeps its store when it starts ranks again, and gloo writes each rank's address under the
-rank's number: a rank that is quick would take the address of one that is dead.
+gloo stores each rank's address under the rank's number: after a restart, a rank could read the
+address that a dead process left there.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ import torch.distributed as dist
 from moe_train.errors import HungError
 
 POLL = 0.02
-"""Seconds between two looks at the store."""
+"""Seconds between two polls of the store."""
 
 
-def meet(store: dist.Store, rank: int, world: int, timeout_seconds: float) -> dist.Store:
-    """A part of ``store`` that only this start's ranks know; call on every rank.
+def rendezvous(store: dist.Store, rank: int, world: int, timeout_seconds: float) -> dist.Store:
+    """A prefix of ``store`` that only this start's ranks use; call on every rank.
 
-    Every rank says hello with a number of its own; rank 0 answers each number that it finds, be
-    it from now or from before, until all ranks have taken up its answer.
+    Every rank announces a random id; rank 0 assigns its prefix to each id that it finds, of this
+    start or an earlier one, until all ranks have acknowledged it.
 
     Raises:
-        HungError: a rank did not come in time.
+        HungError: a rank did not join in time.
     """
     if rank == 0:
-        return dist.PrefixStore(_gather(store, world, timeout_seconds), store)
+        return dist.PrefixStore(_assign(store, world, timeout_seconds), store)
     mine = uuid.uuid4().hex
-    store.set(f"hello/{rank}", mine)
+    store.set(f"announce/{rank}", mine)
     try:
-        store.wait([f"welcome/{mine}"], timedelta(seconds=timeout_seconds))
+        store.wait([f"assign/{mine}"], timedelta(seconds=timeout_seconds))
     except dist.DistStoreError as error:
         raise missing([0], timeout_seconds) from error
-    token = store.get(f"welcome/{mine}").decode()
-    store.set(f"{token}/{rank}", "here")
+    token = store.get(f"assign/{mine}").decode()
+    store.set(f"{token}/{rank}", "joined")
     return dist.PrefixStore(token, store)
 
 
-def _gather(store: dist.Store, world: int, timeout_seconds: float) -> str:
+def _assign(store: dist.Store, world: int, timeout_seconds: float) -> str:
     token, until = uuid.uuid4().hex, time.monotonic() + timeout_seconds
-    waiting, answered = set(range(1, world)), set()
+    waiting, assigned = set(range(1, world)), set()
     while waiting:
         for rank in sorted(waiting):
-            if store.check([f"hello/{rank}"]):
-                theirs = store.get(f"hello/{rank}").decode()
-                if theirs not in answered:
-                    store.set(f"welcome/{theirs}", token)
-                    answered.add(theirs)
+            if store.check([f"announce/{rank}"]):
+                peer = store.get(f"announce/{rank}").decode()
+                if peer not in assigned:
+                    store.set(f"assign/{peer}", token)
+                    assigned.add(peer)
             if store.check([f"{token}/{rank}"]):
                 waiting.discard(rank)
         if time.monotonic() > until:
@@ -59,10 +59,10 @@ def _gather(store: dist.Store, world: int, timeout_seconds: float) -> str:
 
 
 def missing(ranks: list[int], seconds: float) -> HungError:
-    """The error of ranks that did not come."""
+    """The error for ranks that did not join."""
     named = ", ".join(map(str, ranks))
     return HungError(
         "world",
-        f"rank {named} did not come within {seconds:.0f} s",
-        "look at that rank's own output; all ranks have to be started together",
+        f"rank {named} did not join within {seconds:.0f} s",
+        "look at that rank's own output; start all ranks together",
     )

@@ -9,7 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from moe_train.backend import consensus
-from moe_train.backend.rendezvous import meet
+from moe_train.backend.groups import lost_peer
+from moe_train.backend.rendezvous import rendezvous
 from moe_train.errors import HungError
 
 WORLD = 3
@@ -19,7 +20,7 @@ def start(
     pool: ThreadPoolExecutor, store: dist.Store, order: list[int]
 ) -> list[Future[dist.Store]]:
     """One start of all ranks, which come in ``order``."""
-    arrived = {rank: pool.submit(meet, store, rank, WORLD, 20.0) for rank in order}
+    arrived = {rank: pool.submit(rendezvous, store, rank, WORLD, 20.0) for rank in order}
     return [arrived[rank] for rank in range(WORLD)]
 
 
@@ -35,24 +36,44 @@ def test_starts_do_not_mix(order: list[int]) -> None:
 
 
 def test_half_a_start_leaves_nothing_behind() -> None:
-    """Ranks of a start that never was complete have said hello."""
+    """Ranks of a start that never was complete have announced themselves."""
     store = dist.HashStore()
-    store.set("hello/1", "somebody who is dead")
-    with pytest.raises(HungError, match="rank 1, 2 did not come"):
-        meet(store, 0, WORLD, 0.2)
+    store.set("announce/1", "somebody who is dead")
+    with pytest.raises(HungError, match="rank 1, 2 did not join"):
+        rendezvous(store, 0, WORLD, 0.2)
     with ThreadPoolExecutor(WORLD) as pool:
         found = [future.result(20) for future in start(pool, store, [0, 1, 2])]
         found[2].set("x", "y")
         assert all(one.get("x") == b"y" for one in found)
 
 
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242", True),
+        ("[x/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv", True),
+        ("Gloo connectFullMesh failed with [x/pair.cc:144] no error", True),
+        ("[enforce fail at gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes", False),
+        ("gloo: allgather: invalid tensor size at index 1", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_only_a_failed_connection_is_a_lost_peer(text: str, lost: bool) -> None:
+    assert (lost_peer(RuntimeError(text)) is not None) == lost
+
+
+def test_a_refusal_of_nccl_is_no_lost_peer() -> None:
+    assert lost_peer(dist.DistBackendError("ncclRemoteError: a peer process exited")) is not None
+    assert lost_peer(dist.DistBackendError("ncclInvalidUsage: This usually reflects")) is None
+
+
 def test_a_comparison_waits_for_every_rank_and_names_the_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(consensus, "launcher_store", lambda *place: dist.HashStore())
-    with pytest.raises(HungError, match="rank 1, 2 did not come"):
+    with pytest.raises(HungError, match="rank 1, 2 did not join"):
         consensus.reduce_through_store("plan", "mine", max, 0, WORLD, 0.2)
-    with pytest.raises(HungError, match="rank 0 did not come"):
+    with pytest.raises(HungError, match="rank 0 did not join"):
         consensus.reduce_through_store("plan", "mine", max, 2, WORLD, 0.2)
 
 

@@ -99,8 +99,8 @@ def bare_path(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("driver", "code", "cuda", "why"),
     [
-        ("580.65.06", 0, "13", "driver 580.65.06 runs it"),
-        ("610.10\n610.10\n", 0, "13", "driver 610.10 runs it"),
+        ("580.65.06", 0, "13", "driver 580.65.06 supports it"),
+        ("610.10\n610.10\n", 0, "13", "driver 610.10 supports it"),
         ("575.57.08", 0, "12", "older than 580"),
         ("525.60.13", 0, "12", "older than 580"),
         ("470.82.01", 0, "12", "older than 525"),

@@ -263,7 +263,7 @@ def test_containers_wrap_the_ranks(batch: Batch) -> None:
 
 def test_a_time_limit_queues_the_job_again(batch: Batch) -> None:
     done = batch.start(SAVED)
-    assert batch.requeued == 1 and "queued again" in done.stdout, done.stdout + done.stderr
+    assert batch.requeued == 1 and "requeued" in done.stdout, done.stdout + done.stderr
 
 
 def test_failures_and_stops_that_slurm_did_not_ask_for_end_the_job(batch: Batch) -> None:
@@ -301,6 +301,6 @@ def test_a_job_goes_on_from_its_own_checkpoint(batch: Batch) -> None:
 
 
 def test_what_cannot_go_on_is_refused(batch: Batch, tmp_path: Path) -> None:
-    assert "sweep" in batch.start("exit 0", "-m", "optim.lr=1,2").stderr
+    assert "--multirun cannot be resumed" in batch.start("exit 0", "-m", "optim.lr=1,2").stderr
     done = batch.start("exit 0", MOE_TRAIN_HOME=str(tmp_path / "bin"))
     assert done.returncode == 2 and "MOE_TRAIN_HOME" in done.stderr

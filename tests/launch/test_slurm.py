@@ -275,11 +275,11 @@ def test_a_time_limit_is_survived_bitwise_on_two_nodes(slurm: Slurm, whole: Path
     for process in paused:
         process.suspend()
     assert len(steps(run)) < 12, "it was over before it could be interrupted"
-    asked = "the ranks are asked to save"
+    asked = "sending the ranks a stop signal"
     slurm.wait(job, lambda: asked in slurm.output(job), 120, "Slurm gave no signal")
     for process in paused:
         process.resume()
-    slurm.wait(job, lambda: "queued again" in slurm.output(job), 60, "not queued again")
+    slurm.wait(job, lambda: "requeued" in slurm.output(job), 60, "not queued again")
     stopped = read_status(run / "status.json")
     assert stopped is not None and 3 <= stopped.step < 12
     assert slurm.finished(job) == "COMPLETED", slurm.output(job)
@@ -303,7 +303,7 @@ def test_a_job_that_saves_nothing_is_not_queued_for_ever(slurm: Slurm) -> None:
     slurm.call("scancel", "--batch", "--signal=USR1", str(job))
     assert slurm.finished(job, 60) == "FAILED"
     assert slurm.facts(job)["ExitCode"] == "75:0"
-    assert "1 starts in a row brought no new checkpoint" in slurm.output(job)
+    assert "1 starts in a row wrote no new checkpoint" in slurm.output(job)
 
 
 def test_ranks_that_are_told_to_stop_save_and_end_the_job(slurm: Slurm) -> None:
