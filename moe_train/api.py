@@ -31,13 +31,10 @@ def plan(overrides: Sequence[str] = (), world: int = 8) -> dict[str, Any]:
     Raises:
         ConfigFaults: all faults together, with the nearest legal layouts.
     """
-    from moe_train.planner.memory.fit import assumptions_of, memory_fault
-    from moe_train.planner.report.plan_report import plan_report
+    from moe_train.planner.estimate import estimate
     from moe_train.planner.resolution import resolve_run
 
-    run = resolve_run(overrides, world)
-    fault = memory_fault(run.config, run.layout, run.vocab, assumptions_of(run.config))
-    return plan_report(run.config, run.layout) | {"fits": fault is None}
+    return estimate(resolve_run(overrides, world)).report()
 
 
 def train_model(overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> int:

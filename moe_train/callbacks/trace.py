@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_train.files import write_atomically
-from moe_train.planner.schedule.chrome import process, trace_text
+from moe_train.run_folder.trace_events import process, trace_text
 from moe_train.train.callback import Callback, EndEvent, StartEvent, StepEvent
 from moe_train.train.tracing import Tracer
 

@@ -6,10 +6,10 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_train.commands.common import check_imbalance
 from moe_train.errors import EXIT_FINISHED, ConfigError
 
 if TYPE_CHECKING:
@@ -42,14 +42,13 @@ def dryrun_main(argv: Sequence[str]) -> int:
         ConfigFaults: the plan is refused.
     """
     args = _parser().parse_intermixed_args(argv)
-    if not 1 <= args.imbalance < inf:
-        raise ConfigError("--imbalance", f"{args.imbalance:g} makes no sense", "give 1 or more")
+    check_imbalance(args.imbalance)
     if args.microbatches is not None and args.microbatches < 1:
         raise ConfigError("--microbatches", "a step has at least one", "give 1 or more")
 
     from rich.console import Console
 
-    from moe_train.commands.plan import refuse_unwritable, write_text
+    from moe_train.commands.common import plan_world, refuse_unwritable, write_text
 
     refuse_unwritable("--json", args.json)
     refuse_unwritable("--table", args.table)
@@ -60,16 +59,11 @@ def dryrun_main(argv: Sequence[str]) -> int:
         write_text("--table", args.table, write_document(args.workers, Console(stderr=True)))
         return EXIT_FINISHED
 
-    from moe_train.commands.plan import DEFAULT_WORLD, natural_world
     from moe_train.config.compose import collect
     from moe_train.planner.resolution import resolve_run
 
-    world = args.world
-    if world is None:
-        config, faults = collect(args.overrides)
-        world = natural_world(config) if not faults else DEFAULT_WORLD
-    if world < 1:
-        raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
+    config, faults = collect(args.overrides)
+    world = plan_world(args.world, None if faults else config)
     policies = args.recompute.split(",") if args.recompute else [None]
     plans = [
         resolve_run([*args.overrides, *([f"recompute.layers={one}"] if one else [])], world)

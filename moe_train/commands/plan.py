@@ -1,15 +1,14 @@
-"""``moe-train plan``: legal or not, who holds what, memory, time; in two seconds, no torch."""
+"""``moe-train plan``: legality, layout, memory and step time of a run, before it starts."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 
-from moe_train.config.root import AUTO, Config
+from moe_train.commands.common import check_imbalance, console_for, plan_world, write_text
+from moe_train.config.root import AUTO
 from moe_train.errors import EXIT_FINISHED, ConfigError
 
 EXAMPLES = """examples:
@@ -25,18 +24,6 @@ exit code: 0 legal and fits; 2 refused, with every fault and the nearest legal l
 what would make it fit the device's memory
 """
 
-DEFAULT_WORLD = 8
-
-
-def natural_world(config: Config) -> int:
-    """Ranks to plan for when none are given: what the set sizes need, or 8 for auto."""
-    sizes = config.parallel
-    stages = sizes.pipeline or 1
-    dense = (sizes.tensor or 1) * (sizes.context or 1) * stages
-    expert = (sizes.expert or 1) * (1 if sizes.placement == "span" else stages)
-    needed = math.lcm(dense, expert * (sizes.expert_tensor or 1))
-    return math.lcm(needed, DEFAULT_WORLD) if sizes.auto else needed
-
 
 def plan_main(argv: Sequence[str]) -> int:
     """Run ``moe-train plan``; returns the exit code.
@@ -46,7 +33,7 @@ def plan_main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="moe-train plan",
-        description="Check a layout; show where everything lives, what it needs, how fast it is.",
+        description="Check a layout; show what each rank holds, its memory and the step time.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -56,7 +43,9 @@ def plan_main(argv: Sequence[str]) -> int:
         type=int,
         help="ranks (default: what the layout needs, this machine's GPUs, or 8)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole plan there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the whole plan there; - is stdout"
+    )
     parser.add_argument(
         "--imbalance",
         type=float,
@@ -82,104 +71,67 @@ def plan_main(argv: Sequence[str]) -> int:
         metavar="FILE",
         help="with --claims: write Markdown there",
     )
-    asked = parser.parse_intermixed_args(argv)
-
-    from rich.console import Console
+    args = parser.parse_intermixed_args(argv)
 
     from moe_train.backend.cuda.devices import read_devices
     from moe_train.config.compose import collect
-    from moe_train.parallel.vocabulary import vocabulary
+    from moe_train.parallel.sizes import DEFAULT_WORLD
+    from moe_train.planner.estimate import estimate
     from moe_train.planner.machine.devices import local_facts
-    from moe_train.planner.memory.fit import assumptions_of, memory_fault
-    from moe_train.planner.report.plan_report import plan_report
+    from moe_train.planner.plan import assumptions_of
     from moe_train.planner.report.tables import print_plan
     from moe_train.planner.resolution import dtype_faults, resolve_run
 
-    if not (1 <= asked.imbalance < inf and 0 <= asked.fragmentation < 1):
+    check_imbalance(args.imbalance)
+    if not 0 <= args.fragmentation < 1:
         raise ConfigError(
-            "--imbalance, --fragmentation",
-            f"{asked.imbalance:g}, {asked.fragmentation:g} make no sense",
-            "an imbalance from 1 up, a fragmentation from 0 to below 1",
+            "--fragmentation", f"{args.fragmentation:g} is not a share", "from 0 to below 1"
         )
-    if asked.claims is not None:
-        return _claims(asked)
-    if asked.report:
-        raise ConfigError("--report", "is the report on claims", "add --claims FILE")
-    world = asked.world
-    console = Console()
-    config, faults = collect(asked.overrides)
+    if args.claims is not None:
+        return _claims(args)
+    if args.report:
+        raise ConfigError("--report", "needs --claims", "add --claims FILE")
+    console = console_for(args.json)
+    config, faults = collect(args.overrides)
     here = None
     if config.experiment == AUTO and config.device != "cpu":
         here = read_devices()
         if here.problem:
-            planned_for = "" if here.gpus else "planned for a CPU: "
-            console.print(f"[bold]warning[/bold] {planned_for}{here.problem}", markup=True)
-    if world is None:
-        world = natural_world(config) if not faults else DEFAULT_WORLD
-        if here and here.gpus and world == DEFAULT_WORLD:
-            # What `make train` would start here.
-            world = min(world, len(here.gpus))
-    if world < 1:
-        raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
-    facts = local_facts(here, world) if here is not None else None
-    run = resolve_run(asked.overrides, world, facts)
-    config, layout = run.config, run.layout
-    if unfit := dtype_faults(config):
+            target = "" if here.gpus else "planned for a CPU: "
+            console.print(f"[bold]warning[/bold] {target}{here.problem}", markup=True)
+    world = plan_world(args.world, None if faults else config)
+    if args.world is None and here and here.gpus and world == DEFAULT_WORLD:
+        # What `make train` would start here.
+        world = min(world, len(here.gpus))
+    run = resolve_run(args.overrides, world, local_facts(here, world) if here else None)
+    if unfit := dtype_faults(run.config):
         raise unfit[0]
-    assumptions = assumptions_of(config, asked.imbalance, asked.fragmentation)
-    report = plan_report(config, layout, assumptions)
-    fault = memory_fault(config, layout, vocabulary(config)[0], assumptions)
-    report["fits"] = fault is None
+    plan = estimate(run, assumptions_of(run.config, args.imbalance, args.fragmentation))
+    report = plan.report()
     print_plan(report, console)
-    if asked.json:
-        write_text("--json", asked.json, json.dumps(report, indent=1) + "\n")
-    if fault is not None:
-        if config.hardware.kind == "accelerator":
+    if args.json:
+        write_text("--json", args.json, json.dumps(report, indent=1) + "\n")
+    if fault := plan.memory_fault:
+        if run.config.hardware.kind == "accelerator":
             raise fault
         console.print(f"[bold]warning[/bold] {fault}")
     return EXIT_FINISHED
 
 
-def _claims(asked: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from moe_train.commands.claims import check_claims
+def _claims(args: argparse.Namespace) -> int:
     from moe_train.config.compose import compose
     from moe_train.parallel.shapes import Assumptions
     from moe_train.planner.claims.document import find, load
+    from moe_train.planner.claims.report import check_claims
 
-    document = load(find(asked.claims))
-    words = [*document.overrides, *asked.overrides]
-    world = natural_world(compose(words)) if asked.world is None else asked.world
-    if world < 1:
-        raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
-    taken = Assumptions(asked.imbalance, asked.fragmentation)
-    markdown, data = check_claims(document, asked.overrides, world, taken, Console())
-    if asked.report:
-        write_text("--report", asked.report, markdown)
-    if asked.json:
-        write_text("--json", asked.json, data)
+    document = load(find(args.claims))
+    config = compose([*document.overrides, *args.overrides]) if args.world is None else None
+    world = plan_world(args.world, config)
+    assumptions = Assumptions(args.imbalance, args.fragmentation)
+    console = console_for(args.json)
+    markdown, data = check_claims(document, args.overrides, world, assumptions, console)
+    if args.report:
+        write_text("--report", args.report, markdown)
+    if args.json:
+        write_text("--json", args.json, data)
     return EXIT_FINISHED
-
-
-def refuse_unwritable(option: str, path: Path | None) -> None:
-    """Look, before minutes of work, at whether `option`'s file could be written.
-
-    Raises:
-        ConfigError: it could not.
-    """
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ConfigError(option, f"{path} is no place for a file", "give a writable file")
-
-
-def write_text(option: str, path: Path, text: str) -> None:
-    """Write a report that `option` asked for, and say so.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(option, str(error), "give a writable file") from error
-    print(f"written to {path}")

@@ -1,15 +1,14 @@
-"""``moe-train schedule``: the step as a graph, its times, pictures and trace; no torch."""
+"""``moe-train schedule``: the optimizer step as a graph: times, figure, trace."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_train.commands.plan import natural_world, write_text
+from moe_train.commands.common import check_imbalance, console_for, plan_world, write_text
 from moe_train.errors import EXIT_FINISHED, ConfigError
 from moe_train.features.schedules import SCHEDULES
 
@@ -42,32 +41,24 @@ def schedule_main(argv: Sequence[str]) -> int:
         ConfigFaults: the plan is refused.
         ConfigError: an option does not go with the layout, or a file cannot be written.
     """
-    asked = _parser().parse_intermixed_args(argv)
-    from rich.console import Console
-
+    args = _parser().parse_intermixed_args(argv)
     from moe_train.config.compose import collect
-    from moe_train.planner.memory.fit import assumptions_of
+    from moe_train.planner.plan import Plan, assumptions_of
     from moe_train.planner.resolution import resolve_run
     from moe_train.planner.schedule.schedule import build_schedule
 
-    world = asked.world
-    if world is None:
-        config, faults = collect(asked.overrides)
-        world = natural_world(config) if not faults else 8
-    if world < 1:
-        raise ConfigError("--world", f"{world} is no number of ranks", "give 1 or more")
-    if not 1 <= asked.imbalance < inf:
-        raise ConfigError("--imbalance", f"{asked.imbalance:g} makes no sense", "give 1 or more")
-    if asked.beside and not asked.trace:
-        raise ConfigError("--beside", "goes into the file of --trace", "add --trace FILE")
-    run = resolve_run(asked.overrides, world)
-    config, layout, vocab = run.config, run.layout, run.vocab
-    assumptions = assumptions_of(config, asked.imbalance)
-    schedule = build_schedule(config, layout, vocab, assumptions, asked.kind, asked.detail)
+    config, faults = collect(args.overrides)
+    world = plan_world(args.world, None if faults else config)
+    check_imbalance(args.imbalance)
+    if args.beside and not args.trace:
+        raise ConfigError("--beside", "needs --trace", "add --trace FILE")
+    run = resolve_run(args.overrides, world)
+    plan = Plan.of(run, assumptions_of(run.config, args.imbalance))
+    schedule = build_schedule(plan, args.kind, args.detail)
     report = schedule_report(schedule)
-    cores = config.hardware.cores
-    _show(schedule, report, Console(), cores if cores < layout.world else 0)
-    _write(asked, schedule, report)
+    cores = run.config.hardware.cores
+    _show(schedule, report, console_for(args.json), cores if cores < world else 0)
+    _write(args, schedule, report)
     return EXIT_FINISHED
 
 
@@ -103,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         ("dag", "write the graph there (.json, .graphml, .dot)"),
         ("trace", "write a trace for Perfetto there"),
         ("figure", "draw the step there (.svg, .png, .pdf)"),
-        ("json", "write times and bounds there"),
+        ("json", "write times and bounds there; - is stdout"),
     ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
     parser.add_argument(
@@ -150,7 +141,7 @@ def _show(schedule: Schedule, report: dict[str, Any], console: Any, shared: int)
 
     table = table_of(
         f"{report['layout']}: {report['kind']}, M={report['microbatches']}",
-        "stage", "busy s", "waiting s", "waiting", "most held",
+        "stage", "busy s", "waiting s", "waiting", "in flight",
     )  # fmt: skip
     whole = schedule.timing.pipeline
     for stage in report["stages"][:SHOWN]:
@@ -176,8 +167,8 @@ def _show(schedule: Schedule, report: dict[str, Any], console: Any, shared: int)
     )
     if shared:
         console.print(
-            "The graph gives every rank a core of its own; the plan's formula counts that they "
-            f"share {shared}."
+            "The graph assumes a core for each rank; the plan's formula accounts for the "
+            f"{shared} cores they share."
         )
     console.print(
         f"Bounds: busiest stage {report['resource_bound_seconds']:.4f} s, "
@@ -186,14 +177,15 @@ def _show(schedule: Schedule, report: dict[str, Any], console: Any, shared: int)
 
 
 def _measured(path: Path, schedule: Schedule) -> list[dict[str, Any]]:
-    """A run's events, to lie under the predicted ones; says how long its step took.
+    """A run's events, to show beside the predicted ones; prints how long its step took.
 
     Raises:
-        ConfigError: it is no trace, or one of another layout.
+        ConfigError: it is not a trace, or one of another layout.
     """
-    from moe_train.planner.schedule import chrome
+    from moe_train.planner.schedule.trace import measured_beside
+    from moe_train.run_folder.trace_events import duration, read_trace
 
-    events, facts = chrome.read_trace("--beside", path)
+    events, facts = read_trace("--beside", path)
     layout = schedule.layout.tag
     if facts.get("layout", layout) != layout:
         raise ConfigError(
@@ -201,32 +193,33 @@ def _measured(path: Path, schedule: Schedule) -> list[dict[str, Any]]:
             f"{path} was measured in layout {facts['layout']}, this schedule is of {layout}",
             "give the run's own overrides",
         )
-    real, guess = chrome.duration(events), schedule.timing.step
-    print(f"Measured: {real:.4f} s; the schedule predicts {guess:.4f} s ({guess / real - 1:+.0%})")
-    return list(chrome.measured_beside(events))
+    measured, predicted = duration(events), schedule.timing.step
+    print(
+        f"Measured: {measured:.4f} s; the schedule predicts {predicted:.4f} s "
+        f"({predicted / measured - 1:+.0%})"
+    )
+    return list(measured_beside(events))
 
 
-def _write(asked: argparse.Namespace, schedule: Schedule, report: dict[str, Any]) -> None:
-    from moe_train.planner.schedule import chrome
-    from moe_train.planner.schedule.export import write_graph
-    from moe_train.planner.schedule.figure import draw
+def _write(args: argparse.Namespace, schedule: Schedule, report: dict[str, Any]) -> None:
+    from moe_train.parallel.layout import ranges
+    from moe_train.planner.schedule.export import draw, write_graph
+    from moe_train.planner.schedule.trace import predicted_events
+    from moe_train.run_folder.trace_events import trace_text
 
-    if asked.dag:
-        write_graph(schedule.graph, asked.dag)
-        print(f"written to {asked.dag}")
-    if asked.trace:
-        block = schedule.layout.ranks_per_stage
-        ranks = [
-            f"{stage * block}-{(stage + 1) * block - 1}" if block > 1 else str(stage)
-            for stage in range(schedule.layout.pipeline)
-        ]
-        events = list(chrome.predicted_events(schedule.graph, ranks))
-        if asked.beside:
-            events += _measured(asked.beside, schedule)
+    if args.dag:
+        write_graph(schedule.graph, args.dag)
+        print(f"written to {args.dag}")
+    if args.trace:
+        layout = schedule.layout
+        ranks = [ranges(list(layout.stage_ranks(stage))) for stage in range(layout.pipeline)]
+        events = list(predicted_events(schedule.graph, ranks))
+        if args.beside:
+            events += _measured(args.beside, schedule)
         facts = {"kind": schedule.kind, "layout": schedule.layout.tag, "source": "predicted"}
-        write_text("--trace", asked.trace, chrome.trace_text(events, facts))
-    if asked.figure:
-        draw(schedule, asked.figure)
-        print(f"written to {asked.figure}")
-    if asked.json:
-        write_text("--json", asked.json, json.dumps(report, indent=1) + "\n")
+        write_text("--trace", args.trace, trace_text(events, facts))
+    if args.figure:
+        draw(schedule, args.figure)
+        print(f"written to {args.figure}")
+    if args.json:
+        write_text("--json", args.json, json.dumps(report, indent=1) + "\n")

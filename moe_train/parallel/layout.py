@@ -53,6 +53,17 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
+def ranges(numbers: list[int], separator: str = ",") -> str:
+    """Ascending numbers as text: ``1-4`` or ``1-2,9-10``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return separator.join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
 class DenseCoordinates(NamedTuple):
     """Position of a rank in the dense grid."""
 

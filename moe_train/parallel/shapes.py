@@ -28,12 +28,12 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan cannot know and therefore takes as given.
+    """Inputs of a plan that a config does not hold.
 
     Args:
         imbalance: rows of the busiest rank's experts over the average (1: even routing).
         fragmentation: share of the peak that the allocator wastes.
-        fused: kernels of TransformerEngine (an accelerator) or torch's own (the host).
+        fused: kernels of TransformerEngine or torch's own.
     """
 
     imbalance: float = 1.0
@@ -43,7 +43,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Shapes:
-    """See the module's letters; counts of tokens, widths of a rank."""
+    """Counts of tokens and widths of a rank, in the letters of the module's docstring."""
 
     T: int
     N: int
@@ -64,6 +64,7 @@ class Shapes:
     x: int
     local_experts: int
     fused: bool
+    span: bool
 
     @property
     def packed_row(self) -> int:
@@ -114,4 +115,5 @@ def shapes(config: Config, layout: Layout, vocab: int, assumptions: Assumptions)
         x=layout.expert_tensor,
         local_experts=model.experts // layout.expert,
         fused=assumptions.fused,
+        span=layout.span,
     )

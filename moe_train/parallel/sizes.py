@@ -140,3 +140,17 @@ def nearest_layouts(config: Config, wanted: Layout, count: int = 4) -> list[Layo
         return sum(abs(math.log2(a / b)) for a, b in pairs), -one.expert
 
     return sorted(candidates, key=distance)[:count]
+
+
+DEFAULT_WORLD = 8
+"""Ranks that ``parallel.auto`` is planned for where none are given."""
+
+
+def natural_world(config: Config) -> int:
+    """Ranks that the sizes of `config` need; with ``parallel.auto`` a multiple of 8."""
+    sizes = config.parallel
+    stages = sizes.pipeline or 1
+    dense = (sizes.tensor or 1) * (sizes.context or 1) * stages
+    expert = (sizes.expert or 1) * (1 if sizes.placement == "span" else stages)
+    needed = math.lcm(dense, expert * (sizes.expert_tensor or 1))
+    return math.lcm(needed, DEFAULT_WORLD) if sizes.auto else needed

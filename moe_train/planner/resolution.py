@@ -19,7 +19,7 @@ from moe_train.planner.machine.experiment import (
     resolve_layout_and_batch,
 )
 from moe_train.planner.machine.profiles import unknown_device_warning
-from moe_train.planner.memory.fit import launch_fault, unpriced
+from moe_train.planner.memory.fit import launch_fault, unmodelled_overrides
 from moe_train.planner.search import resolve
 
 Composed = tuple[Config, list[ConfigError]]
@@ -82,13 +82,13 @@ def resolve_launch(
     notes = [*facts.notes, *per_rank_options(run.config, run.layout).values()]
     if facts.kind != "cpu":
         notes += filter(None, [unknown_device_warning(run.config.hardware)])
-        fault = launch_fault(run.config, run.layout, facts)
+        fault = launch_fault(run, facts)
         if fault is not None:
-            if not (uncounted := unpriced(run.config)):
+            if not (unmodelled := unmodelled_overrides(run.config)):
                 raise fault
             notes.append(
                 f"{fault}\n    continuing: the memory estimate does not cover "
-                f"{', '.join(uncounted)}"
+                f"{', '.join(unmodelled)}"
             )
     return run.with_notes(notes)
 

@@ -10,7 +10,8 @@ from moe_train.parallel.layout import Layout
 from moe_train.parallel.sizes import layout_of, legal_layouts, reference_layout, with_layout
 from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.cost.timing import step_time
-from moe_train.planner.memory.fit import assumptions_of, fits
+from moe_train.planner.memory.fit import fits
+from moe_train.planner.plan import Plan, assumptions_of
 
 
 def ranked(config: Config, layouts: Sequence[Layout]) -> list[Layout]:
@@ -19,13 +20,13 @@ def ranked(config: Config, layouts: Sequence[Layout]) -> list[Layout]:
     Tokens and not steps: without ``batch.global`` more replicas mean larger steps. Equal
     predictions stay in order.
     """
-    vocab, _ = vocabulary(config)
+    vocab = vocabulary(config)[0]
 
     def cost(layout: Layout) -> tuple[bool, float]:
         chosen = with_layout(config, layout)
-        assumptions = assumptions_of(chosen)
-        time = step_time(chosen, layout, vocab, assumptions)
-        return not fits(chosen, layout, vocab, assumptions), time.step / time.tokens
+        plan = Plan(chosen, layout, vocab, assumptions=assumptions_of(chosen))
+        time = step_time(plan)
+        return not fits(plan), time.step / time.tokens
 
     return sorted(layouts, key=cost)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_train.errors import DeviceMemoryError, MemoryFault
-from moe_train.planner.memory.fit import assumptions_of, lighter
-from moe_train.planner.memory.stages import GB, stage_memory
+from moe_train.planner.estimate import GB, estimate
 
 if TYPE_CHECKING:
     from moe_train.parallel.resolved import ResolvedRun
@@ -26,14 +25,10 @@ def explain(error: MemoryFault, run: ResolvedRun) -> MemoryFault:
         or "the plan has" in error.problem
     ):
         return error
-    config, layout, vocab = run.config, run.layout, run.vocab
-    stage = layout.coordinates(int(number)).dense.pp
-    assumptions = assumptions_of(config)
-    need = stage_memory(config, layout, vocab, stage, assumptions)
-    fixes = [
-        f"{overrides} (planned: {size / GB:.1f} GB)"
-        for overrides, size in lighter(config, layout, vocab, assumptions)
-    ]
+    stage = run.layout.coordinates(int(number)).dense.pp
+    plan = estimate(run)
+    need = plan.memory[stage]
+    fixes = [f"{overrides} (planned: {size / GB:.1f} GB)" for overrides, size in plan.lighter()]
     return DeviceMemoryError(
         error.field,
         f"{error.problem}; the plan has {need.total / GB:.1f} GB for stage {stage} at its peak "

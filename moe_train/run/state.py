@@ -62,12 +62,12 @@ class RunState(Callback):
         Args:
             kernels: the kernel set, once it is chosen.
         """
-        from moe_train.planner.report.plan_report import plan_report
+        from moe_train.planner.estimate import estimate
 
         folder = self.folder
         assert folder is not None
         folder.write_config(to_mapping(run.config))
-        report = plan_report(run.config, run.layout, kernels=kernels)
+        report = estimate(run).report(kernels)
         write_atomically(folder.plan, json.dumps(report, indent=1) + "\n")
         write_status(folder.status, "running", self.step)
         self.owns_folder = True

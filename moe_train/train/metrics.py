@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_train.parallel.flops import mfu
-from moe_train.planner.cost.compute import peak_flops
+from moe_train.planner.estimate import peak_flops
 
 if TYPE_CHECKING:
     from moe_train.config.root import Config

@@ -28,8 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from moe_train.planner.schedule.chrome import Event
-from moe_train.planner.schedule.chrome import span as trace_event
+from moe_train.run_folder.trace_events import Event, trace_event
 
 GROUP_CATEGORIES = {
     "ep": "exchange", "mp": "exchange", "tp_ep": "exchange", "expt_tp": "tensor", "tp": "tensor",

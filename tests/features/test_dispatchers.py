@@ -13,7 +13,7 @@ from moe_train.parallel.sizes import layout_of
 from moe_train.planner.cost.calls import OPERATIONS
 from moe_train.planner.cost.timing import step_time
 from moe_train.planner.legality import check
-from moe_train.planner.memory.fit import assumptions_of
+from moe_train.planner.plan import Plan, assumptions_of
 from moe_train.testing import layouts
 from moe_train.testing.compare import compare
 from moe_train.testing.layouts import Runs
@@ -38,7 +38,9 @@ def test_descriptor_is_legal_and_planned(name: str) -> None:
     layout = layout_of(config, 8)
     free = dataclasses.replace(layout, expert=1)
     with_exchange, without = (
-        step_time(config, each, 50_304, assumptions_of(config, 1.0)).layer.exchange.forward
+        step_time(
+            Plan(config, each, 50_304, assumptions=assumptions_of(config))
+        ).layer.exchange.forward
         for each in (layout, free)
     )
     # TP2 gathers tokens over tp_ep even with EP=1.

@@ -9,9 +9,9 @@ import pytest
 from moe_train.config.compose import collect
 from moe_train.config.root import Config
 from moe_train.features.schedules import SCHEDULES, Pipeline, PipelineSchedule, most_held
-from moe_train.parallel.shapes import Assumptions
 from moe_train.parallel.sizes import layout_of
 from moe_train.planner.legality import check
+from moe_train.planner.plan import Plan
 from moe_train.planner.schedule.schedule import build_schedule
 from moe_train.testing import layouts
 from moe_train.testing.compare import same_bits
@@ -36,7 +36,7 @@ def test_descriptor_is_complete(one: PipelineSchedule) -> None:
         assert [most_held(one.order(sizes, stage)) for stage in range(4)] == held
     config, _ = small(one)
     layout = layout_of(config, 2)
-    drawn = build_schedule(config, layout, 512, Assumptions(), one.name)
+    drawn = build_schedule(Plan(config, layout, 512), one.name)
     assert drawn.kind == one.name and max(drawn.held) <= max(held) and drawn.timing.step > 0
 
 
@@ -58,7 +58,7 @@ def test_memory_follows_the_schedule() -> None:
         if one.fits(chunks=1, span=False):
             parallel = dataclasses.replace(config.parallel, schedule=name)
             changed = dataclasses.replace(config, parallel=parallel)
-            memory = stage_memory(changed, layout, 512, 1, Assumptions())
+            memory = stage_memory(Plan(changed, layout, 512), 1)
             count = changed.batch.microbatches * changed.batch.accumulation
             assert memory.held == one.in_flight(Pipeline(2, count), 1)
 

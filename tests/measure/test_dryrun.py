@@ -14,6 +14,7 @@ from moe_train.measure.dryrun.prepare import enough_microbatches
 from moe_train.measure.dryrun.report import ALLOWED
 from moe_train.parallel.shapes import Assumptions
 from moe_train.planner.memory.stages import stage_memory
+from moe_train.planner.plan import Plan
 from moe_train.planner.resolution import resolve_run
 from moe_train.testing.layouts import (
     DP2,
@@ -89,7 +90,7 @@ def hold_to_real(words: list[str], world: int) -> None:
         assert ours[3] - state == pytest.approx(theirs[3] - state, rel=0.05), rank
         taken = Assumptions(fused=False, fragmentation=0.0)
         stage = layout.coordinates(rank).dense.pp
-        plan = stage_memory(config, layout, VOCAB, stage, taken)
+        plan = stage_memory(Plan(config, layout, VOCAB, assumptions=taken), stage)
         assert plan.allocated == pytest.approx(ours[3], rel=0.05), (rank, plan.peak.name)
 
 
@@ -204,7 +205,7 @@ def updates(rank: int, one: int) -> list[list[int]]:
 @pytest.mark.world
 def test_the_update_of_the_30b_adds_less_than_a_gigabyte() -> None:
     from moe_train.backend.torch_kernels.adam import TorchAdam
-    from moe_train.planner.memory.update import SCRATCH_BYTES
+    from moe_train.planner.memory.stages import SCRATCH_BYTES
 
     assert TorchAdam.scratch_bytes == SCRATCH_BYTES
     [span, stage] = run_world(updates, 1)[0]
@@ -224,7 +225,9 @@ def test_gradients_that_are_copied_whole_are_the_peak() -> None:
     assert rank[4] == "optimizer update"
     run = resolve_run(words, 1)
     config, layout = run.config, run.layout
-    plan = stage_memory(config, layout, VOCAB, 0, Assumptions(fused=False, fragmentation=0.0))
+    plan = stage_memory(
+        Plan(config, layout, VOCAB, assumptions=Assumptions(fused=False, fragmentation=0.0)), 0
+    )
     assert plan.peak.name == "optimizer update"
     assert plan.allocated == pytest.approx(rank[3], rel=0.05)
 

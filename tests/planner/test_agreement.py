@@ -10,11 +10,9 @@ import pytest
 
 from moe_train.config.schema import to_mapping, with_values
 from moe_train.errors import ConfigError
-from moe_train.parallel.sizes import layout_of
-from moe_train.parallel.vocabulary import vocabulary
+from moe_train.parallel.resolved import resolved_run
+from moe_train.planner.estimate import estimate
 from moe_train.planner.legality import check
-from moe_train.planner.memory.fit import assumptions_of, memory_fault
-from moe_train.planner.report.plan_report import plan_report
 from moe_train.planner.search import resolve
 from moe_train.testing.world import run_world
 from tests.support.draws import base, draw
@@ -66,9 +64,8 @@ def never_crashes(number: int, seed: int) -> Counter[str]:
         if faults:
             outcomes["refused"] += 1
             continue
-        layout, assumptions = layout_of(config, world), assumptions_of(config)
-        report = plan_report(config, layout, assumptions)
-        fault = memory_fault(config, layout, vocabulary(config)[0], assumptions)
+        plan = estimate(resolved_run(config, world))
+        report, fault = plan.report(), plan.memory_fault
         assert report["parameters"]["total"] > 0
         outcomes["accepted" if fault is None else "too large"] += 1
     return outcomes

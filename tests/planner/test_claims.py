@@ -13,14 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.cli import main
-from moe_train.commands.claims import open_subject
 from moe_train.errors import ConfigError
 from moe_train.parallel.shapes import Assumptions
+from moe_train.planner.claims.comparisons import interleaved
 from moe_train.planner.claims.document import Claim, Document, Section, find, load
-from moe_train.planner.claims.judgements import interleaved
-from moe_train.planner.claims.report import as_data, as_markdown
-from moe_train.planner.claims.solve import solve
-from moe_train.planner.claims.subject import QUANTITIES, Subject
+from moe_train.planner.claims.quantities import QUANTITIES
+from moe_train.planner.claims.report import as_data, as_markdown, open_plan
 from moe_train.planner.claims.verdicts import (
     CONDITIONAL,
     CONFIRMED,
@@ -28,7 +26,9 @@ from moe_train.planner.claims.verdicts import (
     REFUTED,
     Verdict,
     judge,
+    solve,
 )
+from moe_train.planner.estimate import Estimate
 from moe_train.planner.resolution import resolve_run
 
 CONFIRMED_IDS = [
@@ -68,8 +68,8 @@ def document() -> Document:
 
 
 @pytest.fixture(scope="module")
-def judged(document: Document) -> tuple[Subject, dict[str, Verdict]]:
-    subject, verdicts = open_subject(document, [], 8, Assumptions())
+def judged(document: Document) -> tuple[Estimate, dict[str, Verdict]]:
+    subject, verdicts = open_plan(document, [], 8, Assumptions())
     return subject, {verdict.claim.id: verdict for verdict in verdicts}
 
 
@@ -79,21 +79,21 @@ def test_every_verdict_has_its_expectation(document: Document) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIRMED_IDS)
-def test_confirmed(judged: tuple[Subject, dict[str, Verdict]], name: str) -> None:
+def test_confirmed(judged: tuple[Estimate, dict[str, Verdict]], name: str) -> None:
     verdict = judged[1][name]
     assert verdict.kind == CONFIRMED, verdict
     assert verdict.claim.about or verdict.claim.holds(verdict.value or 0.0)
 
 
 @pytest.mark.parametrize("name", REFUTED_IDS)
-def test_refuted(judged: tuple[Subject, dict[str, Verdict]], name: str) -> None:
+def test_refuted(judged: tuple[Estimate, dict[str, Verdict]], name: str) -> None:
     verdict = judged[1][name]
     assert verdict.kind == REFUTED, verdict
     assert verdict.value is None or not verdict.claim.holds(verdict.value)
 
 
 @pytest.mark.parametrize(("name", "word"), CONDITIONS.items())
-def test_true_only_if(judged: tuple[Subject, dict[str, Verdict]], name: str, word: str) -> None:
+def test_true_only_if(judged: tuple[Estimate, dict[str, Verdict]], name: str, word: str) -> None:
     verdict = judged[1][name]
     assert verdict.kind == CONDITIONAL, verdict
     assert word in verdict.condition
@@ -101,7 +101,7 @@ def test_true_only_if(judged: tuple[Subject, dict[str, Verdict]], name: str, wor
 
 @pytest.mark.parametrize(("name", "others"), CONTRADICTIONS.items())
 def test_contradictions(
-    judged: tuple[Subject, dict[str, Verdict]], name: str, others: tuple[str, ...]
+    judged: tuple[Estimate, dict[str, Verdict]], name: str, others: tuple[str, ...]
 ) -> None:
     verdict = judged[1][name]
     assert verdict.kind == CONTRADICTS, verdict
@@ -109,7 +109,7 @@ def test_contradictions(
     assert verdict.condition, "what it would take is said, too"
 
 
-def test_memory_of_the_document_is_explained(judged: tuple[Subject, dict[str, Verdict]]) -> None:
+def test_memory_of_the_document_is_explained(judged: tuple[Estimate, dict[str, Verdict]]) -> None:
     """17.7 GB: no optimizer state. 45 GB: 12 bytes a parameter. 18 bytes would not fit."""
     assert "no optimizer" in judged[1]["1.5"].condition
     assert judged[1]["6.3"].shown["memory.plain_adam_gb"] == pytest.approx(68.7, abs=0.05)
@@ -117,7 +117,7 @@ def test_memory_of_the_document_is_explained(judged: tuple[Subject, dict[str, Ve
 
 @pytest.mark.parametrize("name", ["6.1", "6.2"])
 def test_solved_conditions_hold_at_their_edges_and_not_beyond(
-    judged: tuple[Subject, dict[str, Verdict]], document: Document, name: str
+    judged: tuple[Estimate, dict[str, Verdict]], document: Document, name: str
 ) -> None:
     verdict = judged[1][name]
     words = verdict.condition.replace(",", "").split()
@@ -127,13 +127,12 @@ def test_solved_conditions_hold_at_their_edges_and_not_beyond(
         micro = max(round(4096 / sequence), 1) if verdict.claim.hold_tokens else 1
         overrides = [*document.overrides, f"data.sequence={sequence}", f"batch.micro={micro}"]
         run = resolve_run(overrides, 8)
-        config, layout = run.config, run.layout
-        value = QUANTITIES[verdict.claim.quantity].compute(Subject(config, layout, Assumptions()))
+        value = QUANTITIES[verdict.claim.quantity].compute(Estimate.of(run, Assumptions()))
         assert verdict.claim.holds(value) == holds, (sequence, value)
 
 
 def test_the_two_memory_figures_are_near_what_is_computed(
-    judged: tuple[Subject, dict[str, Verdict]],
+    judged: tuple[Estimate, dict[str, Verdict]],
 ) -> None:
     """17.7 GB within 6 %, 45 GB within 5 %: the widths that the claims file allows."""
     tolerances = {name: judged[1][name].claim.tolerance for name in ("1.5", "1.6", "6.3", "6.4")}
@@ -141,7 +140,7 @@ def test_the_two_memory_figures_are_near_what_is_computed(
 
 
 def test_schedules_are_compared_with_their_equals(
-    judged: tuple[Subject, dict[str, Verdict]],
+    judged: tuple[Estimate, dict[str, Verdict]],
 ) -> None:
     """Interleaved against plain 1F1B with experts in the same place, both within memory."""
     schedules = interleaved(judged[0])
@@ -151,39 +150,38 @@ def test_schedules_are_compared_with_their_equals(
     assert len(sizes) == 1
     assert not sizes.pop().span
     for one in schedules:
-        assert one.fullest.total <= 64e9
+        assert one.worst.total <= 64e9
     best = min(schedules, key=lambda one: one.time.step)
     assert judged[1]["2.11"].value == pytest.approx(1 - best.time.step / schedules[0].time.step)
     assert best.layout.overrides()[2] in judged[1]["2.11"].reason
 
 
 def test_the_faster_layout_is_named_and_is_faster(
-    judged: tuple[Subject, dict[str, Verdict]], document: Document
+    judged: tuple[Estimate, dict[str, Verdict]], document: Document
 ) -> None:
     subject, by_id = judged
     words = by_id["8.6"].reason.partition("(")[2].partition(")")[0].split()
     assert len(words) == 5
     run = resolve_run([*document.overrides, *words], 8)
-    config, layout = run.config, run.layout
-    faster = Subject(config, layout, subject.assumptions)
-    assert faster.fullest.total <= 64e9
+    faster = Estimate.of(run, subject.assumptions)
+    assert faster.worst.total <= 64e9
     assert faster.time.sequences == subject.time.sequences
     gain = 1 - subject.time.tokens_per_second / faster.time.tokens_per_second
     assert by_id["8.6"].value == pytest.approx(gain)
 
 
-def test_a_solved_condition_fits_the_device(judged: tuple[Subject, dict[str, Verdict]]) -> None:
+def test_a_solved_condition_fits_the_device(judged: tuple[Estimate, dict[str, Verdict]]) -> None:
     """MFU rises with length only as far as activations fit."""
     reason = judged[1]["6.5"].reason
     longest = int(reason.rpartition("=")[2])
     subject = judged[0]
     data = replace(subject.config.data, sequence=longest)
-    assert subject.changed(replace(subject.config, data=data)).fullest.total <= 64e9
+    assert subject.under(replace(subject.config, data=data)).worst.total <= 64e9
     assert longest < 131072
 
 
 def test_another_machine_gives_other_verdicts(document: Document) -> None:
-    _, verdicts = open_subject(document, ["hardware=h200_141gb"], 8, Assumptions())
+    _, verdicts = open_plan(document, ["hardware=h200_141gb"], 8, Assumptions())
     found = {verdict.claim.id: verdict for verdict in verdicts}
     assert found["5.7"].kind == CONFIRMED  # 8 devices a node
     assert found["1.4"].kind == REFUTED  # 8 x 141 GB
@@ -251,13 +249,11 @@ def _document(*claims: Claim) -> Document:
 
 def _judge(*claims: Claim) -> list[Verdict]:
     run = resolve_run(["experiment=moe_30b_8x64gb"], 8)
-    config, layout = run.config, run.layout
-    subject = Subject(config, layout, Assumptions())
+    subject = Estimate.of(run, Assumptions())
 
-    def replan(words: Sequence[str]) -> Subject:
+    def replan(words: Sequence[str]) -> Estimate:
         run = resolve_run(["experiment=moe_30b_8x64gb", *words], 8)
-        changed, one = run.config, run.layout
-        return Subject(changed, one, Assumptions())
+        return Estimate.of(run, Assumptions())
 
     return judge(_document(*claims), subject, replan)
 
@@ -287,7 +283,7 @@ def test_what_a_claim_takes_for_granted_is_its_condition() -> None:
     wrong = Claim("2", "", quantity="parallel.tensor", equals=4, provided="links hold")
     verdicts = _judge(granted, wrong)
     assert [verdict.kind for verdict in verdicts] == [CONDITIONAL, REFUTED]
-    assert verdicts[0].words == "true only if links hold"
+    assert verdicts[0].text == "true only if links hold"
 
 
 def test_an_illegal_condition_is_no_condition() -> None:
@@ -296,7 +292,7 @@ def test_an_illegal_condition_is_no_condition() -> None:
 
 
 def test_reports_have_the_documents_sections(
-    document: Document, judged: tuple[Subject, dict[str, Verdict]]
+    document: Document, judged: tuple[Estimate, dict[str, Verdict]]
 ) -> None:
     subject, by_id = judged
     verdicts = [by_id[claim.id] for claim in document.claims]

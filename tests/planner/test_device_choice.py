@@ -13,9 +13,9 @@ from moe_train.config.compose import compose, config_dir, group_options
 from moe_train.config.hardware import MachineFacts
 from moe_train.errors import ConfigError
 from moe_train.parallel.resolved import ResolvedRun
+from moe_train.planner.estimate import estimate
 from moe_train.planner.machine.experiment import CANDIDATES, SHARE, choose_experiment
 from moe_train.planner.machine.profiles import UNKNOWN, profile_of
-from moe_train.planner.report.plan_report import plan_report
 from moe_train.run.resolution import resolve_on_devices
 from moe_train.train.metrics import device_peak
 from tests.support.devices import A100, H100, node, on, outcome, sensible, tables
@@ -80,9 +80,8 @@ def test_mfu_is_of_the_device_s_own_profile() -> None:
     a100 = resolve_on_devices([], tables((4, node(4, A100)))).config
     assert device_peak(a100) == 312e12
     run = resolve_on_devices([], tables((1, node(1, ("NVIDIA Z9", 90.0)))))
-    unknown, layout = run.config, run.layout
-    assert device_peak(unknown) == 0
-    report = plan_report(unknown, layout)
+    assert device_peak(run.config) == 0
+    report = estimate(run).report()
     assert report["time"]["mfu"] is None and report["hardware"]["device"] == "NVIDIA Z9"
     cpu = resolve_on_devices(["device=cpu"], tables((1, ()))).config
     assert device_peak(cpu) == 1e12 * cpu.hardware.peak_tflops["fp32"]

@@ -16,9 +16,9 @@ from moe_train.backend.cuda.probe import disagreement
 from moe_train.config import kernels as kernel_sets
 from moe_train.errors import ConfigError
 from moe_train.parallel.resolved import ResolvedRun
+from moe_train.planner.estimate import estimate
 from moe_train.planner.machine.devices import Place, decide_device
 from moe_train.planner.machine.profiles import UNKNOWN
-from moe_train.planner.report.plan_report import plan_report
 from moe_train.run.resolution import _unusable, resolve_on_devices
 from tests.support.devices import A100, H100, RTX, node, outcome, sensible, tables
 
@@ -274,7 +274,7 @@ def test_a_plan_prices_the_kernels_that_would_run(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(kernel_sets, "transformer_engine_installed", lambda i=installed: i)
         words = ["experiment=gpu_3b", f"backend.kernels={kernels}"]
         run = resolve_on_devices(words, seen)
-        report = plan_report(run.config, run.layout)
+        report = estimate(run).report()
         need[kernels, installed] = max(s["total_bytes"] for s in report["memory"]["stages"])
         taken = {"auto": "te" if installed else "torch"}.get(kernels, kernels)
         assert report["kernels"]["name"] == taken

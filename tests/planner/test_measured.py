@@ -16,7 +16,7 @@ from moe_train.config.hardware import HardwareConfig
 from moe_train.config.schema import from_mapping
 from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.cost.timing import step_time
-from moe_train.planner.memory.fit import assumptions_of
+from moe_train.planner.plan import Plan, assumptions_of
 from moe_train.planner.resolution import resolve_run
 from moe_train.testing import layouts
 from moe_train.testing.layouts import TWIN, Layout, Runs
@@ -85,7 +85,7 @@ def predicted(layout: Layout, hardware: Any) -> float:
     run = resolve_run(["device=cpu", *TWIN, *layout.overrides], layout.world)
     config, plan = replace(run.config, hardware=hardware), run.layout
     assumptions = assumptions_of(config, 1.0, 0.0)
-    return step_time(config, plan, vocabulary(config)[0], assumptions).step
+    return step_time(Plan(config, plan, vocabulary(config)[0], assumptions=assumptions)).step
 
 
 def test_predictions_are_near(found: dict[str, Times]) -> None:

@@ -16,17 +16,19 @@ from moe_train.parallel.layout import Layout
 from moe_train.parallel.optimizer_state import bytes_per_parameter, state_bytes, variants
 from moe_train.parallel.parameters import rank_parameters
 from moe_train.parallel.shapes import Assumptions, shapes
-from moe_train.planner.memory.fit import assumptions_of, memory_fault, memory_rows
+from moe_train.planner.memory.activations import total
+from moe_train.planner.memory.fit import memory_fault
 from moe_train.planner.memory.layers import INPUT_TWICE, whole_layer
 from moe_train.planner.memory.stages import StageMemory, plan_memory, worst
+from moe_train.planner.plan import Plan
+from moe_train.planner.report.costs import optimizer_rows
 from moe_train.planner.resolution import resolve_run
-from moe_train.planner.terms import total
 from moe_train.testing.world import run_world
 
-MISSION = ["experiment=moe_30b_8x64gb"]
-STAGE = [*MISSION, "parallel.placement=stage"]
+REFERENCE = ["experiment=moe_30b_8x64gb"]
+STAGE = [*REFERENCE, "parallel.placement=stage"]
 READINGS = {
-    "span": (MISSION, 8),
+    "span": (REFERENCE, 8),
     "EP2": ([*STAGE, "parallel.expert=2"], 8),
     "ETP2": ([*STAGE, "parallel.expert=1", "parallel.expert_tensor=2"], 8),
     "EP8": ([*STAGE, "parallel=tp2_ep8"], 8),
@@ -35,12 +37,16 @@ READINGS = {
 VOCAB = 50304
 
 
+def of(config: Config, layout: Layout, imbalance: float = 1.0) -> Plan:
+    return Plan(config, layout, VOCAB, assumptions=Assumptions(imbalance))
+
+
 @pytest.mark.parametrize(
     ("name", "each"),
     [("plain Adam", 18), ("distributed", 18), ("precision-aware", 12), ("offloaded", 16)],
 )
 def test_bytes_of_a_parameter(name: str, each: int) -> None:
-    run = resolve_run(MISSION, 8)
+    run = resolve_run(REFERENCE, 8)
     config, layout = run.config, run.layout
     changed, _ = variants(config)[name]
     assert bytes_per_parameter("bf16", changed.optim).total == each
@@ -50,9 +56,9 @@ def test_bytes_of_a_parameter(name: str, each: int) -> None:
 
 
 def test_variants_are_what_their_overrides_compose() -> None:
-    config = resolve_run(MISSION, 8).config
+    config = resolve_run(REFERENCE, 8).config
     for changed, words in variants(config).values():
-        pasted = compose([*MISSION, *words.split()]).optim
+        pasted = compose([*REFERENCE, *words.split()]).optim
         kept = ("distributed", "precision_aware", "moment_dtype", "offload")
         assert {k: getattr(pasted, k) for k in kept} == {k: getattr(changed.optim, k) for k in kept}
 
@@ -61,8 +67,8 @@ def test_the_two_figures_of_the_document() -> None:
     """About 17 GB without optimizer state, about 45 GB of state with it; plain Adam is too much."""
     run = resolve_run(READINGS["EP2"][0], 8)
     config, layout = run.config, run.layout
-    rows = {row["optimizer"]: row for row in memory_rows(config, layout, VOCAB, Assumptions())}
-    need = worst(plan_memory(config, layout, VOCAB, Assumptions()))
+    rows = {row["optimizer"]: row for row in optimizer_rows(of(config, layout))}
+    need = worst(plan_memory(of(config, layout)))
     assert 16e9 < need.without_optimizer < 18.5e9
     assert round(rows["precision-aware"]["state_bytes"] / 1e9, 1) == 45.8
     assert round(rows["plain Adam"]["state_bytes"] / 1e9, 1) == 68.7
@@ -90,13 +96,13 @@ def test_recomputation_orders_memory(name: str, fused: bool) -> None:
     for layers in ("none", "2-15", "all"):
         run = resolve_run([*words, f"recompute.layers={layers}"], world)
         config, layout = run.config, run.layout
-        needs.append(plan_memory(config, layout, VOCAB, Assumptions(fused=fused)))
+        needs.append(plan_memory(Plan(config, layout, VOCAB, assumptions=Assumptions(fused=fused))))
     for stages in zip(*needs, strict=True):
-        none, mission, every = (one.activations for one in stages)
-        assert none > mission
+        none, middle, every = (one.activations for one in stages)
+        assert none > middle
         # A layer recomputed while it is the last holds its output besides, and its dispatcher
         # the gradient of its input.
-        assert mission >= every - 2 * 4096 * 4608
+        assert middle >= every - 2 * 4096 * 4608
     assert worst(needs[0]).activations > 1.5 * worst(needs[2]).activations
 
 
@@ -129,31 +135,31 @@ def test_in_flight_never_exceeds_what_exists_and_falls_along_the_pipeline(
 @settings(deadline=None, max_examples=25)
 @given(imbalance=st.floats(1, 3), sequence=st.sampled_from([512, 2048, 8192]))
 def test_imbalance_and_length_cost_memory(imbalance: float, sequence: int) -> None:
-    config, layout = _mission()
+    config, layout = _reference()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence=sequence))
-    even = plan_memory(config, layout, VOCAB, Assumptions())[0]
-    skewed = plan_memory(config, layout, VOCAB, Assumptions(imbalance=imbalance))[0]
+    even = plan_memory(of(config, layout))[0]
+    skewed = plan_memory(of(config, layout, imbalance))[0]
     assert skewed.total >= even.total
     longer = dataclasses.replace(
         config, data=dataclasses.replace(config.data, sequence=2 * sequence)
     )
-    assert plan_memory(longer, layout, VOCAB, Assumptions())[0].activations > even.activations
+    assert plan_memory(of(longer, layout))[0].activations > even.activations
 
 
 _CACHE: list[tuple[Config, Layout]] = []
 
 
-def _mission() -> tuple[Config, Layout]:
+def _reference() -> tuple[Config, Layout]:
     if not _CACHE:
-        run = resolve_run(MISSION, 8)
+        run = resolve_run(REFERENCE, 8)
         _CACHE.append((run.config, run.layout))
     return _CACHE[0]
 
 
 def test_capacity_bounds_what_imbalance_adds() -> None:
-    run = resolve_run([*MISSION, "model.router.capacity_factor=1.25"], 8)
+    run = resolve_run([*REFERENCE, "model.router.capacity_factor=1.25"], 8)
     config, layout = run.config, run.layout
-    free, _ = _mission()
+    free, _ = _reference()
     wild = Assumptions(imbalance=4.0)
     unbounded = shapes(free, layout, VOCAB, wild).R
     assert pytest.approx(unbounded * 1.25 / 4) == shapes(config, layout, VOCAB, wild).R
@@ -165,21 +171,19 @@ def test_capacity_bounds_what_imbalance_adds() -> None:
 def test_a_plan_that_does_not_fit_is_refused(
     words: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", *MISSION, *words]) == code
+    assert main(["plan", *REFERENCE, *words]) == code
     told = capsys.readouterr().err
     assert ("optim=precision_aware" in told) == (code == 2)
 
 
 def test_named_remedies_fit_when_pasted() -> None:
-    run = resolve_run([*MISSION, "optim=adam"], 8)
-    config, layout = run.config, run.layout
-    fault = memory_fault(config, layout, VOCAB, assumptions_of(config))
+    run = resolve_run([*REFERENCE, "optim=adam"], 8)
+    fault = memory_fault(Plan.of(run))
     assert fault is not None and fault.exit_code == 2
     for line in fault.fix.split("\n"):
         words = line.strip().removeprefix("or ").partition(" (")[0].split()
-        run = resolve_run([*MISSION, "optim=adam", *words], 8)
-        fixed, one = run.config, run.layout
-        assert memory_fault(fixed, one, VOCAB, assumptions_of(fixed)) is None, words
+        run = resolve_run([*REFERENCE, "optim=adam", *words], 8)
+        assert memory_fault(Plan.of(run)) is None, words
 
 
 def test_a_cpu_is_only_warned(capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +212,7 @@ SMALL = [
     ],
 )  # fmt: skip
 def test_saved_bytes_equal_a_real_steps(words: list[str], world: int) -> None:
-    """What autograd really keeps at its peak, distinct storages counted."""
+    """What autograd really saves at its peak, distinct storages counted."""
     from tests.support.activations import peak_saved_bytes
 
     run = resolve_run([*SMALL, *words], world)
@@ -216,12 +220,12 @@ def test_saved_bytes_equal_a_real_steps(words: list[str], world: int) -> None:
     real = run_world(peak_saved_bytes, world, [*SMALL, *words])
     taken = Assumptions(fused=False)
     z = shapes(config, layout, 128, taken)
-    names = {INPUT_TWICE, *(term.name for term in whole_layer(z, span=layout.span))}
+    names = {INPUT_TWICE, *(term.name for term in whole_layer(z))}
     for rank in range(world):
         stage = layout.coordinates(rank).dense.pp
-        moments = plan_memory(config, layout, 128, taken)[stage].moments
+        moments = plan_memory(Plan(config, layout, 128, assumptions=taken))[stage].moments
         planned = max(
-            one.kept + total(term for term in one.buffers if term.name in names) for one in moments
+            one.saved + total(term for term in one.buffers if term.name in names) for one in moments
         )
         # Routing is not even, so a rank's experts see more or fewer rows than the average.
         assert planned == pytest.approx(real[rank][0], rel=0.03), (rank, planned, real[rank][0])

@@ -18,7 +18,7 @@ from moe_train.features.schedules import (
     most_held,
     span_bubble,
 )
-from moe_train.planner.schedule.clock import run_clock
+from moe_train.planner.schedule.graph import time_graph
 from moe_train.planner.schedule.piped import piped_graph
 from moe_train.planner.schedule.spanning import span_graph
 from moe_train.planner.schedule.work import Ends, Piece, PipedWork, Place, SpanWork, total
@@ -61,7 +61,7 @@ def test_bubble_of_uniform_stages(
     stages: int, batches: int, forward: float, backward: float, kind: str
 ) -> None:
     graph = piped_graph(uniform(stages, batches, 1, forward, backward), kind, "stage")
-    timing = run_clock(graph)
+    timing = time_graph(graph)
     assert timing.bubble == pytest.approx((stages - 1) / (batches + stages - 1))
     assert timing.bubble == pytest.approx(bubble(stages, batches))
 
@@ -72,7 +72,7 @@ def test_bubble_of_interleaved_stages(stages: int, rounds: int, chunks: int, rat
     """With micro-batches in whole groups of P, as Megatron asks for."""
     batches = rounds * stages
     graph = piped_graph(uniform(stages, batches, chunks, 1.0, ratio), "interleaved", "stage")
-    found = run_clock(graph).bubble
+    found = time_graph(graph).bubble
     assert found == pytest.approx((stages - 1) / (chunks * batches + stages - 1))
     assert found == pytest.approx(bubble(stages, batches, chunks))
 
@@ -84,13 +84,13 @@ def test_bubble_of_spanning_stages(
 ) -> None:
     """Dense work waits as in 1F1B; experts never do."""
     work = spanning(stages, batches, layers, dense, experts)
-    found = run_clock(span_graph(work, "stage")).bubble
+    found = time_graph(span_graph(work, "stage")).bubble
     assert found == pytest.approx(span_bubble(stages, batches, 3 * dense, 3 * experts), abs=1e-9)
-    layered = run_clock(span_graph(work, "layer")).bubble
+    layered = time_graph(span_graph(work, "layer")).bubble
     assert layered == pytest.approx(found, abs=1e-9)
-    pure = run_clock(span_graph(spanning(stages, batches, layers, 1.0, 0.0), "layer")).bubble
+    pure = time_graph(span_graph(spanning(stages, batches, layers, 1.0, 0.0), "layer")).bubble
     assert pure == pytest.approx(bubble(stages, batches))
-    assert run_clock(span_graph(spanning(stages, batches, layers, 0.0, 1.0), "layer")).bubble == (
+    assert time_graph(span_graph(spanning(stages, batches, layers, 0.0, 1.0), "layer")).bubble == (
         pytest.approx(0.0, abs=1e-9)
     )
 
@@ -138,7 +138,7 @@ def random_span(draw: st.DrawFn) -> SpanWork:
 def check_times(graph: Any) -> None:
     """Bounds and exclusivity, counted apart from the clock."""
     assert nx.is_directed_acyclic_graph(graph)
-    timing = run_clock(graph)
+    timing = time_graph(graph)
     nodes = dict(graph.nodes(data=True))
     stages = max(facts["stage"] for facts in nodes.values()) + 1
     lanes: dict[int, list[tuple[float, float]]] = {stage: [] for stage in range(stages)}
@@ -186,8 +186,8 @@ def test_spanning_never_below_its_bounds(work: SpanWork, detail: str) -> None:
 @settings(deadline=None, max_examples=30)
 @given(random_piped())
 def test_detail_does_not_change_the_time(drawn: tuple[PipedWork, str]) -> None:
-    by_stage = run_clock(piped_graph(*drawn, "stage"))
-    by_layer = run_clock(piped_graph(*drawn, "layer"))
+    by_stage = time_graph(piped_graph(*drawn, "stage"))
+    by_layer = time_graph(piped_graph(*drawn, "layer"))
     assert by_layer.step == pytest.approx(by_stage.step)
     assert by_layer.bubble == pytest.approx(by_stage.bubble, abs=1e-9)
 
@@ -199,8 +199,8 @@ def test_lockstep_of_layers_costs_no_less_than_that_of_halves(work: SpanWork) ->
     messages) may overlap with the next half when looked at by layer."""
     outside = total(work.embedding) + total(work.head) + 2 * work.ends.messages[0].seconds
     halves = work.microbatches + work.stages
-    by_stage = run_clock(span_graph(work, "stage")).step
-    by_layer = run_clock(span_graph(work, "layer")).step
+    by_stage = time_graph(span_graph(work, "stage")).step
+    by_layer = time_graph(span_graph(work, "layer")).step
     assert by_layer >= by_stage - halves * outside - 1e-9 * (1 + by_stage)
 
 
@@ -209,7 +209,7 @@ def test_lockstep_of_layers_costs_no_less_than_that_of_halves(work: SpanWork) ->
 def test_halves_do_not_overlap(work: SpanWork) -> None:
     """By stage, no stage begins a half before every stage has ended the one before."""
     graph = span_graph(work, "stage")
-    run_clock(graph)
+    time_graph(graph)
     halves: dict[tuple[int, bool], list[tuple[float, float]]] = {}
     for name, facts in graph.nodes(data=True):
         if facts["tick"] >= 0:

@@ -15,13 +15,12 @@ from moe_train.errors import ConfigError
 from moe_train.features.schedules import SCHEDULES
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.shapes import shapes
-from moe_train.planner.cost.timing import layer_time
-from moe_train.planner.memory.fit import assumptions_of
+from moe_train.planner.cost.passes import layer_time
+from moe_train.planner.plan import Plan, assumptions_of
 from moe_train.planner.resolution import resolve_run
 from moe_train.planner.schedule.export import write_graph
-from moe_train.planner.schedule.pieces import LayerPieces
 from moe_train.planner.schedule.schedule import Schedule, build_schedule, choose_schedule
-from moe_train.planner.schedule.work import total
+from moe_train.planner.schedule.work import LayerPieces, total
 
 MISSION = ["experiment=moe_30b_8x64gb"]
 STAGE = [*MISSION, "parallel.placement=stage", "parallel.expert=2"]
@@ -35,7 +34,7 @@ def built(*words: str, detail: str = "stage", kind: str = "auto", world: int = 8
         run = resolve_run(list(words), world)
         config, layout = run.config, run.layout
         taken = assumptions_of(config)
-        _BUILT[key] = build_schedule(config, layout, VOCAB, taken, kind, detail)
+        _BUILT[key] = build_schedule(Plan(config, layout, VOCAB, assumptions=taken), kind, detail)
     return _BUILT[key]
 
 
@@ -71,11 +70,9 @@ def test_node_counts(words: list[str], world: int, pieces: int, dense: int, agai
 
 @pytest.mark.parametrize("words", [STAGE, MISSION, V2])
 def test_pieces_add_up_to_the_planners_layer(words: list[str]) -> None:
-    run = resolve_run(words, 8)
-    config, layout = run.config, run.layout
-    z = shapes(config, layout, VOCAB, assumptions_of(config))
-    layer = layer_time(config, layout, z)
-    pieces = LayerPieces(config, layout, z, layer)
+    plan = Plan.of(resolve_run(words, 8))
+    layer = layer_time(plan)
+    pieces = LayerPieces(plan, layer)
     assert total(pieces.whole(1)) == pytest.approx(layer.forward())
     for again in (False, True):
         back = pieces.whole_back(1, recomputed=again)
@@ -112,7 +109,7 @@ def test_nodes_and_edges_say_who_and_how_much() -> None:
     assert sent == {"kind": "activation", "bytes": z.N * z.H * z.b}
     back = graph.edges["B3@2/send", "B3@1/L8/again/gather"]
     assert back == {"kind": "gradient", "bytes": z.N * z.H * z.b}
-    assert graph.edges["F3@1/L8/combine", "B3@1/L8/again/gather"]["kind"] == "kept"
+    assert graph.edges["F3@1/L8/combine", "B3@1/L8/again/gather"]["kind"] == "saved"
     assert graph.edges["F3@1/L8/combine", "B3@1/L8/again/gather"]["bytes"] > 0
     assert graph.nodes["F3@1/L6/dispatch"]["bytes"] > graph.nodes["F3@1/L6/combine"]["bytes"] > 0
 

@@ -15,7 +15,8 @@ from moe_train import cli
 from moe_train.config.compose import compose
 from moe_train.errors import EXIT_CONFIG, ConfigFaults
 from moe_train.features.schedules import SCHEDULES, Pipeline, ticks
-from moe_train.planner.schedule.chrome import MEASURED, check_trace, span, trace_text
+from moe_train.planner.schedule.trace import MEASURED
+from moe_train.run_folder.trace_events import check_trace, trace_event, trace_text
 from moe_train.testing.layouts import SMALL
 from moe_train.testing.runs import Run, train_run
 
@@ -185,7 +186,7 @@ def test_another_layouts_trace_is_refused(
     assert not (tmp_path / "both.json").exists()
 
 
-GOOD = span("F0", "forward", 0.0, 1.0, 0, {})
+GOOD = trace_event("F0", "forward", 0.0, 1.0, 0, {})
 
 
 @given(

@@ -6,9 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from moe_train.config.root import Config
-from moe_train.planner.memory.fit import assumptions_of
-from moe_train.planner.report.plan_report import plan_report
+from moe_train.planner.estimate import estimate
 from moe_train.planner.resolution import resolve_run
 from tests.support.document import WRITE_DOCS
 
@@ -36,9 +34,7 @@ def seconds(machine: str, words: list[str], sequences: int) -> float:
     run = resolve_run(
         ["experiment=moe_30b_8x64gb", f"hardware={machine}", f"batch.global={sequences}", *words], 8
     )
-    config, layout = run.config, run.layout
-    assert isinstance(config, Config)
-    report = plan_report(config, layout, assumptions_of(config, 1.0, 0.05))
+    report = estimate(run).report()
     return float(report["time"]["step_seconds"])
 
 

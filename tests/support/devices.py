@@ -11,10 +11,9 @@ from moe_train.backend.cuda.devices import Gpu
 from moe_train.config.hardware import MachineFacts
 from moe_train.errors import EXIT_CONFIG, ConfigError
 from moe_train.parallel.resolved import ResolvedRun
-from moe_train.parallel.vocabulary import vocabulary
+from moe_train.planner.estimate import estimate
 from moe_train.planner.legality import check
 from moe_train.planner.machine.devices import Place, RankTable, decide_device
-from moe_train.planner.memory.fit import assumptions_of, fits
 from moe_train.planner.resolution import resolve_run
 
 H100 = ("NVIDIA H100 80GB HBM3", 85.5)
@@ -67,4 +66,4 @@ def sensible(plan: ResolvedRun, world: int, device: str) -> None:
     assert not check(config, world)
     if device != "cpu":
         assert config.hardware.kind == "accelerator"
-        assert fits(config, layout, vocabulary(config)[0], assumptions_of(config))
+        assert estimate(plan).fits

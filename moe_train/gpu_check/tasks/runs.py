@@ -26,10 +26,10 @@ def train(overrides: list[str]) -> int:
 
 def plan(overrides: list[str], world: int) -> dict[str, Any]:
     """``plan.json`` of a configuration, as a run on this machine would write it."""
-    from moe_train.planner.report.plan_report import plan_report
+    from moe_train.planner.estimate import estimate
 
     run = _resolved(overrides, world)
-    return plan_report(run.config, run.layout)
+    return estimate(run).report()
 
 
 def _resolved(overrides: list[str], world: int) -> ResolvedRun:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moe_train.parallel.resolved import ResolvedRun
 from moe_train.parallel.shapes import Assumptions
 from moe_train.planner.memory.stages import StageMemory, stage_memory
+from moe_train.planner.plan import Plan
 
 VERSION = 1
 """Of the report's fields."""
@@ -20,8 +21,8 @@ ALLOWED = 0.05
 
 def planned(run: ResolvedRun, stage: int, imbalance: float) -> StageMemory:
     """The closed form under the dry run's conditions: the host's kernels, no allowances."""
-    taken = Assumptions(imbalance=imbalance, fragmentation=0.0, fused=False)
-    return stage_memory(run.config, run.layout, run.vocab, stage, taken)
+    assumptions = Assumptions(imbalance=imbalance, fragmentation=0.0, fused=False)
+    return stage_memory(Plan.of(run, assumptions), stage)
 
 
 def difference(run: RankRun, plan: StageMemory) -> float:

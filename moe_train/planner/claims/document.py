@@ -7,10 +7,10 @@ sections:
     claims:
       - id: "1.3"
         text: what the document says
-        quantity: memory.total_gb     one of `moe_train.planner.claims.subject.QUANTITIES`
+        quantity: memory.total_gb     one of `moe_train.planner.claims.quantities.QUANTITIES`
         low: 17.6                     or `equals:` with an optional `tolerance:` (a share)
         high: 17.8
-        readings: [memory.without_optimizer_gb]    other quantities it may have meant
+        readings: [memory.without_optimizer_gb]    other quantities it may mean
         vary: data.sequence           integer key to solve for
         under: ["parallel.expert=2"]  overrides under which it may hold
         against: ["5.1"]              claims that such a condition may break
@@ -31,8 +31,7 @@ from moe_train.config.compose import config_dir
 from moe_train.config.files import read_yaml
 from moe_train.config.schema import nearest
 from moe_train.errors import ConfigError
-from moe_train.planner.claims import features, judgements, quantities  # noqa: F401  (register)
-from moe_train.planner.claims.subject import QUANTITIES
+from moe_train.planner.claims.quantities import QUANTITIES
 
 FIELD = "--claims"
 
@@ -109,7 +108,7 @@ def find(name: str) -> Path:
         if path.is_file():
             return path
     options = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml"))) or "none"
-    raise ConfigError(FIELD, f"there is no file {name}", f"give a path or a shipped set: {options}")
+    raise ConfigError(FIELD, f"no such file: {name}", f"give a path or a shipped set: {options}")
 
 
 def load(path: Path) -> Document:
@@ -150,10 +149,12 @@ def _claim(raw: dict[str, Any]) -> Claim:
         number = values.get(name, 0 if name == "tolerance" else None)
         optional = () if name == "tolerance" else (type(None),)
         if type(number) not in (int, float, *optional) or abs(number or 0) >= 1 << 63:
-            raise ConfigError(FIELD, f"claim {values['id']}: {name} is no number", "give a number")
+            raise ConfigError(
+                FIELD, f"claim {values['id']}: {name} must be a number", "give a number"
+            )
     for name in ("text", "quantity", "vary", "subject", "note"):
         if not isinstance(values.get(name), str | None):
-            raise ConfigError(FIELD, f"claim {values['id']}: {name} is no text", "give a text")
+            raise ConfigError(FIELD, f"claim {values['id']}: {name} must be text", "give text")
     claim = Claim(**values)
     for name in (claim.quantity, *claim.readings, *claim.shows):
         if name and name not in QUANTITIES:

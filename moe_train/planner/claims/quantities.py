@@ -1,114 +1,310 @@
-"""Counts, bytes and times that a claim can name, each one line of the plan."""
+"""`QUANTITIES`: every number that a claim can name, with its unit and its function of a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from moe_train.parallel.optimizer_state import variants
-from moe_train.parallel.parameters import model_parameters, rank_parameters
-from moe_train.planner.claims.subject import Subject, quantity
-from moe_train.planner.memory.fit import capacity
-from moe_train.planner.memory.stages import GB, StageMemory
+from moe_train.parallel.sizes import is_legal
+from moe_train.planner.claims import comparisons as compare
+from moe_train.planner.cost.links import group
+from moe_train.planner.estimate import GB, Estimate
+from moe_train.planner.memory.stages import StageMemory
 
 
-def _simple(name: str, unit: str, meaning: str, compute: Callable[[Subject], float]) -> None:
-    quantity(name, unit, meaning)(compute)
+@dataclass(frozen=True)
+class Quantity:
+    """A number of a plan: unit, meaning and function."""
+
+    unit: str
+    meaning: str
+    compute: Callable[[Estimate], float]
+    detail: Callable[[Estimate], str] | None = None
+    """The part of the plan that the number refers to (a layout's overrides, for example)."""
+
+    def describe(self, plan: Estimate) -> str:
+        """The meaning, with the detail in parentheses."""
+        detail = self.detail(plan) if self.detail else ""
+        return f"{self.meaning} ({detail})" if detail else self.meaning
+
+    def text(self, value: float) -> str:
+        """A value with its unit."""
+        if self.unit == "yes/no":
+            return "yes" if value else "no"
+        if self.unit.startswith("of "):
+            return f"{100 * value:.1f} % {self.unit}"
+        return f"{value:,.4g} {self.unit}" if abs(value) < 1e4 else f"{value:,.0f} {self.unit}"
 
 
-def _total(s: Subject) -> int:
-    return model_parameters(s.config.model, s.vocab).total
-
-
-def _modules(s: Subject) -> float:
-    held = rank_parameters(s.config.model, s.layout, 0, s.vocab)
-    return held.expert_modules
-
-
-def _saved(s: Subject, what: str) -> float:
-    before: float = getattr(s.recomputing("none").fullest, what)
-    after: float = getattr(s.fullest, what)
+def _saved(s: Estimate, what: str) -> float:
+    """Share of a stage's bytes that recomputation saves."""
+    without = s.under(replace(s.config, recompute=replace(s.config.recompute, layers="none")))
+    before: float = getattr(without.worst, what)
+    after: float = getattr(s.worst, what)
     return 1 - after / before
 
 
-def _plain(s: Subject) -> StageMemory:
-    return s.changed(variants(s.config)["plain Adam"][0]).fullest
+def _worst_with(s: Estimate, optimizer: str) -> StageMemory:
+    return s.under(variants(s.config)[optimizer][0]).worst
 
 
-def _precision_aware(s: Subject) -> StageMemory:
-    return s.changed(variants(s.config)["precision-aware"][0]).fullest
+def _layer_seconds(s: Estimate) -> float:
+    """Forward and backward, with recomputation where most layers have it."""
+    recomputed = 2 * len(s.config.recomputed_layers) > s.config.model.layers
+    return s.time.layer.forward() + s.time.layer.backward(recomputed=recomputed)
 
 
-_simple("model.parameters_billion", "B", "parameters of the model",
-        lambda s: _total(s) / 1e9)  # fmt: skip
-_simple("model.fp32_gb", "GB", "weights at 4 bytes", lambda s: 4 * _total(s) / GB)
-_simple("model.fp16_gb", "GB", "weights at 2 bytes", lambda s: 2 * _total(s) / GB)
-_simple("model.expert_modules", "modules", "layers x experts",
-        lambda s: s.config.model.layers * s.config.model.experts)  # fmt: skip
-_simple("hardware.total_gb", "GB", "memory of all devices",
-        lambda s: s.layout.world * s.config.hardware.memory_gb)  # fmt: skip
-_simple("hardware.ranks", "devices", "devices of the plan", lambda s: s.layout.world)
-_simple("hardware.devices_per_node", "devices", "devices of a node",
-        lambda s: s.config.hardware.devices_per_node)  # fmt: skip
-_simple("memory.total_gb", "GB", "peak of the fullest rank, optimizer and allowances included",
-        lambda s: s.fullest.total / GB)  # fmt: skip
-_simple("memory.allocated_gb", "GB", "peak of the fullest rank's tensors, optimizer included",
-        lambda s: s.fullest.allocated / GB)  # fmt: skip
-_simple("memory.without_optimizer_gb", "GB", "weights, gradients and activations, no optimizer",
-        lambda s: s.fullest.without_optimizer / GB)  # fmt: skip
-_simple("memory.state_gb", "GB", "weights, gradients and optimizer state alone",
-        lambda s: s.fullest.state.device / GB)  # fmt: skip
-_simple("memory.plain_adam_gb", "GB", "weights, gradients and plain mixed-precision Adam (18 B)",
-        lambda s: _plain(s).state.device / GB)  # fmt: skip
-_simple("memory.fraction", "of device", "peak of the fullest rank over the device's memory",
-        lambda s: s.fullest.total / capacity(s.config))  # fmt: skip
-_simple("memory.plain_adam_fraction", "of device",
+def _group_size(s: Estimate, kind: str) -> int:
+    return group(s.layout, s.config.hardware, kind).size
+
+
+QUANTITIES = {
+    "model.parameters_billion": Quantity(
+        "B", "parameters of the model", lambda s: s.parameter_counts.total / 1e9
+    ),
+    "model.fp32_gb": Quantity(
+        "GB", "weights at 4 bytes", lambda s: 4 * s.parameter_counts.total / GB
+    ),
+    "model.fp16_gb": Quantity(
+        "GB", "weights at 2 bytes", lambda s: 2 * s.parameter_counts.total / GB
+    ),
+    "model.expert_modules": Quantity(
+        "modules", "layers x experts", lambda s: s.config.model.layers * s.config.model.experts
+    ),
+    "hardware.total_gb": Quantity(
+        "GB", "memory of all devices", lambda s: s.layout.world * s.config.hardware.memory_gb
+    ),
+    "hardware.ranks": Quantity("devices", "devices of the plan", lambda s: s.layout.world),
+    "hardware.devices_per_node": Quantity(
+        "devices", "devices of a node", lambda s: s.config.hardware.devices_per_node
+    ),
+    "memory.total_gb": Quantity(
+        "GB",
+        "peak of the fullest rank, optimizer and allowances included",
+        lambda s: s.worst.total / GB,
+    ),
+    "memory.allocated_gb": Quantity(
+        "GB",
+        "peak of the fullest rank's tensors, optimizer included",
+        lambda s: s.worst.allocated / GB,
+    ),
+    "memory.without_optimizer_gb": Quantity(
+        "GB",
+        "weights, gradients and activations, no optimizer",
+        lambda s: s.worst.without_optimizer / GB,
+    ),
+    "memory.state_gb": Quantity(
+        "GB", "weights, gradients and optimizer state alone", lambda s: s.worst.state.device / GB
+    ),
+    "memory.plain_adam_gb": Quantity(
+        "GB",
+        "weights, gradients and plain mixed-precision Adam (18 B)",
+        lambda s: _worst_with(s, "plain Adam").state.device / GB,
+    ),
+    "memory.fraction": Quantity(
+        "of device",
+        "peak of the fullest rank over the device's memory",
+        lambda s: s.worst.total / s.device_bytes,
+    ),
+    "memory.plain_adam_fraction": Quantity(
+        "of device",
         "peak of the fullest rank under plain mixed-precision Adam (18 B)",
-        lambda s: _plain(s).total / capacity(s.config))  # fmt: skip
-_simple("memory.precision_aware_fraction", "of device",
+        lambda s: _worst_with(s, "plain Adam").total / s.device_bytes,
+    ),
+    "memory.precision_aware_fraction": Quantity(
+        "of device",
         "peak of the fullest rank under the precision-aware optimizer (12 B)",
-        lambda s: _precision_aware(s).total / capacity(s.config))  # fmt: skip
-_simple("memory.without_optimizer_fraction", "of device",
+        lambda s: _worst_with(s, "precision-aware").total / s.device_bytes,
+    ),
+    "memory.without_optimizer_fraction": Quantity(
+        "of device",
         "peak of the fullest rank without optimizer state",
-        lambda s: s.fullest.without_optimizer / capacity(s.config))  # fmt: skip
-_simple("memory.state_fraction", "of device", "weights, gradients and optimizer state",
-        lambda s: s.fullest.state.device / capacity(s.config))  # fmt: skip
-_simple("memory.fits", "yes/no", "whether the fullest rank fits",
-        lambda s: float(s.fullest.total <= capacity(s.config)))  # fmt: skip
-_simple("memory.recompute_saves", "of activations", "activations that it saves, at peak",
-        lambda s: _saved(s, "activations"))  # fmt: skip
-_simple("memory.recompute_saves_total", "of memory", "tensors saved by recomputation, at peak",
-        lambda s: _saved(s, "allocated"))  # fmt: skip
-_simple("experts.per_rank", "experts", "experts of each hosted layer on a rank",
-        lambda s: s.config.model.experts / s.layout.expert)  # fmt: skip
-_simple("experts.modules_per_rank", "modules", "(layer, expert) pairs on a rank", _modules)
-_simple("experts.share_per_rank", "of experts", "share of all expert parameters on a rank",
-        lambda s: rank_parameters(s.config.model, s.layout, 0, s.vocab).experts
-        / model_parameters(s.config.model, s.vocab).experts)  # fmt: skip
-_simple("experts.hidden_per_rank", "columns", "expert width on a rank",
-        lambda s: s.config.model.expert_hidden / s.layout.expert_tensor)  # fmt: skip
-_simple("attention.heads_per_rank", "heads", "attention heads on a rank",
-        lambda s: s.config.model.heads / s.layout.tensor)  # fmt: skip
-_simple("parallel.tensor", "ranks", "tensor-parallel ranks", lambda s: s.layout.tensor)
-_simple("parallel.expert", "ranks", "expert-parallel ranks", lambda s: s.layout.expert)
-_simple("parallel.data", "replicas", "data-parallel replicas", lambda s: s.layout.data)
-_simple("pipeline.stages", "stages", "pipeline stages", lambda s: s.layout.pipeline)
-_simple("pipeline.layers_per_stage", "layers", "layers of a stage",
-        lambda s: s.config.model.layers / s.layout.pipeline)  # fmt: skip
-_simple("pipeline.microbatches", "micro-batches", "micro-batches of a round",
-        lambda s: s.config.batch.microbatches)  # fmt: skip
-_simple("batch.accumulation", "rounds", "rounds of gradient accumulation",
-        lambda s: s.config.batch.accumulation)  # fmt: skip
-_simple("pipeline.bubble", "of step", "share of a step in which a stage waits",
-        lambda s: s.time.bubble)  # fmt: skip
-_simple("pipeline.bubble_one_round", "of step", "bubble if every round were flushed",
-        lambda s: s.bubble(s.config.batch.microbatches))  # fmt: skip
-_simple("time.layer_ms", "ms", "forward and backward of one layer, one micro-batch",
-        lambda s: 1e3 * (s.time.layer.forward()
-                         + s.time.layer.backward(recomputed=s.layer_is_recomputed)))  # fmt: skip
-_simple("time.layer_forward_ms", "ms", "forward pass of one layer, one micro-batch",
-        lambda s: 1e3 * s.time.layer.forward())  # fmt: skip
-_simple("time.sequences_per_second", "sequences/s", "over all ranks",
-        lambda s: s.time.sequences_per_second)  # fmt: skip
-_simple("time.tokens_per_second", "tokens/s", "over all ranks",
-        lambda s: s.time.tokens_per_second)  # fmt: skip
-_simple("time.mfu", "of peak", "model FLOPs utilisation", lambda s: s.time.mfu or 0.0)
+        lambda s: s.worst.without_optimizer / s.device_bytes,
+    ),
+    "memory.state_fraction": Quantity(
+        "of device",
+        "weights, gradients and optimizer state",
+        lambda s: s.worst.state.device / s.device_bytes,
+    ),
+    "memory.fits": Quantity("yes/no", "whether the fullest rank fits", lambda s: float(s.fits)),
+    "memory.recompute_saves": Quantity(
+        "of activations", "activations that it saves, at peak", lambda s: _saved(s, "activations")
+    ),
+    "memory.recompute_saves_total": Quantity(
+        "of memory", "tensors saved by recomputation, at peak", lambda s: _saved(s, "allocated")
+    ),
+    "experts.per_rank": Quantity(
+        "experts",
+        "experts of each hosted layer on a rank",
+        lambda s: s.config.model.experts / s.layout.expert,
+    ),
+    "experts.modules_per_rank": Quantity(
+        "modules", "(layer, expert) pairs on a rank", lambda s: s.parameters(0).expert_modules
+    ),
+    "experts.share_per_rank": Quantity(
+        "of experts",
+        "share of all expert parameters on a rank",
+        lambda s: s.parameters(0).experts / s.parameter_counts.experts,
+    ),
+    "experts.hidden_per_rank": Quantity(
+        "columns",
+        "expert width on a rank",
+        lambda s: s.config.model.expert_hidden / s.layout.expert_tensor,
+    ),
+    "attention.heads_per_rank": Quantity(
+        "heads", "attention heads on a rank", lambda s: s.config.model.heads / s.layout.tensor
+    ),
+    "parallel.tensor": Quantity("ranks", "tensor-parallel ranks", lambda s: s.layout.tensor),
+    "parallel.expert": Quantity("ranks", "expert-parallel ranks", lambda s: s.layout.expert),
+    "parallel.data": Quantity("replicas", "data-parallel replicas", lambda s: s.layout.data),
+    "pipeline.stages": Quantity("stages", "pipeline stages", lambda s: s.layout.pipeline),
+    "pipeline.layers_per_stage": Quantity(
+        "layers", "layers of a stage", lambda s: s.config.model.layers / s.layout.pipeline
+    ),
+    "pipeline.microbatches": Quantity(
+        "micro-batches", "micro-batches of a round", lambda s: s.config.batch.microbatches
+    ),
+    "batch.accumulation": Quantity(
+        "rounds", "rounds of gradient accumulation", lambda s: s.config.batch.accumulation
+    ),
+    "pipeline.bubble": Quantity(
+        "of step", "share of a step in which a stage waits", lambda s: s.time.bubble
+    ),
+    "pipeline.bubble_one_round": Quantity(
+        "of step",
+        "bubble if every round were flushed",
+        lambda s: s.bubble(s.config.batch.microbatches),
+    ),
+    "time.layer_ms": Quantity(
+        "ms",
+        "forward and backward of one layer, one micro-batch",
+        lambda s: 1e3 * _layer_seconds(s),
+    ),
+    "time.layer_forward_ms": Quantity(
+        "ms", "forward pass of one layer, one micro-batch", lambda s: 1e3 * s.time.layer.forward()
+    ),
+    "time.sequences_per_second": Quantity(
+        "sequences/s", "over all ranks", lambda s: s.time.sequences_per_second
+    ),
+    "time.tokens_per_second": Quantity(
+        "tokens/s", "over all ranks", lambda s: s.time.tokens_per_second
+    ),
+    "time.mfu": Quantity("of peak", "model FLOPs utilisation", lambda s: s.time.mfu or 0.0),
+    "parameters.spread": Quantity(
+        "of largest",
+        "difference between the largest and the smallest rank's parameters",
+        compare.parameter_spread,
+    ),
+    "parameters.expert_spread": Quantity(
+        "of largest",
+        "the same difference in experts' parameters alone",
+        lambda s: float(s.config.model.experts % s.layout.expert > 0),
+    ),
+    "layout.legal": Quantity(
+        "yes/no",
+        "whether the layout is legal on these ranks",
+        lambda s: float(is_legal(s.config, s.layout)),
+    ),
+    "layout.overlap_legal": Quantity(
+        "yes/no", "whether expert communication can be overlapped", compare.overlap_legal
+    ),
+    "layout.overlap_on": Quantity(
+        "yes/no",
+        "whether the plan overlaps expert communication",
+        lambda s: float(s.config.parallel.overlap_expert_comm) * compare.overlap_legal(s),
+    ),
+    "layout.expert_group_inside": Quantity(
+        "yes/no",
+        "whether an expert group stays on one node",
+        lambda s: float(group(s.layout, s.config.hardware, "ep").inside),
+    ),
+    "communication.accumulation_saves": Quantity(
+        "of gradient traffic",
+        "what accumulating instead of stepping every round saves a token",
+        lambda s: 1 - 1 / s.config.batch.accumulation if compare.gradient_gb(s) > 0 else 0.0,
+    ),
+    "communication.gradient_gb": Quantity(
+        "GB", "gradients a rank sends to replicas in a step", compare.gradient_gb
+    ),
+    "schedule.gain": Quantity(
+        "of step",
+        "what the best interleaved schedule saves over plain 1F1B, experts in their stages",
+        compare.schedule_gain,
+        lambda s: " ".join(compare.best_schedule(s).layout.overrides()),
+    ),
+    "layout.needed_ranks": Quantity(
+        "devices",
+        "least number of devices, experts placed as planned",
+        lambda s: compare.needed_ranks(s.layout, s.layout.expert_stages),
+    ),
+    "layout.needed_ranks_in_stages": Quantity(
+        "devices",
+        "least number of devices with experts inside their stages, as Megatron-Core has them",
+        lambda s: compare.needed_ranks(s.layout, s.layout.pipeline),
+    ),
+    "microbatches.enough": Quantity(
+        "yes/no",
+        "whether twice as many gain less than 1 % of a step",
+        lambda s: float(s.bubble(s.microbatches) - s.bubble(2 * s.microbatches) < 0.01),
+    ),
+    "expert_cache.needed": Quantity(
+        "yes/no", "whether experts have to live outside device memory", lambda s: float(not s.fits)
+    ),
+    "router.balances": Quantity(
+        "yes/no",
+        "whether routing is learnt and balanced",
+        lambda s: float(bool(s.config.model.router.balancing_methods)),
+    ),
+    "recompute.layers": Quantity(
+        "layers", "layers recomputed whole", lambda s: len(s.config.recomputed_layers)
+    ),
+    "feature.megatron_tensor_parallel": Quantity(
+        "yes/no", "Megatron-Core is installed, TP is legal", compare.tensor_parallel_works
+    ),
+    "feature.expert_parallel": Quantity(
+        "yes/no",
+        "experts over stages are this project's own module",
+        lambda s: compare.has_module("moe_train.model.span.dispatcher") if s.layout.span else 1.0,
+    ),
+    "feature.nccl": Quantity(
+        "yes/no", "NCCL settings are part of the config", lambda _: compare.has_nccl_settings()
+    ),
+    "feature.expert_monitoring": Quantity(
+        "yes/no",
+        "tokens of every expert are recorded each step",
+        lambda _: compare.has_module("moe_train.train.router_stats"),
+    ),
+    "feature.packed_sequences": Quantity(
+        "yes/no",
+        "samples are packed to one length",
+        lambda _: compare.has_module("moe_train.data.datasets"),
+    ),
+    "feature.batched_exchange": Quantity(
+        "yes/no",
+        "tokens of all experts of a rank travel together",
+        lambda s: float(_group_size(s, "ep") > 1),
+    ),
+    "deployment.layers": Quantity(
+        "layers", "layers that the stages' lists cover exactly once", compare.covered_layers
+    ),
+    "deployment.modules": Quantity(
+        "modules", "expert modules that the plan's map places", compare.placed_modules
+    ),
+    "deployment.patterns": Quantity(
+        "yes/no", "every group of more than one rank has its pattern", compare.has_patterns
+    ),
+    "deployment.complete": Quantity(
+        "yes/no", "the plan has all that a graph of the step needs", compare.deployment_complete
+    ),
+    "deployment.strategies": Quantity(
+        "yes/no", "the resolved config states every strategy that runs", compare.states_strategies
+    ),
+    "layout.gain": Quantity(
+        "of time",
+        "what the fastest legal layout that fits saves a step",
+        compare.layout_gain,
+        compare.fastest_overrides,
+    ),
+}
+"""All quantities by name."""

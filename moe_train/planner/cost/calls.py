@@ -51,7 +51,7 @@ class Call:
     """Unsharded bytes, in the letters of `moe_train.parallel.shapes`."""
 
 
-def sum_of(calls: list[Call], direction: str, *parts: str) -> Sent:
+def sum_of(calls: Iterable[Call], direction: str, *parts: str) -> Sent:
     """All calls of one direction (``forward`` or ``backward``), of some parts or of all."""
     intra = inter = seconds = 0.0
     for call in calls:

@@ -22,6 +22,7 @@ from moe_train.planner.cost.links import (
     point_to_point,
     reduce_scatter,
 )
+from moe_train.planner.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -88,18 +89,12 @@ def gradient_traffic(
     return found
 
 
-def step_traffic(
-    config: Config, layout: Layout, z: Shapes, held: RankParameters, stage: int, count: int,
-    recomputed: int,
-) -> list[Traffic]:  # fmt: skip
-    """All traffic of one step on a rank of `stage`.
-
-    Args:
-        count: micro-batches per step.
-        recomputed: of the stage's layers, those that run forward twice.
-    """
-    hardware, layers = config.hardware, len(layout.stage_layers(stage))
-    last = stage == layout.pipeline - 1
+def step_traffic(plan: Plan, stage: int) -> list[Traffic]:
+    """All traffic of one step on a rank of `stage`."""
+    config, layout, z, count = plan.config, plan.layout, plan.shapes, plan.microbatches
+    numbers = layout.stage_layers(stage)
+    layers, recomputed = len(numbers), len(config.recomputed_layers.intersection(numbers))
+    hardware, last = config.hardware, stage == layout.pipeline - 1
     # Per micro-batch: (call, forward passes, backward passes) through what makes it.
     passes = [(call, layers + recomputed, layers) for call in tensor_calls(config, layout, z)]
     again = 0 if layout.span else recomputed
@@ -107,23 +102,23 @@ def step_traffic(
     for call in end_calls(config, layout, z):
         here = stage == 0 if call.part == "embedding" else last
         passes.append((call, int(here), int(here)))
-    found = []
+    traffic = []
     for call, ahead, back in passes:
         each = ahead * call.forward + back * call.backward
-        # A spanning exchange is made in every half, by stages without a micro-batch as well; rows
-        # are sent in as many as there are micro-batches.
-        halves = count
+        # Stages without a micro-batch take part in a spanning exchange as well; rows are sent in
+        # as many slots as there are micro-batches.
+        slots = count
         if layout.span and call.kind == "ep":
-            halves += layout.pipeline - 1
-        found.append(
+            slots += layout.pipeline - 1
+        traffic.append(
             Traffic(
                 call.name,
                 call.kind,
                 group(layout, hardware, call.kind).size,
-                each * halves,
+                each * slots,
                 call.sent.intra * each * count,
                 call.sent.inter * each * count,
-                call.sent.seconds * each * halves,
+                call.sent.seconds * each * slots,
                 call.formula,
             )  # fmt: skip
         )
@@ -132,12 +127,12 @@ def step_traffic(
         message = point_to_point(layout, hardware, min(stage, layout.pipeline - 2)
                                  if chunks == 1 else stage, z.N * z.H * z.b)  # fmt: skip
         ways = count * (chunks - 1 + (not last) + chunks - 1 + (stage > 0))
-        found.append(Traffic("pipeline messages", "pp", group(layout, hardware, "pp").size, ways,
+        traffic.append(Traffic("pipeline messages", "pp", group(layout, hardware, "pp").size, ways,
                              *_times(message, ways), "N H b"))  # fmt: skip
-    for name, kind, sent in gradient_traffic(config, layout, held):
+    for name, kind, sent in gradient_traffic(config, layout, plan.parameters(stage)):
         size = group(layout, hardware, kind).size
-        found.append(Traffic(name, kind, size, 1, *sent, "the buffer"))
-    return [one for one in found if one.size > 1 and one.calls]
+        traffic.append(Traffic(name, kind, size, 1, *sent, "the buffer"))
+    return [one for one in traffic if one.size > 1 and one.calls]
 
 
 def _times(sent: Sent, count: int) -> Sent:

@@ -13,8 +13,8 @@ from moe_train.parallel.resolved import resolved_run
 from moe_train.parallel.sizes import layout_of
 from moe_train.planner.legality import check
 from moe_train.planner.machine.profiles import override_keys, profile_overrides, with_device_figures
-from moe_train.planner.memory.fit import assumptions_of
 from moe_train.planner.memory.stages import GB, plan_memory, worst
+from moe_train.planner.plan import Plan
 from moe_train.planner.search import resolve
 
 FALLBACK = "twin"
@@ -50,12 +50,9 @@ def memory_needed_gb(name: str, facts: MachineFacts) -> float | None:
     known = config.hardware.peak_tflops
     if faults or config.dtype not in known or check(config, facts.count, here=True):
         return None
-    run, assumed = resolved_run(config, facts.count), assumptions_of(config)
-    needs = [
-        worst(plan_memory(config, run.layout, run.vocab, replace(assumed, fused=fused))).total
-        for fused in (True, False)
-    ]
-    return max(needs) / GB
+    plan = Plan.of(resolved_run(config, facts.count))
+    plans = (replace(plan, assumptions=replace(plan.assumptions, fused=f)) for f in (True, False))
+    return max(worst(plan_memory(one)).total for one in plans) / GB
 
 
 def choose_experiment(facts: MachineFacts) -> tuple[str, str]:

@@ -1,15 +1,37 @@
-"""What a layer, the embedding and the head keep of one micro-batch for the backward pass.
+"""Activations of one micro-batch that a layer, the embedding and the head save for backward.
 
-Each tensor that autograd saves is one term, as in Korthikanti et al. (arXiv:2205.05198), for
-this project's layer: RMSNorm, rotary attention in one fused kernel (no scores are kept), top-k
+Each tensor that autograd saves is one `Term`, as in Korthikanti et al. (arXiv:2205.05198), for
+this project's layer: RMSNorm, rotary attention in one fused kernel (no scores are saved), top-k
 router in fp32, grouped SwiGLU experts with the routing probability fused in. A tensor that two
 operations save is counted where it is saved first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 from moe_train.parallel.shapes import Shapes
-from moe_train.planner.terms import HOST, KORTHIKANTI, MEGATRON, Term
+
+KORTHIKANTI = "Korthikanti et al., arXiv:2205.05198, section 4"
+MEGATRON = "what Megatron-Core 0.19 saves for backward"
+TORCH = "what torch's own kernels save for backward"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a memory estimate, in bytes."""
+
+    name: str
+    bytes: float
+    formula: str
+    """In the letters of `moe_train.parallel.shapes`."""
+    source: str
+
+
+def total(terms: Iterable[Term]) -> float:
+    """Sum of the terms' bytes."""
+    return sum(term.bytes for term in terms)
 
 
 def dense_terms(z: Shapes) -> list[Term]:
@@ -33,7 +55,7 @@ def dense_terms(z: Shapes) -> list[Term]:
 def _norm(name: str, z: Shapes) -> list[Term]:
     if z.fused:
         return [Term(name, z.N * (z.H * z.b + 4), "N (H b + 4)", KORTHIKANTI)]
-    return [Term(name, z.N * (8 * z.H + 4), "N (8 H + 4)", HOST + ": two fp32 copies")]
+    return [Term(name, z.N * (8 * z.H + 4), "N (8 H + 4)", TORCH + ": two fp32 copies")]
 
 
 def _shared(z: Shapes) -> list[Term]:
@@ -46,18 +68,18 @@ def _shared(z: Shapes) -> list[Term]:
 
 
 def routing_terms(z: Shapes) -> list[Term]:
-    """What permuting the tokens keeps, on the rank of the tokens."""
+    """Saved by the permutation of tokens, on the rank of the tokens."""
     if z.fused:
         size = 4 * z.N * (2 * z.E + 1)
         return [Term("permutation map", size, "4 N (2 E + 1)", "TransformerEngine's row_id_map")]
     return [
-        Term("permutation", 8 * z.N * (z.E + z.K), "8 N (E + K)", HOST),
-        Term("combined rows", z.N * z.K * z.H * z.b, "N K H b", HOST + " (index_add)"),
+        Term("permutation", 8 * z.N * (z.E + z.K), "8 N (E + K)", TORCH),
+        Term("combined rows", z.N * z.K * z.H * z.b, "N K H b", TORCH + " (index_add)"),
     ]
 
 
 def expert_terms(z: Shapes, rows: float | None = None, *, act: bool = False) -> list[Term]:
-    """What the experts keep, on the rank that hosts them.
+    """Saved by the experts, on the rank that owns them.
 
     Args:
         rows: routed rows received; None is R.
@@ -74,8 +96,8 @@ def expert_terms(z: Shapes, rows: float | None = None, *, act: bool = False) -> 
 
 
 def span_terms(z: Shapes) -> list[Term]:
-    """What the spanning exchange keeps on the hosting rank beside the experts' own, per row set,
-    with TransformerEngine's kernels.
+    """Saved by the spanning exchange on the owner rank beside the experts' own terms, with
+    TransformerEngine's kernels.
     """
     packed = z.R * z.packed_row
     return [
@@ -85,7 +107,7 @@ def span_terms(z: Shapes) -> list[Term]:
 
 
 def layer_input(z: Shapes) -> Term:
-    """All that a recomputed layer keeps."""
+    """All that a recomputed layer saves."""
     return Term("layer input", z.N * z.H * z.b, "N H b", KORTHIKANTI + " (full recomputation)")
 
 

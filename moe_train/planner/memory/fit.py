@@ -1,68 +1,38 @@
-"""Does a plan fit the device, and which overrides would make it fit?"""
+"""Does a plan fit the device's memory, and which overrides would make it fit?"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 from moe_train.config.hardware import MachineFacts
-from moe_train.config.kernels import TE, run_kernels
 from moe_train.config.root import Config
-from moe_train.config.schema import to_mapping, with_values
 from moe_train.errors import ConfigError
-from moe_train.parallel.layout import Layout
-from moe_train.parallel.optimizer_state import bytes_per_parameter, variants
-from moe_train.parallel.shapes import Assumptions
-from moe_train.parallel.vocabulary import vocabulary
-from moe_train.planner.memory.stages import GB, StageMemory, plan_memory, stage_memory, worst
+from moe_train.parallel.optimizer_state import variants
+from moe_train.parallel.resolved import ResolvedRun
+from moe_train.planner.memory.stages import GB, plan_memory, stage_memory, worst
+from moe_train.planner.plan import Plan, assumptions_of
 
 FIELD = "memory"
-"""Field of the fault of a plan that does not fit."""
+"""Field of the error of a plan that does not fit."""
 
 
-def assumptions_of(
-    config: Config, imbalance: float = 1.0, fragmentation: float = 0.05
-) -> Assumptions:
-    """Assumptions for the kernels that `config` would run with on its hardware profile."""
-    chosen = run_kernels(config.backend.kernels, config.hardware).kernels
-    return Assumptions(imbalance, fragmentation, fused=chosen is TE)
-
-
-def capacity(config: Config) -> float:
-    """Bytes of one device."""
-    return config.hardware.memory_gb * GB
-
-
-def fits(config: Config, layout: Layout, vocab: int, assumptions: Assumptions) -> bool:
+def fits(plan: Plan) -> bool:
     """Whether the end stages, which need most, fit the profile's memory."""
-    ends = {0, layout.pipeline - 1}
-    return all(
-        stage_memory(config, layout, vocab, stage, assumptions).total <= capacity(config)
-        for stage in ends
-    )
+    ends = {0, plan.layout.pipeline - 1}
+    return all(stage_memory(plan, stage).total <= plan.device_bytes for stage in ends)
 
 
-def remedies(
-    config: Config, layout: Layout, vocab: int, assumptions: Assumptions
-) -> Iterator[tuple[str, float]]:
-    """Overrides with which the plan fits, and the bytes of the worst stage then."""
-    for changed, words in _changes(config):
-        need = worst(plan_memory(changed, layout, vocab, assumptions)).total
-        if need <= capacity(config):
-            yield words, need
+def changes(plan: Plan) -> Iterator[tuple[str, float]]:
+    """Overrides that may need less memory, and the bytes of the worst stage with each."""
+    for config, overrides in _changes(plan.config):
+        yield overrides, worst(plan_memory(plan.under(config))).total
 
 
-def lighter(
-    config: Config, layout: Layout, vocab: int, assumptions: Assumptions
-) -> list[tuple[str, float]]:
+def lighter(plan: Plan) -> list[tuple[str, float]]:
     """Overrides with which the worst stage needs less than now, and its bytes then; least first."""
-    now = worst(plan_memory(config, layout, vocab, assumptions)).total
-    found = [
-        (words, worst(plan_memory(changed, layout, vocab, assumptions)).total)
-        for changed, words in _changes(config)
-    ]
-    return sorted((one for one in found if one[1] < now), key=lambda one: one[1])
+    now = worst(plan_memory(plan)).total
+    return sorted((one for one in changes(plan) if one[1] < now), key=lambda one: one[1])
 
 
 def _changes(config: Config) -> Iterator[tuple[Config, str]]:
@@ -70,106 +40,56 @@ def _changes(config: Config) -> Iterator[tuple[Config, str]]:
     for name in ("distributed", "precision-aware", "offloaded"):
         yield options[name]
     if config.recompute.layers != "all":
-        everything: dict[str, Any] = {"recompute.layers": "all", "recompute.modules": []}
-        yield with_values(config, everything), "recompute=all"
-        changed, words = options["precision-aware"]
-        both = with_values(changed, everything)
-        yield both, f"{words} recompute=all"
+        everything = replace(config.recompute, layers="all", modules=[])
+        yield replace(config, recompute=everything), "recompute=all"
+        changed, overrides = options["precision-aware"]
+        yield replace(changed, recompute=everything), f"{overrides} recompute=all"
     if config.batch.micro > 1:
-        smaller = dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro=1))
-        yield smaller, "batch.micro=1"
+        yield replace(config, batch=replace(config.batch, micro=1)), "batch.micro=1"
 
 
-def memory_fault(
-    config: Config, layout: Layout, vocab: int, assumptions: Assumptions
-) -> ConfigError | None:
+def memory_fault(plan: Plan) -> ConfigError | None:
     """Why the plan does not fit the profile's device, or None if it does."""
-    need = worst(plan_memory(config, layout, vocab, assumptions))
-    if need.total <= capacity(config):
+    need, hardware = worst(plan_memory(plan)), plan.config.hardware
+    if need.total <= plan.device_bytes:
         return None
     fixes = [
-        f"{words} ({bytes_ / GB:.1f} GB)"
-        for words, bytes_ in remedies(config, layout, vocab, assumptions)
+        f"{overrides} ({size / GB:.1f} GB)"
+        for overrides, size in changes(plan)
+        if size <= plan.device_bytes
     ]
-    more = "more ranks, or hardware with more memory"
     return ConfigError(
         FIELD,
         f"stage {need.stage} needs {need.total / GB:.1f} GB a device, of which "
         f"{need.state.device / GB:.1f} GB weights, gradients and optimizer; "
-        f"{config.hardware.name} has {config.hardware.memory_gb:g} GB",
-        "\n      or ".join(fixes) if fixes else more,
+        f"{hardware.name} has {hardware.memory_gb:g} GB",
+        "\n      or ".join(fixes) or "more ranks, or hardware with more memory",
     )
 
 
-def launch_fault(config: Config, layout: Layout, facts: MachineFacts) -> ConfigError | None:
-    """Why the plan does not fit the devices that are there, or None if it does.
+def launch_fault(run: ResolvedRun, facts: MachineFacts) -> ConfigError | None:
+    """Why `run` does not fit the devices of this machine, or None if it does.
 
-    A run is judged by what its devices have, whatever profile it is planned with, and without
-    an allowance for fragmentation: that only a plan should be careful about. A CPU's ranks
-    share their memory with everything else, so nothing is refused there.
+    A run is judged by its devices' own memory, whatever profile it is planned with, and without
+    an allowance for fragmentation. A CPU's ranks share their memory with everything else, so
+    nothing is refused there.
     """
     if facts.kind == "cpu":
         return None
-    found = dataclasses.replace(
-        config.hardware,
+    smallest = replace(
+        run.config.hardware,
         name=f"the smallest of the ranks' devices ({facts.device or facts.kind})",
         kind="accelerator",
         memory_gb=round(facts.memory_gb, 1),
     )
-    here = dataclasses.replace(config, hardware=found)
-    taken = assumptions_of(here, fragmentation=0.0)
-    return memory_fault(here, layout, vocabulary(config)[0], taken)
+    here = replace(run.config, hardware=smallest)
+    return memory_fault(Plan.of(run, assumptions_of(here, fragmentation=0.0)).under(here))
 
 
-def unpriced(config: Config) -> list[str]:
-    """``megatron.*`` overrides that are set: they may change memory unknown to the formulas."""
-    megatron = config.megatron
-    sections = {
-        "transformer": megatron.transformer, "ddp": megatron.ddp, "optimizer": megatron.optimizer
-    }  # fmt: skip
-    return [f"megatron.{name}.{key}" for name, keys in sections.items() for key in keys]
-
-
-def memory_rows(
-    config: Config, layout: Layout, vocab: int, assumptions: Assumptions
-) -> list[dict[str, object]]:
-    """The worst stage under each optimizer, and without one; bytes.
-
-    ``each`` has the bytes per parameter, by what they are for, before any sharding.
-    """
-    rows: list[dict[str, object]] = []
-    plain: StageMemory | None = None
-    for name, (changed, words) in variants(config).items():
-        need = worst(plan_memory(changed, layout, vocab, assumptions))
-        if name == "precision-aware":
-            plain = need
-        each = dataclasses.asdict(bytes_per_parameter(changed.dtype, changed.optim))
-        rows.append(
-            {**_row(config, name, words, need.state.device, need.total, need), "each": each}
-        )
-    assert plain is not None
-    bare = plain.state.weights + plain.state.gradients
-    without = plain.total - plain.state.optimizer
-    rows.insert(0, _row(config, "no optimizer state", "", bare, without, plain))
-    return rows
-
-
-def _row(
-    config: Config, name: str, words: str, state: float, total: float, need: StageMemory
-) -> dict[str, object]:
-    return {
-        "optimizer": name,
-        "overrides": words,
-        "state_bytes": state,
-        "activation_bytes": need.activations,
-        "tensor_bytes": state + need.activations,
-        "total_bytes": total,
-        "host_bytes": need.state.host if name != "no optimizer state" else 0,
-        "fraction": total / capacity(config) if capacity(config) else None,
-        "fits": total <= capacity(config),
-    }
-
-
-def profile(config: Config) -> dict[str, object]:
-    """The hardware profile as plain data."""
-    return to_mapping(config)["hardware"]  # type: ignore[no-any-return]
+def unmodelled_overrides(config: Config) -> list[str]:
+    """``megatron.*`` overrides that are set: the memory formulas do not cover them."""
+    return [
+        f"megatron.{section}.{key}"
+        for section in ("transformer", "ddp", "optimizer")
+        for key in getattr(config.megatron, section)
+    ]

@@ -1,4 +1,4 @@
-"""One layer under a recomputation policy: what it keeps, what its backward pass adds."""
+"""Memory of one layer under a recomputation policy: what it saves, what its backward pass adds."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import NamedTuple
 
 from moe_train.parallel.shapes import Shapes
 from moe_train.planner.memory.activations import (
+    MEGATRON,
+    TORCH,
+    Term,
     dense_terms,
     expert_terms,
     layer_input,
     routing_terms,
     span_terms,
 )
-from moe_train.planner.terms import HOST, MEGATRON, Term
 
 SELECTIVE = {
     # moe_train: config's module -> names of the terms that are then recomputed.
@@ -30,7 +32,7 @@ SELECTIVE = {
 
 
 class Phase(NamedTuple):
-    """A part of a pass, and what is alive in it beside what is saved."""
+    """A part of a pass, and the buffers that are alive in it beside what is saved."""
 
     name: str
     terms: tuple[Term, ...]
@@ -38,29 +40,27 @@ class Phase(NamedTuple):
 
 HOSTING = "model/span/experts, torch's kernels"
 INPUT_TWICE = "layer input, counted already"
-"""Name of the term that takes back what a recomputed layer keeps in any case."""
+"""Name of the negative term for what a recomputed layer saves in any case."""
 
 
-def whole_layer(z: Shapes, *, span: bool) -> list[Term]:
-    """All that an unrecomputed layer keeps on the rank of its tokens."""
+def whole_layer(z: Shapes) -> list[Term]:
+    """All that a layer without recomputation saves on the rank of its tokens."""
     local = [*dense_terms(z), *routing_terms(z)]
-    return local if span else [*local, *expert_terms(z)]
+    return local if z.span else [*local, *expert_terms(z)]
 
 
-def kept_terms(
-    z: Shapes, *, recomputed: bool, modules: Collection[str] = (), span: bool = False
-) -> list[Term]:
-    """What a layer keeps of one micro-batch between its forward and backward pass."""
+def saved_terms(z: Shapes, *, recomputed: bool, modules: Collection[str] = ()) -> list[Term]:
+    """Saved by a layer for one micro-batch between its forward and backward pass."""
     if recomputed:
         return [layer_input(z)]
     dropped = {name for module in modules for name in SELECTIVE.get(module, ())}
-    if "moe" in modules and span:
+    if "moe" in modules and z.span:
         dropped -= {"router scores", "permutation map", "permutation", "combined rows"}
-    return [term for term in whole_layer(z, span=span) if term.name not in dropped]
+    return [term for term in whole_layer(z) if term.name not in dropped]
 
 
-def hosted_terms(z: Shapes, modules: Collection[str] = ()) -> list[Term]:
-    """What a hosting rank keeps of one micro-batch and layer under ``placement=span``.
+def owner_terms(z: Shapes, modules: Collection[str] = ()) -> list[Term]:
+    """Saved by an expert's owner rank for one micro-batch and layer under ``placement=span``.
 
     Full recomputation of layers does not reach it: the exchange is not repeated.
     """
@@ -68,39 +68,36 @@ def hosted_terms(z: Shapes, modules: Collection[str] = ()) -> list[Term]:
     if z.fused:
         received = span_terms(z)
         return received[:1] if again else [*received, *expert_terms(z, act=act)]
-    # The activation is not kept in any case (backend/torch_kernels/replay.py).
+    # The activation is never saved (backend/torch_kernels/replay.py).
     inputs, first, scores = expert_terms(z, act=True)
     return [inputs, scores] if again else [inputs, first, scores]
 
 
-def recomputed_terms(
-    z: Shapes, *, recomputed: bool, modules: Collection[str] = (), span: bool = False
-) -> list[Term]:
-    """What comes back while one layer's backward pass runs."""
-    kept = kept_terms(z, recomputed=recomputed, modules=modules, span=span)
-    names = {term.name for term in kept}
-    again = [term for term in whole_layer(z, span=span) if term.name not in names]
+def recomputed_terms(z: Shapes, *, recomputed: bool, modules: Collection[str] = ()) -> list[Term]:
+    """Recomputed while one layer's backward pass runs."""
+    saved = saved_terms(z, recomputed=recomputed, modules=modules)
+    names = {term.name for term in saved}
+    again = [term for term in whole_layer(z) if term.name not in names]
     if recomputed and (z.fused or z.b == 4):
-        # The first norm saves its input as it is; in 16 bits the host's saves fp32 copies.
+        # The first norm saves its input as it is; in 16 bits torch's own saves fp32 copies.
         again.append(Term(INPUT_TWICE, -layer_input(z).bytes, "- N H b", MEGATRON))
     if recomputed:
-        again.append(Term("layer output, made again", layer_input(z).bytes, "N H b", MEGATRON))
+        again.append(Term("layer output, recomputed", layer_input(z).bytes, "N H b", MEGATRON))
     return again
 
 
 def forward_buffers(z: Shapes) -> list[Term]:
-    """Dispatch: rows leave sorted by expert and arrive by source, then are sorted once more."""
-    sent, received = z.N * z.K * z.H * z.b, z.R * z.H * z.b
-    return [
-        Term("all-to-all send buffer", sent, "N K H b", MEGATRON + " token dispatcher"),
-        Term("all-to-all receive buffer", received, "R H b", MEGATRON + " token dispatcher"),
-    ]
+    """Buffers of the exchange in a forward pass.
 
-
-def span_forward_buffers(z: Shapes) -> list[Term]:
-    """The forward half of the spanning exchange, when what it keeps has been set apart by stage."""
-    if z.fused:
-        return forward_buffers(z)
+    A dispatcher sends rows sorted by expert, receives them by source, and sorts them once more.
+    Torch's kernels under ``placement=span`` split what they save by stage.
+    """
+    if not z.span or z.fused:
+        sent, received = z.N * z.K * z.H * z.b, z.R * z.H * z.b
+        return [
+            Term("all-to-all send buffer", sent, "N K H b", MEGATRON + " token dispatcher"),
+            Term("all-to-all receive buffer", received, "R H b", MEGATRON + " token dispatcher"),
+        ]
     return [
         Term("packed rows sent", z.N * z.K * z.packed_row, "N K w", "model/span/packing"),
         Term("packed rows received", z.R * z.packed_row, "R w", "model/span/packing"),
@@ -110,11 +107,11 @@ def span_forward_buffers(z: Shapes) -> list[Term]:
     ]
 
 
-def layer_backward(z: Shapes, kept: Collection[str]) -> list[Phase]:
+def layer_backward(z: Shapes, saved: Collection[str]) -> list[Phase]:
     """The phases of one layer's backward pass in which most is alive, beside what it saved.
 
     Args:
-        kept: names of what the layer saved (recomputed terms included), which its operations free.
+        saved: names of what the layer saved (recomputed terms included), which its operations free.
 
     Saved tensors are gone once their operation went backward: at the first matrix neither the
     combined rows nor the second matrix's input exist any more.
@@ -127,18 +124,18 @@ def layer_backward(z: Shapes, kept: Collection[str]) -> list[Phase]:
             Term("gradient of expert input", z.R * z.H * z.b, "R H b", MEGATRON),
         )
         return [Phase("", gradients)]
+    if z.span:
+        return _span_backward(z, saved)
     around = [Term("gradient of expert output", z.R * z.H * z.b, "R H b", MEGATRON)]
-    return _matrices_back(z, kept, around)
+    return _matrices_back(z, saved, around)
 
 
-def span_backward(z: Shapes, kept: Collection[str]) -> list[Phase]:
+def _span_backward(z: Shapes, saved: Collection[str]) -> list[Phase]:
     """The same under ``placement=span``, where the rows of all stages go backward together.
 
     The experts' forward pass is replayed: the activation comes back, and what the first matrix
-    made is put together from the stages' parts, or made again with the experts recomputed.
+    produced is concatenated from the stages' parts, or recomputed with the experts.
     """
-    if z.fused:
-        return layer_backward(z, kept)
     rows = z.R * z.H * z.b
     around = [
         # The exchange holds what went out and what came until the experts are done.
@@ -146,21 +143,21 @@ def span_backward(z: Shapes, kept: Collection[str]) -> list[Phase]:
         Term("gradient of expert output", rows, "R H b", "model/span"),
         *([Term("the same by expert", rows, "R H b", HOSTING)] if z.t > 1 else []),
     ]
-    again = [Term("fc2 input, made again", z.R * z.F * z.b, "R F b", HOSTING)]
-    if "fc1 output" not in kept:
+    again = [Term("fc2 input, recomputed", z.R * z.F * z.b, "R F b", HOSTING)]
+    if "fc1 output" not in saved:
         around.append(Term("expert input of all stages", rows, "R H b", HOSTING))
-        again.append(Term("fc1 output, made again", 2 * z.R * z.F * z.b, "2 R F b", HOSTING))
-    product, activation, first = _matrices_back(z, kept, around)
-    gone = {"fc2 input, made again"}
+        again.append(Term("fc1 output, recomputed", 2 * z.R * z.F * z.b, "2 R F b", HOSTING))
+    product, activation, first = _matrices_back(z, saved, around)
+    gone = {"fc2 input, recomputed"}
     return [
         Phase(product.name, (*product.terms, *again)),
         Phase(activation.name, (*activation.terms, *(t for t in again if t.name not in gone))),
         first,
-        _gradients_back(z, kept),
+        _gradients_back(z, saved),
     ]
 
 
-def _matrices_back(z: Shapes, kept: Collection[str], around: list[Term]) -> list[Phase]:
+def _matrices_back(z: Shapes, saved: Collection[str], around: list[Term]) -> list[Phase]:
     freed = {
         "combined rows": z.N * z.K * z.H * z.b,
         "fc2 input": z.R * z.F * z.b,
@@ -169,12 +166,12 @@ def _matrices_back(z: Shapes, kept: Collection[str], around: list[Term]) -> list
 
     def gone(*names: str) -> list[Term]:
         return [
-            Term(f"{name}, freed", -freed[name], "", MEGATRON) for name in names if name in kept
+            Term(f"{name}, freed", -freed[name], "", MEGATRON) for name in names if name in saved
         ]
 
     weight = z.local_experts * z.F * z.H * z.b
     # torch computes a weight's gradient whole before it is added to the gradient buffer;
-    # fused accumulation adds products into the buffer itself. Spanning stages' are made apart.
+    # fused accumulation adds products into the buffer itself.
     return [
         Phase(
             ", second matrix",
@@ -182,7 +179,7 @@ def _matrices_back(z: Shapes, kept: Collection[str], around: list[Term]) -> list
                 *gone("combined rows"),
                 *around,
                 Term("gradient of fc2 input", z.R * z.F * z.b, "R F b", MEGATRON),
-                Term("fc2 weight gradient", weight, "E/e F H b", HOST),
+                Term("fc2 weight gradient", weight, "E/e F H b", TORCH),
             ),
         ),
         Phase(
@@ -191,7 +188,7 @@ def _matrices_back(z: Shapes, kept: Collection[str], around: list[Term]) -> list
                 *gone("combined rows", "fc2 input"),
                 *around,
                 Term("gradient of fc2 input", z.R * z.F * z.b, "R F b", MEGATRON),
-                Term("SwiGLU gradient in fp32", 12 * z.R * z.F, "12 R F", HOST),
+                Term("SwiGLU gradient in fp32", 12 * z.R * z.F, "12 R F", TORCH),
             ),
         ),
         Phase(
@@ -201,18 +198,18 @@ def _matrices_back(z: Shapes, kept: Collection[str], around: list[Term]) -> list
                 *around,
                 Term("gradient of fc1 output", 2 * z.R * z.F * z.b, "2 R F b", MEGATRON),
                 Term("gradient of expert input", z.R * z.H * z.b, "R H b", MEGATRON),
-                Term("fc1 weight gradient", 2 * weight, "2 E/e F H b", HOST),
+                Term("fc1 weight gradient", 2 * weight, "2 E/e F H b", TORCH),
             ),
         ),
     ]
 
 
-def _gradients_back(z: Shapes, kept: Collection[str]) -> Phase:
-    """The end of the spanning exchange: every buffer of the way back at once."""
+def _gradients_back(z: Shapes, saved: Collection[str]) -> Phase:
+    """The end of the spanning exchange: every buffer of its backward pass at once."""
     sent, received = z.N * z.K, z.R
     freed = [Term("combined rows, freed", -sent * z.H * z.b, "", MEGATRON)] if (
-        "combined rows" in kept) else []  # fmt: skip
-    if "fc1 output" in kept:
+        "combined rows" in saved) else []  # fmt: skip
+    if "fc1 output" in saved:
         freed.append(Term("fc1 output, freed", -2 * z.R * z.F * z.b, "", HOSTING))
     return Phase(
         ", gradients back",
@@ -228,9 +225,9 @@ def _gradients_back(z: Shapes, kept: Collection[str]) -> Phase:
 
 
 def retained_terms(z: Shapes, recomputed: int) -> list[Term]:
-    """What the layers that went backward before still hold.
+    """Held by the layers whose backward pass has run.
 
-    Megatron's token dispatcher keeps its last routing probabilities as an attribute. In a
+    Megatron's token dispatcher holds its last routing probabilities as an attribute. In a
     recomputed layer they hang on the graph of its recomputation, and with it the layer's input
     and that input's gradient stay until the dispatcher's next use. The spanning layer has no
     dispatcher.
@@ -246,8 +243,8 @@ def retained_terms(z: Shapes, recomputed: int) -> list[Term]:
     ]
 
 
-def standing_buffers(z: Shapes) -> list[Term]:
-    """What stays once it exists: Megatron's buffer for inputs gathered over TP."""
+def persistent_buffers(z: Shapes) -> list[Term]:
+    """Buffers that are never freed: Megatron's for inputs gathered over TP."""
     if z.t == 1 or z.fused:
         return []
     source = "Megatron-Core's GlobalMemoryBuffer"
@@ -271,6 +268,6 @@ def loss_phases(z: Shapes) -> list[Phase]:
         Term("softmax of the loss, freed", -4 * z.A * z.V, "4 A V", MEGATRON),
         Term("gradient of logits", logits, "A V b", MEGATRON),
         Term("gradient of head input", z.A * z.H * z.b, "A H b", MEGATRON),
-        Term("head weight gradient", z.V * z.H * z.b, "V H b", HOST),
+        Term("head weight gradient", z.V * z.H * z.b, "V H b", TORCH),
     )
     return [Phase("loss", tuple(copies)), Phase("backward of the head", head)]

@@ -1,53 +1,48 @@
 """Peak memory of every pipeline stage: state, activations in flight, and the moment of the peak.
 
-All ranks of a stage hold the same amount (with even routing; imbalance is explicit), so a stage
-stands for its ranks. The walk follows a stage's busiest micro-batch: its forward pass ends while
-`held` micro-batches are kept; then the loss, and layer by layer the backward pass, which frees
+All ranks of a stage need the same amount (with even routing; imbalance is explicit). The moments
+follow a stage's busiest micro-batch: its forward pass ends while the activations of `held`
+micro-batches are saved; then the loss, and layer by layer the backward pass, which frees
 what it has used. The optimizer's update comes last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moe_train.config.root import Config
-from moe_train.features.schedules import Pipeline, schedule_of, span_rows_in_flight
-from moe_train.parallel.batch import microbatches_per_step
-from moe_train.parallel.layout import Layout
-from moe_train.parallel.optimizer_state import StateBytes, state_bytes
-from moe_train.parallel.parameters import rank_parameters
-from moe_train.parallel.shapes import Assumptions, Shapes, shapes
-from moe_train.planner.memory.activations import embedding_terms, head_terms
+from moe_train.features.optimizers import OPTIMIZERS
+from moe_train.features.schedules import span_rows_in_flight
+from moe_train.parallel.optimizer_state import WIDTH, StateBytes, owned_parameters, state_bytes
+from moe_train.parallel.parameters import RankParameters
+from moe_train.planner.memory.activations import Term, embedding_terms, head_terms, total
 from moe_train.planner.memory.layers import (
     forward_buffers,
-    hosted_terms,
-    kept_terms,
     layer_backward,
     loss_phases,
+    owner_terms,
+    persistent_buffers,
     recomputed_terms,
     retained_terms,
-    span_backward,
-    span_forward_buffers,
-    standing_buffers,
+    saved_terms,
 )
-from moe_train.planner.memory.update import update_terms
-from moe_train.planner.terms import Term, total
+from moe_train.planner.plan import Plan
 
 GB = 1e9
 
 
 class Moment(NamedTuple):
-    """A point of the step: its name, bytes kept for backward, and the buffers on top."""
+    """A point of the step: its name, bytes saved for backward, and the buffers on top."""
 
     name: str
-    kept: float
+    saved: float
     buffers: tuple[Term, ...]
 
     @property
     def bytes(self) -> float:
         """Bytes beside weights, gradients and optimizer state."""
-        return self.kept + total(self.buffers)
+        return self.saved + total(self.buffers)
 
 
 @dataclass(frozen=True)
@@ -56,12 +51,12 @@ class StageMemory:
 
     stage: int
     held: int
-    """Micro-batches (chunks of them, when interleaved) kept at once."""
+    """Micro-batches (chunks of them, when interleaved) in flight at once."""
     state: StateBytes
     one_microbatch: float
-    """Bytes kept of one micro-batch by the whole stage (by one chunk, when interleaved)."""
+    """Bytes saved for one micro-batch by the whole stage (by one chunk, when interleaved)."""
     hosted: float
-    """Bytes that the experts of ``placement=span`` keep for all stages."""
+    """Bytes that the experts of ``placement=span`` save for all stages."""
     peak: Moment
     moments: tuple[Moment, ...]
     fragmentation: float
@@ -69,7 +64,7 @@ class StageMemory:
 
     @property
     def activations(self) -> float:
-        """Everything that comes and goes, at the peak."""
+        """Activations and temporary buffers at the peak."""
         return self.peak.bytes
 
     @property
@@ -88,104 +83,115 @@ class StageMemory:
         return self.allocated - self.state.optimizer
 
 
-def stage_memory(
-    config: Config, layout: Layout, vocab: int, stage: int, assumptions: Assumptions
-) -> StageMemory:
+def stage_memory(plan: Plan, stage: int) -> StageMemory:
     """Peak memory of the ranks of pipeline stage `stage` (0-based) of a legal plan."""
-    z = shapes(config, layout, vocab, assumptions)
-    rank = layout.stage_ranks(stage)[0]
-    parameters = rank_parameters(config.model, layout, rank, vocab)
-    state = state_bytes(config, layout, parameters)
-    count = microbatches_per_step(config, layout.data)
-    delay = int(config.parallel.overlap_expert_comm and layout.span)
-    sizes = Pipeline(layout.pipeline, count, layout.virtual_pipeline, delay)
-    schedule = schedule_of(config.parallel.schedule, chunks=sizes.chunks, span=layout.span)
-    held = schedule.in_flight(sizes, stage)
-    modules = config.recompute.modules
-    whole = config.recomputed_layers
+    z, config, layout = plan.shapes, plan.config, plan.layout
+    parameters = plan.parameters(stage)
+    held = plan.schedule.in_flight(plan.pipeline, stage)
+    modules, recomputed = config.recompute.modules, config.recomputed_layers
     layers = layout.stage_layers(stage)
-    kept = [total(kept_terms(z, recomputed=n in whole, modules=modules, span=layout.span))
-            for n in layers]  # fmt: skip
-    first, last = stage == 0, stage == layout.pipeline - 1
+    saved = [
+        total(saved_terms(z, recomputed=number in recomputed, modules=modules)) for number in layers
+    ]
+    first = stage == 0
     ends = total(embedding_terms(z)) * first / layout.virtual_pipeline
-    one = sum(kept) / layout.virtual_pipeline + ends
-    hosted = 0.0
+    one = sum(saved) / layout.virtual_pipeline + ends
+    owned = 0.0
     if layout.span:
-        rows = span_rows_in_flight(sizes)
-        hosted = rows * len(layers) * total(hosted_terms(z, modules))
-    floor = held * one + hosted
-    update = update_terms(config, layout, parameters, fused=assumptions.fused)
+        rows = span_rows_in_flight(plan.pipeline)
+        owned = rows * len(layers) * total(owner_terms(z, modules))
     moments = (
-        *_moments(z, config, layout, layers, kept, floor, whole, last=last),
-        Moment("optimizer update", 0.0, update),
+        *_moments(plan, stage, saved, held * one + owned),
+        Moment("optimizer update", 0.0, update_terms(plan, parameters)),
     )
     peak = max(moments, key=lambda moment: moment.bytes)
     return StageMemory(
         stage=stage,
         held=held,
-        state=state,
+        state=state_bytes(config, layout, parameters),
         one_microbatch=one,
-        hosted=hosted,
+        hosted=owned,
         peak=peak,
         moments=moments,
-        fragmentation=peak.bytes * assumptions.fragmentation,
+        fragmentation=peak.bytes * plan.assumptions.fragmentation,
         reserved=config.hardware.reserved_gb * GB,
     )
 
 
-def _moments(
-    z: Shapes,
-    config: Config,
-    layout: Layout,
-    layers: list[int],
-    kept: list[float],
-    floor: float,
-    whole: frozenset[int],
-    *,
-    last: bool,
-) -> list[Moment]:
-    always = [
-        *([Term("pipeline messages", 2 * z.N * z.H * z.b, "2 N H b", "P2P")]
-          if layout.pipeline > 1 else []),
-        *standing_buffers(z),
-    ]  # fmt: skip
-    buffers = span_forward_buffers(z) if layout.span else forward_buffers(z)
-    found = [Moment("end of the forward pass", floor, (*buffers, *always))]
-    if last:
+def _moments(plan: Plan, stage: int, saved: list[float], floor: float) -> Iterator[Moment]:
+    """Moments of a step that may be its peak.
+
+    Args:
+        saved: bytes that each layer of the stage saves.
+        floor: bytes saved when the forward pass of the busiest micro-batch ends.
+    """
+    z, layout, modules = plan.shapes, plan.layout, plan.config.recompute.modules
+    whole = plan.config.recomputed_layers
+    messages = Term("pipeline messages", 2 * z.N * z.H * z.b, "2 N H b", "P2P")
+    always = [*([messages] if layout.pipeline > 1 else []), *persistent_buffers(z)]
+    yield Moment("end of the forward pass", floor, (*forward_buffers(z), *always))
+    if stage == layout.pipeline - 1:
         head = total(head_terms(z))
-        found += [
-            Moment(phase.name, floor + head, (*phase.terms, *always)) for phase in loss_phases(z)
-        ]
+        for phase in loss_phases(z):
+            yield Moment(phase.name, floor + head, (*phase.terms, *always))
+    layers = layout.stage_layers(stage)
     chunk = len(layers) // layout.virtual_pipeline
     freed, done = 0.0, 0
-    modules = config.recompute.modules
-    # The last chunk goes backward first; its layers free what they kept one after the other.
-    for number, size in reversed(list(zip(layers, kept, strict=True))[-chunk:]):
+    # The last chunk runs backward first; its layers free what they saved one after the other.
+    for number, size in reversed(list(zip(layers, saved, strict=True))[-chunk:]):
         recomputed = number in whole
-        again = recomputed_terms(z, recomputed=recomputed, modules=modules, span=layout.span)
-        saved = [term.name for term in again]
-        saved += [term.name for term in kept_terms(z, recomputed=recomputed, modules=modules,
-                                                   span=layout.span)]  # fmt: skip
-        if layout.span:
-            saved += [term.name for term in hosted_terms(z, modules)]
+        again = recomputed_terms(z, recomputed=recomputed, modules=modules)
+        alive = [*again, *saved_terms(z, recomputed=recomputed, modules=modules)]
+        alive += owner_terms(z, modules) if layout.span else []
         before = retained_terms(z, done)
-        for phase in span_backward(z, saved) if layout.span else layer_backward(z, saved):
+        for phase in layer_backward(z, [term.name for term in alive]):
             terms = (*again, *phase.terms, *before, *always)
-            found.append(Moment(f"backward of layer {number}{phase.name}", floor - freed, terms))
+            yield Moment(f"backward of layer {number}{phase.name}", floor - freed, terms)
         freed += size
         done += recomputed and not layout.span
-    return found
 
 
-def plan_memory(
-    config: Config, layout: Layout, vocab: int, assumptions: Assumptions
-) -> list[StageMemory]:
+SCRATCH_BYTES = 128 << 20
+"""Bytes that torch's kernels copy at once; TorchAdam's own constant, checked by a test."""
+
+
+def update_terms(plan: Plan, held: RankParameters) -> tuple[Term, ...]:
+    """Buffers of the optimizer step on a rank that holds `held`.
+
+    Gradients that are not fp32 are copied whole for an optimizer that takes fp32 alone
+    (Megatron-Core 0.19, ``_copy_model_grads_to_main_grads``); the precision-aware one reads them
+    as they are, and torch's kernels copy them with 16-bit moments in parts. TransformerEngine's
+    copies nothing.
+    """
+    optim = plan.config.optim
+    owned = owned_parameters(plan.config, plan.layout, held)
+    gradient = WIDTH[optim.grad_dtype] < 4
+    if not optim.precision_aware:
+        if not gradient:
+            return ()
+        return (
+            Term(
+                "fp32 copies of gradients", 4.0 * owned,
+                "4 x parameters of this rank's share", "Megatron-Core 0.19, optimizer",
+            ),
+        )  # fmt: skip
+    states = len(OPTIMIZERS[optim.name].state_names)
+    copied = 4 * (gradient + states * (WIDTH[optim.moment_dtype] < 4))
+    if plan.assumptions.fused or not copied:
+        return ()
+    return (
+        Term(
+            "parts copied to fp32", float(min(SCRATCH_BYTES, copied * owned)),
+            f"128 MiB, or {copied} x parameters if less", "TorchAdam",
+        ),
+    )  # fmt: skip
+
+
+def plan_memory(plan: Plan) -> list[StageMemory]:
     """Peak memory of every stage of a legal plan."""
-    return [
-        stage_memory(config, layout, vocab, stage, assumptions) for stage in range(layout.pipeline)
-    ]
+    return [stage_memory(plan, stage) for stage in range(plan.layout.pipeline)]
 
 
-def worst(stages: list[StageMemory]) -> StageMemory:
+def worst(stages: Sequence[StageMemory]) -> StageMemory:
     """The stage that needs most."""
     return max(stages, key=lambda one: one.total)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from moe_train.config.root import Config
+from moe_train.config.schema import to_mapping
 from moe_train.features import schedules
 from moe_train.parallel.flops import flops_per_token
-from moe_train.parallel.layout import Layout
-from moe_train.parallel.parameters import rank_parameters
-from moe_train.parallel.shapes import Assumptions, shapes
-from moe_train.planner.cost import communication, compute, timing
-from moe_train.planner.memory.fit import capacity, memory_rows, profile
-from moe_train.planner.memory.layers import hosted_terms, kept_terms, whole_layer
+from moe_train.parallel.optimizer_state import bytes_per_parameter, variants
+from moe_train.planner.cost.communication import step_traffic
+from moe_train.planner.cost.compute import dense_parts, embedding_parts, expert_parts, head_parts
+from moe_train.planner.cost.timing import StepTime
+from moe_train.planner.memory.layers import owner_terms, saved_terms, whole_layer
 from moe_train.planner.memory.stages import StageMemory, plan_memory, worst
-from moe_train.planner.terms import Term
+from moe_train.planner.plan import Plan
 
 ASSUMED = {
     "routing": "every rank's experts receive imbalance x the average rows",
@@ -26,10 +26,10 @@ ASSUMED = {
     "exchange": "expert all-to-all is exposed unless parallel.overlap_expert_comm is on",
     "gradients": "reduction hides behind one micro-batch's backward pass where it overlaps",
     "weights": "backward reads them once and moves their gradients into the buffer: inside the "
-    "product on an accelerator, by an addition of its own on the host",
+    "product on an accelerator, by an addition of its own on a CPU",
     "flops": "backward is twice the forward pass; recomputation is time, not useful work",
 }
-"""What the figures take for granted, in words."""
+"""Assumptions behind the figures."""
 
 SOURCES = {
     "memory": "Korthikanti et al., arXiv:2205.05198; ZeRO, arXiv:1910.02054; Megatron-Core 0.19",
@@ -44,30 +44,26 @@ SOURCES = {
 """Where the formulas come from."""
 
 
-def cost_report(
-    config: Config, layout: Layout, vocab: int, assumptions: Assumptions
-) -> dict[str, Any]:
+def cost_report(plan: Plan, memory: Sequence[StageMemory], time: StepTime) -> dict[str, Any]:
     """What the plan costs; bytes, seconds and operations, per rank unless it says otherwise."""
-    stages = plan_memory(config, layout, vocab, assumptions)
-    time = timing.step_time(config, layout, vocab, assumptions)
     return {
-        "assumptions": {**asdict(assumptions), **ASSUMED},
+        "assumptions": {**asdict(plan.assumptions), **ASSUMED},
         "sources": SOURCES,
-        "hardware": profile(config),
+        "hardware": to_mapping(plan.config)["hardware"],
         "memory": {
-            "device_bytes": capacity(config),
-            "stages": [_stage(config, one) for one in stages],
-            "worst_stage": worst(stages).stage,
-            "optimizers": memory_rows(config, layout, vocab, assumptions),
-            "layer_terms": _layer_terms(config, layout, vocab, assumptions),
+            "device_bytes": plan.device_bytes,
+            "stages": [_stage(plan, one) for one in memory],
+            "worst_stage": worst(memory).stage,
+            "optimizers": optimizer_rows(plan),
+            "layer_terms": _layer_terms(plan),
         },
-        "compute": _compute(config, layout, vocab, assumptions, time),
-        "communication": _communication(config, layout, vocab, assumptions, time),
-        "time": _time(time, layout.span),
+        "compute": _compute(plan, time),
+        "communication": [asdict(one) for one in step_traffic(plan, plan.layout.pipeline // 2)],
+        "time": _time(time, plan.layout.span),
     }
 
 
-def _stage(config: Config, one: StageMemory) -> dict[str, Any]:
+def _stage(plan: Plan, one: StageMemory) -> dict[str, Any]:
     return {
         "stage": one.stage,
         "held": one.held,
@@ -84,70 +80,74 @@ def _stage(config: Config, one: StageMemory) -> dict[str, Any]:
         "fragmentation_bytes": one.fragmentation,
         "reserved_bytes": one.reserved,
         "total_bytes": one.total,
-        "fraction": one.total / capacity(config) if capacity(config) else None,
+        "fraction": one.total / plan.device_bytes if plan.device_bytes else None,
     }
 
 
-def _layer_terms(
-    config: Config, layout: Layout, vocab: int, assumptions: Assumptions
-) -> dict[str, list[dict[str, Any]]]:
-    z = shapes(config, layout, vocab, assumptions)
-    modules = config.recompute.modules
+def optimizer_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The worst stage under each optimizer, and without one; bytes.
 
-    def plain(terms: list[Term]) -> list[dict[str, Any]]:
-        return [asdict(term) for term in terms]
+    ``each`` has the bytes per parameter, by what they are for, before any sharding.
+    """
 
-    found = {
-        "kept": plain(kept_terms(z, recomputed=False, modules=modules, span=layout.span)),
-        "kept_when_recomputed": plain(kept_terms(z, recomputed=True, span=layout.span)),
-        "whole": plain(whole_layer(z, span=layout.span)),
+    def row(name: str, overrides: str, state: float, total: float, host: float) -> dict[str, Any]:
+        return {
+            "optimizer": name,
+            "overrides": overrides,
+            "state_bytes": state,
+            "activation_bytes": need.activations,
+            "tensor_bytes": state + need.activations,
+            "total_bytes": total,
+            "host_bytes": host,
+            "fraction": total / plan.device_bytes if plan.device_bytes else None,
+            "fits": total <= plan.device_bytes,
+        }
+
+    rows: list[dict[str, Any]] = []
+    for name, (config, overrides) in variants(plan.config).items():
+        need = worst(plan_memory(plan.under(config)))
+        state = need.state
+        each = asdict(bytes_per_parameter(config.dtype, config.optim))
+        rows.append({**row(name, overrides, state.device, need.total, state.host), "each": each})
+        if name == "precision-aware":
+            without = need.total - state.optimizer
+            first = row("no optimizer state", "", state.weights + state.gradients, without, 0)
+    return [first, *rows]
+
+
+def _layer_terms(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    z, modules = plan.shapes, plan.config.recompute.modules
+    terms = {
+        "kept": saved_terms(z, recomputed=False, modules=modules),
+        "kept_when_recomputed": saved_terms(z, recomputed=True),
+        "whole": whole_layer(z),
+        **({"hosted": owner_terms(z, modules)} if z.span else {}),
     }
-    if layout.span:
-        found["hosted"] = plain(hosted_terms(z, modules))
-    return found
+    return {name: [asdict(term) for term in some] for name, some in terms.items()}
 
 
-def _compute(
-    config: Config, layout: Layout, vocab: int, assumptions: Assumptions, time: timing.StepTime
-) -> dict[str, Any]:
-    z = shapes(config, layout, vocab, assumptions)
-    flops = flops_per_token(config.model, config.data.sequence, vocab)
+def _compute(plan: Plan, time: StepTime) -> dict[str, Any]:
+    config, layout, z = plan.config, plan.layout, plan.shapes
+    flops = flops_per_token(config.model, config.data.sequence, plan.vocab)
     parts = [
-        *compute.dense_parts(config, z),
-        *compute.expert_parts(config, z, layers=layout.pipeline if layout.span else 1),
+        *dense_parts(config, z),
+        *expert_parts(config, z, layers=layout.pipeline // layout.expert_stages),
     ]
+    ends = [*embedding_parts(config, z), *head_parts(config, z)]
     recomputes = bool(config.recomputed_layers)
-    layer = time.layer
+    forward, backward = time.layer.forward(), time.layer.backward(recomputed=recomputes)
     return {
         "flops_per_token": {**asdict(flops), "total": flops.total},
         "layer_parts": [asdict(part) for part in parts],
-        "end_parts": [
-            asdict(part)
-            for part in (*compute.embedding_parts(config, z), *compute.head_parts(config, z))
-        ],
-        "layer_forward_seconds": layer.forward(),
-        "layer_backward_seconds": layer.backward(recomputed=recomputes),
-        "layer_seconds": layer.forward() + layer.backward(recomputed=recomputes),
+        "end_parts": [asdict(part) for part in ends],
+        "layer_forward_seconds": forward,
+        "layer_backward_seconds": backward,
+        "layer_seconds": forward + backward,
         "layer_is_recomputed": recomputes,
     }
 
 
-def _communication(
-    config: Config, layout: Layout, vocab: int, assumptions: Assumptions, time: timing.StepTime
-) -> list[dict[str, Any]]:
-    z = shapes(config, layout, vocab, assumptions)
-    stage = layout.pipeline // 2
-    layers = layout.stage_layers(stage)
-    whole = config.recomputed_layers
-    rank = layout.stage_ranks(stage)[0]
-    held = rank_parameters(config.model, layout, rank, vocab)
-    traffic = communication.step_traffic(
-        config, layout, z, held, stage, time.microbatches, len(whole.intersection(layers))
-    )
-    return [asdict(one) for one in traffic]
-
-
-def _time(time: timing.StepTime, span: bool) -> dict[str, Any]:
+def _time(time: StepTime, span: bool) -> dict[str, Any]:
     return {
         "stages": [asdict(one) for one in time.stages],
         "pipeline_seconds": time.pipeline,

@@ -1,7 +1,8 @@
-"""Everything the plan knows, as one plain mapping: ``plan.json`` and the tables' source."""
+"""The content of ``plan.json`` and of the plan's tables, as one plain mapping."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,33 +10,16 @@ from moe_train.config.environment import variables
 from moe_train.config.kernels import KernelChoice, planned_kernels, run_kernels
 from moe_train.config.root import Config
 from moe_train.config.schema import to_mapping
-from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
 from moe_train.parallel.groups import communicators, deployment
-from moe_train.parallel.layout import GROUPS, Layout
-from moe_train.parallel.parameters import (
-    RankParameters,
-    model_parameters,
-    padded_vocab,
-    rank_parameters,
-)
-from moe_train.parallel.shapes import Assumptions
-from moe_train.parallel.vocabulary import vocabulary
-from moe_train.planner.memory.fit import assumptions_of
+from moe_train.parallel.layout import GROUPS, Layout, ranges
+from moe_train.parallel.parameters import RankParameters, model_parameters
+from moe_train.planner.cost.timing import StepTime
+from moe_train.planner.memory.stages import StageMemory, worst
+from moe_train.planner.plan import Plan
 from moe_train.planner.report.costs import cost_report
 
 VERSION = 2
 """Raised when a key of the report changes its meaning or goes away."""
-
-
-def _ranges(numbers: list[int]) -> str:
-    """``1-4`` or ``1-2, 9-10``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def _rank(config: Config, layout: Layout, rank: int, counts: RankParameters) -> dict[str, Any]:
@@ -45,22 +29,21 @@ def _rank(config: Config, layout: Layout, rank: int, counts: RankParameters) -> 
         "node": rank // config.hardware.devices_per_node,
         "dense": place.dense._asdict(),
         "expert": place.expert._asdict(),
-        "layers": _ranges(layout.stage_layers(place.dense.pp)),
-        "expert_layers": _ranges(layout.expert_layers(rank)),
+        "layers": ranges(layout.stage_layers(place.dense.pp), ", "),
+        "expert_layers": ranges(layout.expert_layers(rank), ", "),
         "experts": [experts.start, experts.stop - 1],
         "expert_modules": counts.expert_modules,
         "parameters": {**asdict(counts), "total": counts.total},
     }
 
 
-def kernels_report(config: Config, taken: KernelChoice | None = None) -> dict[str, Any]:
-    """The kernel set of a run, and what it sets in Megatron's TransformerConfig, with reasons."""
-    planned = (
+def kernels_report(config: Config, chosen: KernelChoice | None = None) -> dict[str, Any]:
+    """The kernel set of a run, and its settings of Megatron's TransformerConfig, with reasons."""
+    choice = chosen or (
         planned_kernels(config.backend.kernels, on_cpu=True)
         if config.device == "cpu"
         else run_kernels(config.backend.kernels, config.hardware)
     )
-    choice = taken or planned
     return {
         "name": choice.kernels.name,
         "why": choice.why,
@@ -73,30 +56,27 @@ def kernels_report(config: Config, taken: KernelChoice | None = None) -> dict[st
 
 
 def plan_report(
-    config: Config,
-    layout: Layout,
-    assumptions: Assumptions | None = None,
+    plan: Plan,
+    memory: Sequence[StageMemory],
+    time: StepTime,
     kernels: KernelChoice | None = None,
 ) -> dict[str, Any]:
-    """The plan of a legal, resolved config.
+    """The content of ``plan.json`` for a legal, resolved config.
 
     Args:
-        assumptions: routing imbalance and allocator waste; None takes the usual ones.
-        kernels: the kernel set that a run has taken; None for the one that it would take.
+        kernels: the kernel set of a run; None for the one that it would choose.
 
     Layers and ranks are named as in the config (layers from 1, ranks and experts from
     0); parameters are counts of numbers, not bytes.
     """
-    vocab, vocab_source = vocabulary(config)
-    model = config.model
-    counts = model_parameters(model, vocab)
-    per_stage = layout.ranks_per_stage
-    # All ranks of a stage hold as much.
-    held = [
-        rank_parameters(model, layout, stage * per_stage, vocab) for stage in range(layout.pipeline)
-    ]
+    config, layout, model = plan.config, plan.layout, plan.config.model
+    counts = model_parameters(model, plan.vocab)
+    held = [plan.parameters(stage) for stage in range(layout.pipeline)]
     groups = {kind: layout.groups(kind) for kind in GROUPS}
-    ranks = [_rank(config, layout, rank, held[rank // per_stage]) for rank in range(layout.world)]
+    ranks = [
+        _rank(config, layout, rank, held[rank // layout.ranks_per_stage])
+        for rank in range(layout.world)
+    ]
     return {
         "version": VERSION,
         "experiment": config.experiment,
@@ -111,14 +91,14 @@ def plan_report(
         },
         "batch": {
             "micro": config.batch.micro,
-            "microbatches_per_step": microbatches_per_step(config, layout.data),
-            "sequences_per_step": sequences_per_step(config, layout.data),
-            "tokens_per_step": sequences_per_step(config, layout.data) * config.data.sequence,
+            "microbatches_per_step": plan.microbatches,
+            "sequences_per_step": plan.sequences,
+            "tokens_per_step": plan.tokens,
         },
         "vocabulary": {
-            "tokens": vocab,
-            "rows": padded_vocab(vocab, model.vocab_multiple),
-            "source": vocab_source,
+            "tokens": plan.vocab,
+            "rows": plan.padded_vocab,
+            "source": plan.vocab_source,
         },
         "kernels": kernels_report(config, kernels),
         "parameters": {
@@ -129,7 +109,7 @@ def plan_report(
         "stages": [
             {
                 "stage": stage,
-                "ranks": list(range(stage * per_stage, (stage + 1) * per_stage)),
+                "ranks": list(layout.stage_ranks(stage)),
                 "chunks": [
                     layout.stage_layers(stage, chunk) for chunk in range(layout.virtual_pipeline)
                 ],
@@ -141,5 +121,6 @@ def plan_report(
         "communicators": communicators(config, layout, groups),
         "environment": [asdict(one) for one in variables(config)],
         "deployment": deployment(layout),
-        **cost_report(config, layout, vocab, assumptions or assumptions_of(config)),
+        "fits": worst(memory).total <= plan.device_bytes,
+        **cost_report(plan, memory, time),
     }

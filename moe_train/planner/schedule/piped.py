@@ -22,7 +22,7 @@ from moe_train.features.schedules import (
     Pass,
     Pipeline,
 )
-from moe_train.planner.schedule.builder import Builder
+from moe_train.planner.schedule.graph import Builder
 from moe_train.planner.schedule.work import Piece, PipedWork, total
 
 
@@ -43,7 +43,7 @@ def piped_graph(work: PipedWork, kind: str, detail: str) -> Any:
     for one, (first, computed, _) in passes.items():
         if one.direction == FORWARD:
             back = passes[one._replace(direction=BACKWARD)]
-            builder.edge(computed, back[0], "kept", work.ends.kept[one.stage])
+            builder.edge(computed, back[0], "saved", work.ends.saved[one.stage])
         source = _source(work, one)
         if source is not None:
             sent = passes[source][2]

@@ -1,21 +1,19 @@
-"""A config's schedule, built and timed."""
+"""`build_schedule`: the graph of a plan's optimizer step, timed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from moe_train.config.root import Config
 from moe_train.errors import ConfigError
-from moe_train.features.schedules import SCHEDULES, Pipeline, PipelineSchedule, schedule_of
+from moe_train.features.schedules import SCHEDULES, PipelineSchedule, schedule_of
 from moe_train.parallel.layout import Layout
-from moe_train.parallel.shapes import Assumptions
 from moe_train.planner.cost.timing import StepTime, step_time
-from moe_train.planner.schedule.clock import Timing, run_clock
-from moe_train.planner.schedule.pieces import work_of
+from moe_train.planner.plan import Plan
+from moe_train.planner.schedule.graph import Timing, time_graph
 from moe_train.planner.schedule.piped import piped_graph
 from moe_train.planner.schedule.spanning import span_graph
-from moe_train.planner.schedule.work import SpanWork
+from moe_train.planner.schedule.work import SpanWork, work_of
 
 DETAILS = ("stage", "layer")
 """One node a pass, or one node a piece of a layer."""
@@ -23,7 +21,7 @@ DETAILS = ("stage", "layer")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A step of one layout: graph, times and what they are compared with."""
+    """A step of one layout: its graph, and its times beside the closed forms."""
 
     kind: str
     detail: str
@@ -32,7 +30,7 @@ class Schedule:
     """networkx.DiGraph, its nodes timed."""
     timing: Timing
     held: tuple[int, ...]
-    """Micro-batches (chunks, when interleaved) that each stage keeps at most."""
+    """Most micro-batches (chunks, when interleaved) in flight on each stage."""
     formula: float | None
     """The bubble's closed form for uniform stages; None where there is none."""
     predicted: StepTime
@@ -54,36 +52,32 @@ def choose_schedule(layout: Layout, name: str) -> PipelineSchedule:
     chosen = own if name == "auto" else SCHEDULES.get(name)
     if chosen is None:
         known = ", ".join(SCHEDULES)
-        raise ConfigError("--kind", f"{name!r} is no schedule", f"one of: auto, {known}")
+        raise ConfigError("--kind", f"{name!r} is not a schedule", f"one of: auto, {known}")
     if not chosen.fits(chunks=layout.virtual_pipeline, span=layout.span):
         raise ConfigError(
-            "--kind", f"{name} does not go with {layout.tag}, which runs {own.name}", chosen.needs
+            "--kind", f"{layout.tag} cannot run {name}: its schedule is {own.name}", chosen.needs
         )
     return chosen
 
 
-def build_schedule(
-    config: Config, layout: Layout, vocab: int, assumptions: Assumptions, kind: str = "auto",
-    detail: str = "stage",
-) -> Schedule:  # fmt: skip
+def build_schedule(plan: Plan, kind: str = "auto", detail: str = "stage") -> Schedule:
     """Graph and times of one step of a legal plan.
 
     Raises:
         ConfigError: the layout cannot run in that order.
     """
-    schedule = choose_schedule(layout, config.parallel.schedule if kind == "auto" else kind)
-    predicted = step_time(config, layout, vocab, assumptions)
-    work = work_of(config, layout, vocab, assumptions, predicted)
-    sizes = Pipeline(layout.pipeline, predicted.microbatches, layout.virtual_pipeline)
-    # How much exchange is waited for differs from tick to tick where slots take turns.
+    schedule = choose_schedule(
+        plan.layout, plan.config.parallel.schedule if kind == "auto" else kind
+    )
+    predicted = step_time(plan)
+    work = work_of(plan, predicted)
+    # How much exchange is waited for differs from tick to tick where slots overlap.
     formula: float | None = predicted.bubble
     if isinstance(work, SpanWork):
         graph = span_graph(work, detail)
-        sizes = sizes._replace(delay=work.delay)
         formula = None if work.delay else formula
     else:
         graph = piped_graph(work, schedule.name, detail)
-    held = tuple(schedule.in_flight(sizes, stage) for stage in range(layout.pipeline))
-    return Schedule(
-        schedule.name, detail, layout, graph, run_clock(graph), held, formula, predicted
-    )
+    held = tuple(schedule.in_flight(plan.pipeline, stage) for stage in range(plan.layout.pipeline))
+    timing = time_graph(graph)
+    return Schedule(schedule.name, detail, plan.layout, graph, timing, held, formula, predicted)

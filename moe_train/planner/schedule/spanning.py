@@ -1,9 +1,9 @@
 """The graph of the tick-aligned spanning schedule.
 
-Half-ticks follow one another; within one, all ranks of a replica walk the local layers together,
-and a stage without a micro-batch serves its experts to the others. Nodes, with H = M + P - 1
-halves each way, l = L / P local layers, D dense pieces to a layer's forward pass and C recomputed
-layers:
+Slots (the forward or the backward part of a tick) follow one another; within one, all ranks of a
+replica run the local layers together, and a stage without a micro-batch serves its experts to the
+others. Nodes, with H = M + P - 1 slots each way, l = L / P local layers, D dense pieces to the
+forward pass of a layer and C recomputed layers:
 
     by stage  2 P H + 2 P
     by layer  2 H l (2 + P) + M (2 L D + C D + 4 + 2 (P - 1)) + 2 P
@@ -19,12 +19,12 @@ from dataclasses import replace
 from typing import Any
 
 from moe_train.features.schedules import BACKWARD, FORWARD, Tick, ticks
-from moe_train.planner.schedule.builder import Builder
+from moe_train.planner.schedule.graph import Builder
 from moe_train.planner.schedule.piped import piece_name
 from moe_train.planner.schedule.work import Piece, SpanWork, total
 
 SERVE = "serve"
-"""Direction of the work of a stage that has no micro-batch in a half."""
+"""Direction of the work of a stage without a micro-batch in a slot."""
 
 
 def span_graph(work: SpanWork, detail: str) -> Any:
@@ -42,7 +42,7 @@ def span_graph(work: SpanWork, detail: str) -> Any:
     for (direction, stage, batch), (first, last) in ends.items():
         if direction == FORWARD:
             back = ends[BACKWARD, stage, batch][0]
-            builder.edge(last, back, "kept", work.ends.kept[stage])
+            builder.edge(last, back, "saved", work.ends.saved[stage])
             if stage:
                 sent = ends[FORWARD, stage - 1, batch][1]
                 builder.edge(sent, first, "activation", work.ends.messages[stage - 1].bytes)
@@ -54,10 +54,10 @@ def span_graph(work: SpanWork, detail: str) -> Any:
 
 
 def _exposed(work: SpanWork, direction: str, tick: Tick) -> SpanWork:
-    """`work` with what of this half's exchanges the other half of the tick does not hide.
+    """`work` with the part of this slot's exchanges that the tick's other slot does not hide.
 
-    With a delay the halves take turns: one's exchange runs while the other computes, as the
-    planner's step time has it.
+    With a delay the slots overlap: one's exchange runs while the other computes, as in the
+    planner's step time.
     """
     other, active = (BACKWARD, tick.backward) if direction == FORWARD else (FORWARD, tick.forward)
     exchange = _exchange(work, direction)
@@ -76,7 +76,7 @@ def _exchange(work: SpanWork, direction: str) -> tuple[Piece, Piece]:
 
 
 def _computing(work: SpanWork, direction: str, active: Mapping[int, int]) -> float:
-    """Seconds that a half computes: the experts, and the slowest active stage's dense work."""
+    """Seconds of computing in a slot: the experts, and the slowest active stage's dense work."""
     dense = max(
         total(_embedding(work, direction, stage))
         + total(_head(work, direction, stage))
@@ -124,7 +124,7 @@ def _served(work: SpanWork, active: Mapping[int, int], local: int) -> str:
 def _stages(
     builder: Builder, work: SpanWork, direction: str, tick: int, active: Mapping[int, int]
 ) -> dict[int, tuple[str, str]]:
-    """One node a stage; the next half begins when the slowest has ended."""
+    """One node a stage; the next slot begins when the slowest has ended."""
     before = [builder.tail(s) for s in range(work.stages)] if tick or direction == BACKWARD else []
     exchange = _exchange(work, direction)
     each = _experts(work, direction, len(active)) + total(exchange)
@@ -162,7 +162,7 @@ def _layers(
     """One node a piece; exchanges are shared by all stages."""
     stages = range(work.stages)
     first: dict[int, str] = {}
-    half = f"T{tick}{direction[0]}"
+    slot = f"T{tick}{direction[0]}"
 
     def run(stage: int, pieces: list[Piece]) -> None:
         """A stage's own work; a piece follows what it received, so after data or an exchange."""
@@ -176,7 +176,7 @@ def _layers(
 
     def join(local: int, index: int) -> None:
         op = _exchange(work, direction)[index]
-        name = f"{half}/l{local}/{op.op}"
+        name = f"{slot}/l{local}/{op.op}"
         builder.node(
             name, op, list(stages), direction=direction, tick=tick, after="lockstep",
             layers=_served(work, active, local),
@@ -193,7 +193,7 @@ def _layers(
         seconds = _experts(work, direction, len(active))
         for stage in stages:
             builder.node(
-                f"{half}/l{local}/experts@{stage}", Piece("experts", seconds), [stage],
+                f"{slot}/l{local}/experts@{stage}", Piece("experts", seconds), [stage],
                 direction=direction if stage in active else SERVE, tick=tick, after="tokens",
                 microbatch=active.get(stage, -1), layers=_served(work, active, local),
             )  # fmt: skip

@@ -1,0 +1,166 @@
+"""Seconds of a pipelined step's passes, and its bubble: 1F1B, interleaved 1F1B, spanning 1F1B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from moe_train.features.schedules import bubble, span_bubble, ticks
+from moe_train.planner.cost.links import point_to_point
+from moe_train.planner.cost.passes import LayerTime, Passes, end_times, layer_time, served_times
+from moe_train.planner.plan import Plan
+
+
+def step_bubble(plan: Plan, layer: LayerTime, microbatches: int) -> float:
+    """The bubble's closed form for the layout's own schedule, its stages taken as uniform.
+
+    Where the slots of a spanning tick overlap, their exchange counts as hidden.
+    """
+    config, layout = plan.config, plan.layout
+    if not layout.span:
+        return bubble(layout.pipeline, microbatches, layout.virtual_pipeline)
+    dense = sum(layer.dense) + sum(layer.tensor)
+    if config.recomputed_layers:
+        dense += layer.dense.forward + layer.tensor.forward
+    experts = sum(layer.experts)
+    if "moe" in config.recompute.modules:
+        experts += layer.experts.forward
+    exchange = 0.0 if config.parallel.overlap_expert_comm else sum(layer.exchange)
+    return span_bubble(layout.pipeline, microbatches, dense, experts, exchange)
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """One stage, one micro-batch, in seconds, without waiting."""
+
+    stage: int
+    forward: float
+    backward: float
+
+    @property
+    def both(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+def stage_times(plan: Plan, layer: LayerTime) -> tuple[StageTime, ...]:
+    """Every stage with the messages that it sends."""
+    layout, z, whole = plan.layout, plan.shapes, plan.config.recomputed_layers
+    ends, times = end_times(plan), []
+    for stage in range(layout.pipeline):
+        layers = layout.stage_layers(stage)
+        forward = len(layers) * layer.forward()
+        backward = sum(layer.backward(recomputed=number in whole) for number in layers)
+        for name, place in (("embedding", 0), ("head", layout.pipeline - 1)):
+            if stage == place:
+                forward, backward = forward + ends[name].forward, backward + ends[name].backward
+        if layout.pipeline > 1:
+            link = min(stage, layout.pipeline - 2)
+            message = point_to_point(layout, plan.config.hardware, link, z.N * z.H * z.b)
+            forward += message.seconds * layout.virtual_pipeline
+            backward += message.seconds * layout.virtual_pipeline
+        times.append(StageTime(stage, forward, backward))
+    return tuple(times)
+
+
+def pipeline_seconds(plan: Plan, layer: LayerTime, stages: tuple[StageTime, ...]) -> float:
+    """Seconds from the first forward to the last backward pass, each rank on a device of its own.
+
+    The slowest stage sets the pace; the others' passes fill and drain the pipeline, in v times
+    smaller pieces when interleaved.
+    """
+    if plan.layout.span:
+        return _span_seconds(plan, layer)
+    slowest = max(one.both for one in stages)
+    fill = sum(one.both for one in stages) - slowest
+    return plan.microbatches * slowest + fill / plan.layout.virtual_pipeline
+
+
+def _span_seconds(plan: Plan, layer: LayerTime) -> float:
+    """Sum over slots; each waits for the slowest active stage at every local layer.
+
+    With ``parallel.overlap_expert_comm`` the slots of a tick overlap: each one's exchange runs
+    while the other computes, and only what is longer than that computing is waited for.
+    """
+    config, layout, z = plan.config, plan.layout, plan.shapes
+    whole, stages, local = config.recomputed_layers, layout.pipeline, len(layout.stage_layers(0))
+    ends = end_times(plan)
+    message = point_to_point(layout, config.hardware, 0, z.N * z.H * z.b).seconds
+    message = message if stages > 1 else 0.0
+    served = [served_times(plan, active) for active in range(stages + 1)]
+    again = [
+        [layout.stage_layers(stage)[i] in whole for i in range(local)] for stage in range(stages)
+    ]
+    expert_again = "moe" in config.recompute.modules
+    forward_dense = layer.dense.forward + layer.tensor.forward
+    overlap, spent = config.parallel.overlap_expert_comm, 0.0
+    for tick in ticks(stages, plan.microbatches, delay=int(overlap)):
+        forward = backward = 0.0
+        if tick.forward:
+            forward = local * (forward_dense + served[len(tick.forward)].forward)
+            # Both ends are in the same slot; the slower one sets the pace.
+            forward += _slower(ends, tick.forward, stages).forward
+        if tick.backward:
+            experts = served[len(tick.backward)]
+            rows = experts.backward + (experts.forward if expert_again else 0.0)
+            for i in range(local):
+                repeat = any(again[stage][i] for stage in tick.backward)
+                backward += layer.dense.backward + layer.tensor.backward + rows
+                backward += forward_dense if repeat else 0.0
+            backward += _slower(ends, tick.backward, stages).backward
+        spent += forward + backward
+        for slot, other, exchange in (
+            (tick.forward, backward, layer.exchange.forward),
+            (tick.backward, forward, layer.exchange.backward),
+        ):
+            if slot:
+                hidden = other if overlap else 0.0
+                spent += max(0.0, local * exchange - hidden) + message
+    return spent
+
+
+def _slower(ends: dict[str, Passes], slot: Mapping[int, int], stages: int) -> Passes:
+    here = [ends["embedding"]] if 0 in slot else []
+    here += [ends["head"]] if stages - 1 in slot else []
+    if len(here) == 2 and stages == 1:
+        return Passes(*(sum(both) for both in zip(*here, strict=True)))
+    return Passes(*(max(both) for both in zip(*here, Passes(0.0, 0.0), strict=True)))
+
+
+def core_seconds(plan: Plan) -> float:
+    """Seconds of a core that all ranks together take for a step's passes.
+
+    Links count with the share of a collective's time in which it occupies a core; none is hidden.
+    """
+    links = plan.config.hardware
+    share = max(links.collective_work, 1e-9)
+    links = replace(
+        links,
+        latency_us=links.latency_us * share,
+        message_us=links.message_us * share,
+        intra_node_gbps=links.intra_node_gbps / share,
+        inter_node_gbps=links.inter_node_gbps / share,
+    )
+    parallel = replace(plan.config.parallel, overlap_expert_comm=False)
+    plan = plan.under(replace(plan.config, hardware=links, parallel=parallel))
+    config, layout, count = plan.config, plan.layout, plan.microbatches
+    layer, local = layer_time(plan), len(layout.stage_layers(0))
+    if not layout.span:
+        return layout.ranks_per_stage * count * sum(one.both for one in stage_times(plan, layer))
+    dense = layer.dense.forward + layer.tensor.forward
+    own = layer.dense.backward + layer.tensor.backward
+    whole = config.recomputed_layers
+    sources = sum(
+        count * (dense * (2 if number in whole else 1) + own)
+        for number in range(1, config.model.layers + 1)
+    ) + count * sum(sum(end) for end in end_times(plan).values())
+    again = 1 if "moe" in config.recompute.modules else 0
+    served = 0.0
+    for tick in ticks(layout.pipeline, count):
+        for slot, back in ((tick.forward, False), (tick.backward, True)):
+            if slot:
+                experts = served_times(plan, len(slot))
+                computed = experts.backward + again * experts.forward if back else experts.forward
+                served += local * (computed + layer.exchange[back])
+    replicas = layout.world // (layout.tensor * layout.pipeline)
+    return replicas * layout.tensor * (sources + layout.pipeline * served)

@@ -1,0 +1,78 @@
+"""`Plan`: a resolved run under assumptions, from which memory, time and traffic are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
+
+from moe_train.config.kernels import TE, run_kernels
+from moe_train.config.root import Config
+from moe_train.features.schedules import Pipeline, PipelineSchedule, schedule_of
+from moe_train.parallel.parameters import RankParameters, rank_parameters
+from moe_train.parallel.resolved import ResolvedRun
+from moe_train.parallel.shapes import Assumptions, Shapes, shapes
+
+
+def assumptions_of(
+    config: Config, imbalance: float = 1.0, fragmentation: float = 0.05
+) -> Assumptions:
+    """Assumptions for the kernels that `config` would run with on its hardware profile."""
+    chosen = run_kernels(config.backend.kernels, config.hardware).kernels
+    return Assumptions(imbalance, fragmentation, fused=chosen is TE)
+
+
+@dataclass(frozen=True)
+class Plan(ResolvedRun):
+    """A resolved run, or one that a search considers, and what a plan assumes about it."""
+
+    vocab_source: str = ""
+    assumptions: Assumptions = Assumptions()
+
+    @classmethod
+    def of(cls, run: ResolvedRun, assumptions: Assumptions | None = None) -> Self:
+        """The plan of `run`; by default under the assumptions of `assumptions_of`."""
+        return cls(
+            run.config,
+            run.layout,
+            run.vocab,
+            run.vocab_source,
+            run.notes,
+            assumptions or assumptions_of(run.config),
+        )
+
+    def under(self, config: Config) -> Self:
+        """The same layout, vocabulary and assumptions under another config."""
+        return replace(self, config=config)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Sizes of one micro-batch on one rank."""
+        return shapes(self.config, self.layout, self.vocab, self.assumptions)
+
+    def parameters(self, stage: int) -> RankParameters:
+        """Parameters on each rank of pipeline stage `stage` (0-based): all have as many."""
+        rank = self.layout.stage_ranks(stage)[0]
+        return rank_parameters(self.config.model, self.layout, rank, self.vocab)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Sizes that a pipeline schedule depends on."""
+        layout = self.layout
+        return Pipeline(layout.pipeline, self.microbatches, layout.virtual_pipeline, self.delay)
+
+    @property
+    def schedule(self) -> PipelineSchedule:
+        """The run's pipeline schedule."""
+        layout, name = self.layout, self.config.parallel.schedule
+        return schedule_of(name, chunks=layout.virtual_pipeline, span=layout.span)
+
+    @property
+    def delay(self) -> int:
+        """Ticks by which ``placement=span`` delays backward passes to overlap exchanges."""
+        return int(self.config.parallel.overlap_expert_comm and self.layout.span)
+
+    @property
+    def device_bytes(self) -> float:
+        """Memory of one device."""
+        return self.config.hardware.memory_gb * 1e9
