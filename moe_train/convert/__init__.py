@@ -1,1 +1,1 @@
-"""Other people's formats: weights by Megatron's global keys to foreign names, and back."""
+"""Conversion of weights and configs between Megatron's keys and Hugging Face's names."""

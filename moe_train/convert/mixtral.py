@@ -2,7 +2,7 @@
 
 A model here is a Mixtral when its router takes the softmax over the chosen k (which equals
 Mixtral's softmax over all, renormalised over the k) and it has no shared expert. One table per
-dialect says how each of Megatron's global keys is cut into foreign tensors; everything is
+set of names says how each of Megatron's global keys splits into tensors; everything is
 converted one layer, or one expert, at a time, so a model larger than memory can stream through.
 
 Shape letters: H query heads, G key/value heads, D head width, C hidden, F expert width,
@@ -28,16 +28,16 @@ Parts = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the table needs to know of a model."""
+    """Sizes of a model that the table depends on."""
 
     layers: int
     heads: int
     kv_heads: int
     experts: int
     vocab: int
-    """Rows that the foreign model has."""
+    """Rows in the Hugging Face model."""
     padded_vocab: int
-    """Rows that ours has; those beyond ``vocab`` are zero after an import, lost in an export."""
+    """Rows in ours; those beyond ``vocab`` are zero after an import and dropped by an export."""
     tied: bool = False
     """The output head is the embedding: it has no tensor of its own on either side."""
 
@@ -55,15 +55,15 @@ class Sizes:
         )
 
 
-def _same_out(ours: torch.Tensor, sizes: Sizes) -> Parts:
+def _same_to_hf(ours: torch.Tensor, sizes: Sizes) -> Parts:
     return (ours,)
 
 
-def _same_in(theirs: Parts, sizes: Sizes) -> torch.Tensor:
+def _same_to_megatron(theirs: Parts, sizes: Sizes) -> torch.Tensor:
     return theirs[0]
 
 
-def _qkv_out(ours: torch.Tensor, sizes: Sizes) -> Parts:
+def _qkv_to_hf(ours: torch.Tensor, sizes: Sizes) -> Parts:
     """Megatron interleaves by group: R queries, one key, one value, then the next group."""
     queries = sizes.heads // sizes.kv_heads
     grouped_GRDC = ours.unflatten(0, (sizes.kv_heads, queries + 2, -1))
@@ -71,7 +71,7 @@ def _qkv_out(ours: torch.Tensor, sizes: Sizes) -> Parts:
     return tuple(part.flatten(0, 2) for part in parts)
 
 
-def _qkv_in(theirs: Parts, sizes: Sizes) -> torch.Tensor:
+def _qkv_to_megatron(theirs: Parts, sizes: Sizes) -> torch.Tensor:
     queries = sizes.heads // sizes.kv_heads
     grouped = [
         part.unflatten(0, (sizes.kv_heads, count, -1))
@@ -80,60 +80,60 @@ def _qkv_in(theirs: Parts, sizes: Sizes) -> torch.Tensor:
     return torch.cat(grouped, dim=1).flatten(0, 2)
 
 
-def _gate_up_out(ours: torch.Tensor, sizes: Sizes) -> Parts:
+def _gate_up_to_hf(ours: torch.Tensor, sizes: Sizes) -> Parts:
     return ours.chunk(2, dim=0)
 
 
-def _gate_up_in(theirs: Parts, sizes: Sizes) -> torch.Tensor:
+def _gate_up_to_megatron(theirs: Parts, sizes: Sizes) -> torch.Tensor:
     return torch.cat(theirs, dim=0)
 
 
-def _vocab_out(ours: torch.Tensor, sizes: Sizes) -> Parts:
+def _vocab_to_hf(ours: torch.Tensor, sizes: Sizes) -> Parts:
     return (ours[: sizes.vocab],)
 
 
-def _vocab_in(theirs: Parts, sizes: Sizes) -> torch.Tensor:
+def _vocab_to_megatron(theirs: Parts, sizes: Sizes) -> torch.Tensor:
     missing = sizes.padded_vocab - theirs[0].shape[0]
     return torch.nn.functional.pad(theirs[0], (0, 0, 0, missing))
 
 
 @dataclass(frozen=True)
-class Way:
-    """How one tensor of ours becomes foreign ones, and back."""
+class Transform:
+    """How a tensor of Megatron becomes tensors of Hugging Face, and back."""
 
-    out: Callable[[torch.Tensor, Sizes], Parts]
-    back: Callable[[Parts, Sizes], torch.Tensor]
+    to_hf: Callable[[torch.Tensor, Sizes], Parts]
+    to_megatron: Callable[[Parts, Sizes], torch.Tensor]
 
 
-SAME = Way(_same_out, _same_in)
-QKV = Way(_qkv_out, _qkv_in)
-GATE_UP = Way(_gate_up_out, _gate_up_in)
-VOCAB = Way(_vocab_out, _vocab_in)
+SAME = Transform(_same_to_hf, _same_to_megatron)
+QKV = Transform(_qkv_to_hf, _qkv_to_megatron)
+GATE_UP = Transform(_gate_up_to_hf, _gate_up_to_megatron)
+VOCAB = Transform(_vocab_to_hf, _vocab_to_megatron)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One global key and its foreign names; ``{layer}`` and ``{expert}`` are filled in.
+    """A global key of Megatron and its Hugging Face names, with ``{layer}`` and ``{expert}``.
 
     The key's tensor has an axis in front for each of the two that the names mention.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
-    way: Way = SAME
+    key: str
+    hf_names: tuple[str, ...]
+    transform: Transform = SAME
 
     def places(self, sizes: Sizes) -> Iterator[tuple[int, ...]]:
         """Indices of the leading axes, in order."""
-        layers = range(sizes.layers) if "{layer}" in self.theirs[0] else (None,)
-        experts = range(sizes.experts) if "{expert}" in self.theirs[0] else (None,)
+        layers = range(sizes.layers) if "{layer}" in self.hf_names[0] else (None,)
+        experts = range(sizes.experts) if "{expert}" in self.hf_names[0] else (None,)
         for layer in layers:
             for expert in experts:
                 yield tuple(index for index in (layer, expert) if index is not None)
 
     def names(self, place: tuple[int, ...]) -> tuple[str, ...]:
-        """Foreign names of the unit at ``place``."""
+        """Hugging Face names of the part at ``place``."""
         indices = dict(zip(("layer", "expert"), place, strict=False))
-        return tuple(name.format(**indices) for name in self.theirs)
+        return tuple(name.format(**indices) for name in self.hf_names)
 
 
 _LAYER = "decoder.layers."
@@ -187,7 +187,7 @@ FILE_TABLE: tuple[Entry, ...] = (
 
 def entries(table: tuple[Entry, ...], sizes: Sizes) -> tuple[Entry, ...]:
     """The table's entries that a model of these sizes has."""
-    return tuple(entry for entry in table if not (sizes.tied and entry.ours.startswith("output_")))
+    return tuple(entry for entry in table if not (sizes.tied and entry.key.startswith("output_")))
 
 
 def to_mixtral(
@@ -195,37 +195,37 @@ def to_mixtral(
     sizes: Sizes,
     table: tuple[Entry, ...] = FILE_TABLE,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Foreign names and tensors, unit by unit.
+    """Hugging Face names and tensors, one layer or expert at a time.
 
     Args:
-        read: our global tensor ``key`` at an index of its leading axes: ``(layer,)``,
+        read: Megatron's global tensor ``key`` at an index of its leading axes: ``(layer,)``,
             ``(layer, expert)`` or ``()``.
     """
     for entry in entries(table, sizes):
         for place in entry.places(sizes):
-            parts = entry.way.out(read(entry.ours, place), sizes)
+            parts = entry.transform.to_hf(read(entry.key, place), sizes)
             yield from zip(entry.names(place), parts, strict=True)
 
 
 def from_mixtral(
     read: Callable[[str], torch.Tensor], sizes: Sizes, table: tuple[Entry, ...] = FILE_TABLE
 ) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
-    """Our global keys, indices of their leading axes, and tensors, unit by unit.
+    """Megatron's global keys, indices of their leading axes, and tensors, one part at a time.
 
     Args:
-        read: the foreign tensor of a name.
+        read: the Hugging Face tensor of a name.
     """
     for entry in entries(table, sizes):
         for place in entry.places(sizes):
             theirs = tuple(read(name) for name in entry.names(place))
-            yield entry.ours, place, entry.way.back(theirs, sizes)
+            yield entry.key, place, entry.transform.to_megatron(theirs, sizes)
 
 
 def mixtral_config(model: ModelConfig, vocab: int, sequence: int) -> dict[str, Any]:
     """Keyword arguments of Transformers' ``MixtralConfig`` for our model.
 
     Raises:
-        ConfigError: the model is no Mixtral.
+        ConfigError: the model is not a Mixtral.
     """
     router = model.router
     for name, differs, need in (

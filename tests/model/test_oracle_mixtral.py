@@ -269,14 +269,14 @@ def test_padding_rows_come_and_go() -> None:
     padded = dataclasses.replace(sizes(2), vocab=100, padded_vocab=VOCAB)
     embedding = torch.randn(100, 8)
     entry = mixtral.FILE_TABLE[0]
-    ours = entry.way.back((embedding,), padded)
+    ours = entry.transform.to_megatron((embedding,), padded)
     assert ours.shape == (VOCAB, 8) and not ours[100:].any()
-    assert torch.equal(entry.way.out(ours, padded)[0], embedding)
+    assert torch.equal(entry.transform.to_hf(ours, padded)[0], embedding)
 
 
 def test_tied_models_have_no_head() -> None:
     tied = dataclasses.replace(sizes(2), tied=True)
-    keys = {entry.ours for entry in mixtral.entries(mixtral.FILE_TABLE, tied)}
+    keys = {entry.key for entry in mixtral.entries(mixtral.FILE_TABLE, tied)}
     assert "output_layer.weight" not in keys and "embedding.word_embeddings.weight" in keys
 
 
