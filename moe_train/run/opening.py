@@ -47,7 +47,7 @@ class Session:
         """The run's layout."""
         return self.run.layout
 
-    def facts(self) -> dict[str, Any]:
+    def manifest_fields(self) -> dict[str, Any]:
         """The fields of a checkpoint's manifest that describe this session."""
         from moe_train.model.transformer_config import identity
 

@@ -31,7 +31,7 @@ def restore(
     Raises:
         CheckpointError: damaged, or of another model or tokenizer; the same on every rank.
     """
-    fields = session.facts()
+    fields = session.manifest_fields()
     selected = select_checkpoint(root, resume, model=fields["model"], tokenizer=fields["tokenizer"])
     if selected is None:
         return None, None

@@ -37,7 +37,7 @@ class Saver:
             optimizer=session.engine.optimizer,
             keep=config.checkpoint.keep,
             asynchronous=config.checkpoint.asynchronous,
-            fields=session.facts()
+            fields=session.manifest_fields()
             | {
                 "consumed_samples": consumed,
                 "consumed_tokens": consumed * config.data.sequence,
