@@ -1,4 +1,4 @@
-"""Memory that ran out, told as such: whatever raised it, and however it was wrapped since."""
+"""Out-of-memory errors of torch, CUDA, NCCL and the host, recognized through wrapping errors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from moe_train.errors import DeviceMemoryError, HostMemoryError, MemoryFault, Mo
 
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "EiB": 2**60}
 _SIZE = r"([\d.]+) (bytes|[KMGTE]iB)"
-# What torch.OutOfMemoryError says, in torch's own words (c10/cuda/CUDACachingAllocator.cpp).
-_ASKED = re.compile(rf"Tried to allocate {_SIZE}")
+# Parts of torch.OutOfMemoryError's message (c10/cuda/CUDACachingAllocator.cpp).
+_REQUESTED = re.compile(rf"Tried to allocate {_SIZE}")
 _TOTAL = re.compile(rf"total capacity of {_SIZE}")
 _FREE = re.compile(rf"of which {_SIZE} is free")
 _HELD = re.compile(rf"this process has {_SIZE} memory in use")
 _ALLOCATED = re.compile(rf"Of the allocated memory {_SIZE} is allocated by PyTorch")
 _UNUSED = re.compile(rf"{_SIZE} is reserved by PyTorch but unallocated")
-# CUDA itself, its libraries and NCCL have errors of their own for it.
+# Messages of CUDA, its libraries and NCCL.
 _DEVICE = re.compile(
     r"CUDA (driver )?(error: )?out of memory|Triton Error \[CUDA\]: out of memory"
     r"|_ALLOC(ATION)?_FAILED|cudaErrorMemoryAllocation"
@@ -28,7 +28,7 @@ _DEVICE = re.compile(
     re.IGNORECASE,
 )
 _HOST = re.compile(r"DefaultCPUAllocator: (?:can't allocate|not enough) memory")
-_HOST_ASKED = re.compile(r"tried to allocate (\d+) bytes")
+_HOST_REQUESTED = re.compile(r"tried to allocate (\d+) bytes")
 
 DEVICE_FIX = "a smaller batch.micro, recompute=all, or more ranks"
 HOST_FIX = (
@@ -38,11 +38,11 @@ HOST_FIX = (
 
 
 def memory_fault(error: BaseException, doing: str = "") -> MemoryFault | None:
-    """The error of ours for memory that ran out at the root of ``error``; None where it did not.
+    """The MemoryFault for an out-of-memory error at the root of ``error``; None without one.
 
     Args:
         error: also one that was raised ``from`` the first, or torch's exception of several ranks.
-        doing: what did not happen because of it.
+        doing: the operation that failed, for the message.
     """
     for one in _roots(error):
         if isinstance(one, MemoryFault):
@@ -83,21 +83,21 @@ def _roots(error: BaseException) -> Iterator[BaseException]:
 
 def _bytes(pattern: re.Pattern[str], text: str) -> str | None:
     """A size in GB, as the plan has them."""
-    found = pattern.search(text)
-    if found is None:
+    match = pattern.search(text)
+    if match is None:
         return None
-    size = float(found[1]) * _UNITS[found[2]]
+    size = float(match[1]) * _UNITS[match[2]]
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.3g} MB"
 
 
 def _device(text: str) -> str:
-    asked = _bytes(_ASKED, text)
-    if asked is None:
-        return text.splitlines()[0] if text else "no size was said"
-    said = f"asked for {asked}"
+    requested = _bytes(_REQUESTED, text)
+    if requested is None:
+        return text.splitlines()[0] if text else "no size given"
+    message = f"asked for {requested}"
     free, total = _bytes(_FREE, text), _bytes(_TOTAL, text)
     if free and total:
-        said += f" where {free} of {total} were free"
+        message += f" where {free} of {total} were free"
     allocated, unused, held = (_bytes(one, text) for one in (_ALLOCATED, _UNUSED, _HELD))
     parts = [
         f"{size} {what}"
@@ -108,11 +108,11 @@ def _device(text: str) -> str:
         )
         if size
     ]
-    return said + (f" ({', '.join(parts)})" if parts else "")
+    return message + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _host(text: str) -> str:
-    found = _HOST_ASKED.search(text)
-    if found:
-        return f"asked for {int(found[1]) / 1e9:.2f} GB"
-    return text.splitlines()[0] if text else "no size was said"
+    match = _HOST_REQUESTED.search(text)
+    if match:
+        return f"asked for {int(match[1]) / 1e9:.2f} GB"
+    return text.splitlines()[0] if text else "no size given"

@@ -1,4 +1,4 @@
-"""The folder of a run: its name, its parts, and that it can be written at all."""
+"""Run folder: its name, the paths of its files, and its creation."""
 
 from __future__ import annotations
 

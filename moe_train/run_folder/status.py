@@ -1,6 +1,6 @@
-"""status.json: what became of a run, for launchers and schedulers.
+"""status.json: state, step and reason of a run, for launchers and schedulers.
 
-torchrun returns 1 whatever happened, so this file is where the reason is read.
+torchrun returns 1 for any failure, so the reason is read from this file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Status:
     Attributes:
         state: running | finished | preempted | failed.
         step: optimizer steps completed.
-        reason: why, in words; empty for running and finished.
+        reason: message; empty for running and finished.
     """
 
     state: State
