@@ -115,6 +115,20 @@ def test_every_room_is_on_the_map() -> None:
     assert rooms <= set(HEIGHT), f"rooms without a place in the order: {rooms - set(HEIGHT)}"
 
 
+def test_training_imports_the_planner_by_its_facade() -> None:
+    """Besides `estimate` only the resolution of a run, which the planner does."""
+    facade = {"estimate", "resolution", "machine.devices"}
+    training = ("run", "callbacks", "train", "model", "checkpoint", "data")
+    wrong = [
+        f"{module} imports {name}"
+        for module, tree in sources().items()
+        if room(module) in training
+        for name in imports(module, tree)
+        if room(name) == "planner" and name.partition(".planner.")[2] not in facade
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_no_import_cycles() -> None:
     graph = {
         module: {name for name in imports(module, tree) if name in sources() and name != module}

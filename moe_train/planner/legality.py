@@ -1,4 +1,4 @@
-"""Is a config legal on a world of ranks? Every violated rule, with what would be legal."""
+"""`check`: every rule that a config violates on a world of ranks, with the nearest layouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_train.planner.search import ranked
 
 
 def check(
-    config: Config, world: int, *, host: bool | None = None, here: bool = False
+    config: Config, world: int, *, on_cpu: bool | None = None, here: bool = False
 ) -> list[ConfigError]:
     """Every violated rule of `config` on `world` ranks; empty when it can run.
 
@@ -22,12 +22,12 @@ def check(
     ``parallel.auto`` first (`moe_train.planner.search.resolve`).
 
     Args:
-        host: whether it will run on CPUs; None takes ``device``, whose ``auto`` plans for GPUs.
+        on_cpu: whether it will run on CPUs; None takes ``device``, whose ``auto`` plans for GPUs.
         here: whether it will run on this machine's own GPUs, with the kernels installed here.
     """
-    on_host = config.device == "cpu" if host is None else host
-    kernels = planned_kernels(config.backend.kernels, on_cpu=on_host, here=here).kernels
-    faults = [*validate(config), *kernel_options(config, kernels, on_host)]
+    on_cpu = config.device == "cpu" if on_cpu is None else on_cpu
+    kernels = planned_kernels(config.backend.kernels, on_cpu=on_cpu, here=here).kernels
+    faults = [*validate(config), *kernel_options(config, kernels, on_cpu)]
     if (tag := config.parallel.reference) and Layout.from_tag(tag) is None:
         faults.append(
             ConfigError(
@@ -37,10 +37,10 @@ def check(
     if sizes_refused(faults):
         return faults
     layout = layout_of(config, world)
-    found = [_with_legal_layouts(f, config, layout) for f in layout_faults(config, layout)]
-    refused = {fault.field for fault in (*faults, *found)}
-    machine = [*kernel_sizes(config, layout, kernels, on_host), *fp8_faults(config, layout)]
-    return [*faults, *found, *(fault for fault in machine if fault.field not in refused)]
+    violated = [_with_legal_layouts(f, config, layout) for f in layout_faults(config, layout)]
+    refused = {fault.field for fault in (*faults, *violated)}
+    machine = [*kernel_sizes(config, layout, kernels, on_cpu), *fp8_faults(config, layout)]
+    return [*faults, *violated, *(fault for fault in machine if fault.field not in refused)]
 
 
 def _with_legal_layouts(fault: ConfigError, config: Config, layout: Layout) -> ConfigError:
