@@ -49,6 +49,10 @@ def test_descriptor_is_legal_by_name_where_it_fits(name: str) -> None:
             assert "parallel.schedule" in small(other, f"parallel.schedule={name}")[1]
 
 
+def test_a_layout_that_no_schedule_fits_is_refused() -> None:
+    assert "parallel.virtual_pipeline" in small(SCHEDULES["span"], "parallel.virtual_pipeline=2")[1]
+
+
 def test_memory_follows_the_schedule() -> None:
     from moe_train.planner.memory.stages import stage_memory
 
