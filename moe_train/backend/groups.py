@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from moe_train.backend.protocol import Backend
-    from moe_train.config.nccl import GroupName, NcclGroup
+    from moe_train.config.training import GroupName, NcclGroup
     from moe_train.parallel.layout import Layout
 
 

@@ -6,13 +6,11 @@ asks for a GPU (:mod:`moe_train.backend.cuda.environment`). docs/environment.md 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe_train.config.root import Config
-from moe_train.config.schema import with_values
+from moe_train.config.schema import value_at, with_values
 from moe_train.config.training import BackendConfig
-from moe_train.errors import ConfigError
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 LAZY = ("TORCH_DIST_USE_NCCL2", "0")
@@ -73,24 +71,16 @@ def segments_rule(config: Config) -> tuple[bool, str]:
     return True, "routing changes the sizes of activations, which fragments fixed segments"
 
 
+RULES = {
+    "backend.cuda_device_max_connections": connections_rule,
+    "backend.expandable_segments": segments_rule,
+}
+
+
 def settled(config: Config) -> Config:
-    """A copy of a resolved config in which the rules' values stand where none was given."""
-    values: dict[str, int | bool | None] = {}
-    if config.backend.cuda_device_max_connections is None:
-        values["backend.cuda_device_max_connections"] = connections_rule(config)[0]
-    if config.backend.expandable_segments is None:
-        values["backend.expandable_segments"] = segments_rule(config)[0]
-    return with_values(config, values)
-
-
-def faults(config: Config) -> Iterator[ConfigError]:
-    """What is wrong with the keys of the environment."""
-    if config.backend.expandable_segments and config.megatron.ddp.get("nccl_ub"):
-        yield ConfigError(
-            "backend.expandable_segments",
-            "true cannot be had with megatron.ddp.nccl_ub, whose memory pool has fixed segments",
-            "leave one of the two out",
-        )
+    """A copy of a resolved config in which rules decide what the config leaves open."""
+    open_keys = [key for key in RULES if value_at(config, key) is None]
+    return with_values(config, {key: RULES[key](config)[0] for key in open_keys})
 
 
 def nccl_name(key: str) -> str:
@@ -99,15 +89,14 @@ def nccl_name(key: str) -> str:
 
 
 def settings(backend: BackendConfig) -> list[tuple[str, str, str]]:
-    """Name, value and config key of what a settled config sets, in a fixed order."""
-    found = []
-    if backend.cuda_device_max_connections is not None:
-        key = "backend.cuda_device_max_connections"
-        found.append((CONNECTIONS, str(backend.cuda_device_max_connections), key))
-    if backend.expandable_segments:
-        found += [(name, EXPANDABLE, "backend.expandable_segments") for name in ALLOCATORS]
-    found += [(nccl_name(k), str(v), f"backend.nccl.{k}") for k, v in backend.nccl.items()]
-    return found
+    """Name, value and config key of each variable that a settled config sets, in a fixed order."""
+    queues, segments = "backend.cuda_device_max_connections", "backend.expandable_segments"
+    connections = backend.cuda_device_max_connections
+    return [
+        *([(CONNECTIONS, str(connections), queues)] if connections is not None else []),
+        *((name, EXPANDABLE, segments) for name in ALLOCATORS if backend.expandable_segments),
+        *((nccl_name(k), str(v), f"backend.nccl.{k}") for k, v in backend.nccl.items()),
+    ]
 
 
 def variables(config: Config) -> list[Variable]:

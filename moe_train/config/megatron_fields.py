@@ -1,8 +1,7 @@
 """Field names and types of Megatron's own config dataclasses, read from their source.
 
-Importing megatron.core costs seconds and needs torch; the planner has neither to
-spare. The installed source is parsed instead, so the answer is always that of the
-installed version.
+Importing megatron.core takes seconds and needs torch, which the planner does without. The
+installed source is parsed instead, so the fields are always those of the installed version.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ OWN_KEYS: dict[str, dict[str, str]] = {
         "params_dtype": "dtype",
     },
 }
-"""Fields that a key of ours decides; a second value for them would contradict the plan."""
+"""Fields that a key of moe_train sets; a second value for them would contradict the plan."""
 
 _EVEN = "layers are spread evenly over the pipeline stages"
 _ATTENTION = "attention is multi-head or grouped-query (model.heads, model.kv_heads)"
@@ -101,9 +100,8 @@ not, so that any other value would be ignored."""
 
 @dataclass(frozen=True)
 class MegatronField:
-    """One field: its annotation as source text, and its default as source text or None."""
+    """One field: its annotation and its default (None where it has none) as source text."""
 
-    name: str
     annotation: str
     default: str | None
 
@@ -143,7 +141,7 @@ def megatron_fields(section: str) -> dict[str, MegatronField]:
             if annotation.startswith(("ClassVar", "typing.ClassVar", "InitVar")):
                 continue
             default = ast.unparse(node.value) if node.value is not None else None
-            fields[node.target.id] = MegatronField(node.target.id, annotation, default)
+            fields[node.target.id] = MegatronField(annotation, default)
     return fields
 
 
@@ -163,7 +161,7 @@ _PLAIN: dict[str, Callable[[Any], bool]] = {
 
 
 def _accepts(node: ast.expr, value: Any) -> bool:
-    """Whether an annotation plausibly takes `value`; names that we cannot judge take texts."""
+    """Whether an annotation accepts `value`; unknown names (enums, dtypes) accept strings."""
     if isinstance(node, ast.Constant):
         if isinstance(node.value, str):
             return _accepts(ast.parse(node.value, mode="eval").body, value)
@@ -187,13 +185,14 @@ def _accepts(node: ast.expr, value: Any) -> bool:
         return _PLAIN[name](value)
     if name == "Callable":
         return False
-    # Enums, dtypes and Megatron's own classes are written by name.
+    # Enums, dtypes and Megatron's own classes are given by name.
     return name == "Any" or isinstance(value, str)
 
 
 def check_megatron(section: str, values: Mapping[str, Any]) -> list[ConfigError]:
-    """Faults of the keys under ``megatron.<section>``: unknown, mistyped, ours to set, or not
-    built.
+    """Faults of the keys under ``megatron.<section>``.
+
+    A key may be unknown, mistyped, set by another key, or of an architecture that is not built.
 
     Args:
         section: transformer | ddp | optimizer.
@@ -208,27 +207,13 @@ def check_megatron(section: str, values: Mapping[str, Any]) -> list[ConfigError]
         if name not in known:
             faults.append(unknown_key(key, [f"megatron.{section}.{k}" for k in known]))
         elif name in OWN_KEYS[section]:
-            faults.append(
-                ConfigError(
-                    key, "is decided by a key of ours", f"set {OWN_KEYS[section][name]} instead"
-                )
-            )
+            fix = f"set {OWN_KEYS[section][name]} instead"
+            faults.append(ConfigError(key, "is set by a key of moe_train", fix))
         elif section == "transformer" and name in NOT_BUILT and value != NOT_BUILT[name][0]:
-            default, built = NOT_BUILT[name]
-            faults.append(
-                ConfigError(
-                    key,
-                    f"{value}: this architecture is not built: {built}",
-                    f"leave it at Megatron's default, {default}",
-                )
-            )
+            problem = f"{value}: this architecture is not built: {NOT_BUILT[name][1]}"
+            fix = f"leave it at Megatron's default, {NOT_BUILT[name][0]}"
+            faults.append(ConfigError(key, problem, fix))
         elif not _accepts(ast.parse(known[name].annotation, mode="eval").body, value):
-            field = known[name]
-            faults.append(
-                ConfigError(
-                    key,
-                    f"{value!r} does not fit Megatron's type {field.annotation}",
-                    f"Megatron's default is {field.default}",
-                )
-            )
+            problem = f"{value!r} does not fit Megatron's type {known[name].annotation}"
+            faults.append(ConfigError(key, problem, f"Megatron's default is {known[name].default}"))
     return faults

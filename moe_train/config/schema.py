@@ -12,7 +12,7 @@ import difflib
 import inspect
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -107,6 +107,16 @@ def with_values[T](config: T, values: Mapping[str, Any]) -> T:
     return config
 
 
+def walk(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every entry below `node`; a list's items have the key of the list."""
+    if isinstance(node, Mapping | list):
+        pairs = node.items() if isinstance(node, Mapping) else (("", item) for item in node)
+        for name, value in pairs:
+            below = f"{key}.{name}".strip(".")
+            yield below, value
+            yield from walk(value, below)
+
+
 @cache
 def _docs(group: type) -> dict[str, str]:
     (node,) = ast.parse(inspect.getsource(group)).body
@@ -177,16 +187,9 @@ def unknown_key(key: str, known: Sequence[str]) -> ConfigError:
 def rename_old_keys(mapping: dict[str, Any]) -> dict[str, Any]:
     """The mapping of an earlier version's ``config.yaml`` under the present names of keys."""
     for old, new in OLD_KEYS.items():
-        *groups, name = old.split(".")
-        *targets, present = new.split(".")
-        node, target = mapping, mapping
-        for group in groups:
-            below = node.get(group)
-            node = below if isinstance(below, dict) else {}
-        if name in node:
-            for group in targets:
-                target = target.setdefault(group, {})
-            target[present] = node.pop(name)
+        (group, name), (target, present) = old.split("."), new.split(".")
+        if isinstance(mapping.get(group), dict) and name in mapping[group]:
+            mapping.setdefault(target, {})[present] = mapping[group].pop(name)
     return mapping
 
 

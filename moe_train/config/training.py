@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moe_train.config.nccl import GroupName, NcclGroup
 from moe_train.config.types import (
     Bool,
     GradientDtype,
@@ -147,6 +146,30 @@ class LogConfig:
     """Weights & Biases project."""
     console: Literal["auto", "bar", "lines", "none"] = "auto"
     """Progress: auto (bar on a terminal, else lines) | bar | lines | none."""
+
+
+GroupName = Literal[
+    "tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "tp_cp", "tp_dp", "tp_dp_cp",
+    "ep", "ep_tp", "ep_dp", "tp_ep_mp", "tp_ep_pp",
+]  # fmt: skip
+"""Groups by their names in Megatron's ``initialize_model_parallel``; with ``placement=span``
+tokens are exchanged in ``mp``."""
+
+
+@dataclass(frozen=True)
+class NcclGroup:
+    """NCCL's settings of one group's communicator; what is null is NCCL's own choice."""
+
+    min_ctas: Annotated[PositiveInteger, Field(le=64)] | None = None
+    """Fewest thread blocks of a collective's kernel."""
+    max_ctas: Annotated[PositiveInteger, Field(le=64)] | None = None
+    """Most thread blocks: fewer leave more of the GPU to computing that overlaps."""
+    cga_cluster_size: Annotated[NonNegativeInteger, Field(le=8)] | None = None
+    """Thread blocks in a cluster, 0 to 8 (Hopper and later)."""
+    net_name: Literal["IB", "socket"] | None = None
+    """IB | socket."""
+    is_high_priority_stream: Bool = False
+    """Run on a stream that the GPU prefers."""
 
 
 @dataclass(frozen=True)

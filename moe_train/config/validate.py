@@ -1,10 +1,9 @@
-"""What can be judged from values alone, whatever the layout and the machine."""
+"""Contradictions between config values, whatever the layout and the machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from moe_train.config import environment, nccl
 from moe_train.config.root import Config
 from moe_train.config.schema import keys
 from moe_train.errors import ConfigError
@@ -27,8 +26,7 @@ def validate(config: Config) -> list[ConfigError]:
         *_optimizer(config),
         *_data(config),
         *_trace(config),
-        *nccl.faults(config.backend.nccl_groups),
-        *environment.faults(config),
+        *_backend(config),
     ]
 
 
@@ -205,4 +203,21 @@ def _data(config: Config) -> Iterable[ConfigError]:
             "data.split",
             f"{config.data.split!r} is not three shares",
             "train,valid,test such as '98,2,0'",
+        )
+
+
+def _backend(config: Config) -> Iterable[ConfigError]:
+    backend = config.backend
+    for name, group in backend.nccl_groups.items():
+        if group.min_ctas and group.max_ctas and group.min_ctas > group.max_ctas:
+            yield ConfigError(
+                f"backend.nccl_groups.{name}.min_ctas",
+                f"{group.min_ctas} exceeds max_ctas={group.max_ctas}",
+                f"at most {group.max_ctas}",
+            )
+    if backend.expandable_segments and config.megatron.ddp.get("nccl_ub"):
+        yield ConfigError(
+            "backend.expandable_segments",
+            "true contradicts megatron.ddp.nccl_ub, whose memory pool has fixed segments",
+            "remove one of the two",
         )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from moe_train.backend import groups
-from moe_train.config.nccl import GroupName, NcclGroup
+from moe_train.config.training import GroupName, NcclGroup
 from moe_train.errors import ConfigError
 from moe_train.parallel.layout import Layout
 from moe_train.planner.resolution import resolve_run

@@ -19,9 +19,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from moe_train.checkpoint.digests import file_entry
 from moe_train.checkpoint.index import read_index
 from moe_train.checkpoint.manifest import Manifest, read_manifest, verify
-from moe_train.config.compose import collect, compose_mapping, typed
+from moe_train.config.compose import collect, compose, typed
 from moe_train.config.root import Config
-from moe_train.config.schema import dotted_keys
+from moe_train.config.schema import dotted_keys, to_mapping
 from moe_train.data.manifest import dataset_file
 from moe_train.data.manifest import read_manifest as read_data_manifest
 from moe_train.data.prepare import Request, prepare
@@ -264,7 +264,7 @@ def test_data_manifest(tmp_path: Path, long: bool) -> None:
 
 
 def test_typed_config(long: bool) -> None:
-    sound = compose_mapping(["experiment=twin"])
+    sound = to_mapping(compose(["experiment=twin"]))
 
     def check(mapping: Any) -> None:
         try:
