@@ -1,7 +1,7 @@
-"""Environment variables that a run on CUDA sets, each by a rule, and why.
+"""Environment variables that a run on CUDA sets, with their rules.
 
-CUDA, NCCL and torch's allocator read them once, when they start: they are written before anything
-asks for a GPU (:mod:`moe_train.backend.cuda.environment`). docs/environment.md lists them.
+CUDA, NCCL and torch's allocator read them once, when they start: they are set before the first
+use of a GPU (:mod:`moe_train.backend.cuda.environment`). docs/environment.md lists them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ORDER = ("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 """Set where the environment does not: the order of nvidia-smi, from which the device is chosen."""
 ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """torch 2.9's CUDA allocator reads the second alone, and its general settings warn that the name is
-old unless the first is there too; from 2.10 on either is read. Both, alike, are right for all."""
+old unless the first is set too; from 2.10 either is read. Both together suit all versions."""
 EXPANDABLE = "expandable_segments:True"
 MANY = 32
 """Hardware queues where the expert exchange overlaps; the most that CUDA has."""
@@ -32,9 +32,9 @@ class Variable:
 
     name: str
     value: str | None
-    """None: left as the environment has it."""
+    """None: not set by moe_train."""
     key: str
-    """The config key that decides; empty where none does."""
+    """Config key that sets it; empty where there is none."""
     why: str
 
 
@@ -44,7 +44,7 @@ def connections_rule(config: Config) -> tuple[int | None, str]:
     Megatron-Core wants 1 under tensor or context parallelism, so that a collective launched before
     a product is also queued before it (its training arguments refuse anything else before
     Blackwell), and more than 1 where the expert exchange overlaps (its MoE README). With both it
-    leaves the choice open, and 32 serves what was asked for.
+    leaves the choice open; 32 serves the overlap, which the user enabled.
     """
     parallel = config.parallel
     ignored = "; Blackwell ignores it"
@@ -60,15 +60,15 @@ def connections_rule(config: Config) -> tuple[int | None, str]:
 
 
 def segments_rule(config: Config) -> tuple[bool, str]:
-    """Whether torch's allocator grows its segments, and why."""
+    """Whether torch's allocator uses expandable segments, and why."""
     if config.megatron.ddp.get("nccl_ub"):
-        return False, "NCCL user buffers live in a memory pool, which has none"
+        return False, "NCCL user buffers use a memory pool, which has fixed segments"
     graphs = config.megatron.transformer
     if graphs.get("cuda_graph_impl", "none") != "none" or any(
         graphs.get(name) for name in ("enable_cuda_graph", "external_cuda_graph")
     ):
         return False, "CUDA graphs would need NCCL_GRAPH_REGISTER=0 with them"
-    return True, "routing changes the sizes of activations, which fragments fixed segments"
+    return True, "activation sizes vary with routing, which fragments fixed segments"
 
 
 RULES = {
@@ -77,8 +77,8 @@ RULES = {
 }
 
 
-def settled(config: Config) -> Config:
-    """A copy of a resolved config in which rules decide what the config leaves open."""
+def apply_rules(config: Config) -> Config:
+    """A copy of a resolved config with the rules' values for settings that are null."""
     open_keys = [key for key in RULES if value_at(config, key) is None]
     return with_values(config, {key: RULES[key](config)[0] for key in open_keys})
 
@@ -89,7 +89,7 @@ def nccl_name(key: str) -> str:
 
 
 def settings(backend: BackendConfig) -> list[tuple[str, str, str]]:
-    """Name, value and config key of each variable that a settled config sets, in a fixed order."""
+    """Name, value and config key of each variable that the config sets, in a fixed order."""
     queues, segments = "backend.cuda_device_max_connections", "backend.expandable_segments"
     connections = backend.cuda_device_max_connections
     return [
@@ -100,7 +100,7 @@ def settings(backend: BackendConfig) -> list[tuple[str, str, str]]:
 
 
 def variables(config: Config) -> list[Variable]:
-    """What a settled config does about each variable that has a rule or a key, and why."""
+    """Every variable with a rule or a key, its value under the config, and the reason."""
     backend = config.backend
     set_ = {name: value for name, value, _ in settings(backend)}
     queues, why_queues = connections_rule(config)
@@ -117,8 +117,8 @@ def variables(config: Config) -> list[Variable]:
             Variable(name, set_.get(name), "backend.expandable_segments", why_segments)
             for name in ALLOCATORS
         ),
-        Variable(*ORDER, "", "nvidia-smi's numbers; a value of the environment is kept"),
-        Variable(*LAZY, "", "no communicator for a group that nobody uses; a value is kept"),
+        Variable(*ORDER, "", "the order of nvidia-smi; a value in the environment wins"),
+        Variable(*LAZY, "", "no communicator for unused groups; a value in the environment wins"),
         *(
             Variable(nccl_name(key), str(value), f"backend.nccl.{key}", "set in the config")
             for key, value in backend.nccl.items()

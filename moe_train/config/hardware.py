@@ -20,18 +20,18 @@ from moe_train.config.types import (
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """A hardware profile, data only. Every number has a source or says assumed."""
+    """A hardware profile. Every number has an entry in `sources`."""
 
     name: Text = "cpu"
     """Profile name."""
     kind: Literal["cpu", "accelerator"] = "cpu"
-    """cpu | accelerator. A plan that does not fit an accelerator's memory is refused."""
+    """A plan that does not fit an accelerator's memory is refused."""
     devices_per_node: PositiveInteger = 8
     """Devices that share a node's fast links."""
     memory_gb: PositiveNumber = 24.0
     """Memory of one device in GB (1e9 bytes)."""
     reserved_gb: NonNegativeNumber = 0.0
-    """Memory that the driver, its context and communication buffers take, in GB."""
+    """Memory of driver, context and communication buffers in GB."""
     peak_tflops: dict[Text, PositiveNumber] = field(default_factory=dict)
     """Dense peak per dtype (fp32, bf16, fp8) in TFLOP/s."""
     memory_gbps: NonNegativeNumber = 0.0
@@ -41,43 +41,43 @@ class HardwareConfig:
     inter_node_gbps: NonNegativeNumber = 0.0
     """Bandwidth per device between nodes, one direction, GB/s."""
     gemm_efficiency: Fraction = 0.7
-    """Share of the peak that large matrix products reach, 0 to 1."""
+    """Share of peak_tflops that large matrix products reach."""
     grouped_efficiency: Fraction = 0.6
     """The same for grouped expert products."""
     attention_efficiency: Fraction = 0.5
     """The same for fused attention; with ``attention_exp_gops``, of its products alone."""
     attention_exp_gops: NonNegativeNumber = 0.0
-    """Exponentials per second (1e9) of fused attention's softmax, one after the other with its
-    products; 0: part of attention_efficiency."""
+    """Exponentials per second (1e9) of fused attention's softmax, not overlapped
+    with its products; 0: included in attention_efficiency."""
     memory_efficiency: Fraction = 0.8
     """Share of the memory bandwidth that elementwise kernels reach."""
     link_efficiency: Fraction = 0.8
     """Share of a link's bandwidth that a collective reaches."""
     latency_us: NonNegativeNumber = 15.0
-    """Time that a collective takes however small it is, in microseconds."""
+    """Latency of a collective in microseconds."""
     message_us: NonNegativeNumber = 0.0
-    """Time that a collective takes for each of its turns, in microseconds: n - 1 turns among n
-    ranks, twice as many for an all-reduce."""
+    """Latency of each step of a ring collective in microseconds: n - 1 steps on n ranks, twice as
+    many for an all-reduce."""
     layer_overhead_us: NonNegativeNumber = 0.0
-    """Time of a layer's forward pass that is neither arithmetic nor traffic (launches), in
-    microseconds; a backward pass has it twice."""
+    """Overhead of kernel launches in a layer's forward pass in microseconds; a backward pass has it
+    twice."""
     expert_overhead_us: NonNegativeNumber = 0.0
-    """The same for each expert that a rank runs, in microseconds."""
+    """The same for each expert of a rank, in microseconds."""
     microbatch_overhead_us: NonNegativeNumber = 0.0
-    """Time of a micro-batch's both passes outside the layers that is launches, in microseconds."""
+    """The same for both passes of a micro-batch outside the layers, in microseconds."""
     collective_work: Annotated[NonNegativeNumber, Field(le=1)] = 0.0
-    """Share of a collective's time in which it keeps a core busy, 0 to 1; the rest is waiting, in
-    which another rank on that core computes. Counts where ranks are more than ``cores``."""
+    """Share of a collective's time that occupies a core; in the rest another rank on that core
+    computes. Used where there are more ranks than ``cores``."""
     cores: NonNegativeInteger = 0
-    """Cores that all ranks share, each with one thread; 0: every rank has a device of its own."""
+    """CPU cores shared by all ranks, one thread each; 0: every rank has its own device."""
     devices: list[Text] = field(default_factory=list)
-    """Regular expressions of the whole names that drivers give devices with this profile."""
+    """Regular expressions that match the driver's full name of devices with this profile."""
     device: Text = ""
-    """Name of the devices of this run, where the profile was chosen by it."""
+    """Driver's name of this run's devices where it chose the profile."""
     peak_known: Bool = True
-    """Whether peak_tflops is the device's: without it a run has no MFU."""
+    """Whether peak_tflops is known for the device; otherwise no MFU is reported."""
     sources: dict[Text, Text] = field(default_factory=dict)
-    """Where each number comes from, or the word assumed."""
+    """Source of each number, or \"assumed\"."""
 
 
 @dataclass(frozen=True)

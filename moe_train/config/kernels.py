@@ -1,7 +1,7 @@
-"""The two kernel sets, TransformerEngine's and torch's own: what each fuses and what each lacks.
+"""Kernel sets: TransformerEngine's and torch's, with what each fuses and supports.
 
-One descriptor each, without torch: backends build Megatron's fields from it, legality reads what
-it cannot do, the plan shows it.
+One descriptor each, without torch: backends set Megatron's fields from it, legality checks what it
+supports, the plan shows it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TRANSFORMER_ENGINE = "transformer_engine"
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of Megatron's TransformerConfig that the kernels decide, and why so."""
+    """One field of Megatron's TransformerConfig that depends on the kernels, and the reason."""
 
     field: str
     value: Any
@@ -27,7 +27,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class KernelSet:
-    """Kernels that belong together."""
+    """Kernels that are used together."""
 
     name: str
     about: str
@@ -35,9 +35,9 @@ class KernelSet:
     """Megatron's name of the spec provider that the set belongs to."""
     settings: tuple[Setting, ...]
     fp8: bool
-    """Whether it multiplies in fp8."""
+    """Whether it has fp8 products."""
     context: bool
-    """Whether its attention works on parts of a sequence (context parallelism)."""
+    """Whether its attention supports context parallelism."""
     fused_permutation: bool
     """Whether dispatchers that need TransformerEngine's permutation (flex) find it."""
     ignored: tuple[Setting, ...] = ()
@@ -54,8 +54,8 @@ TE = KernelSet(
     about="TransformerEngine: fused attention, norms, grouped experts, Adam; fp8",
     transformer_impl="transformer_engine",
     settings=(
-        Setting("apply_rope_fusion", True, "rotates queries and keys in one kernel each"),
-        Setting("moe_permute_fusion", True, "no index tensors and no sort on the way to experts"),
+        Setting("apply_rope_fusion", True, "one kernel each for queries and keys"),
+        Setting("moe_permute_fusion", True, "no index tensors and no sort before the experts"),
         Setting("moe_router_fusion", True, "top-k, scores and auxiliary loss in one kernel each"),
         Setting("cross_entropy_loss_fusion", True, "two all-reduces instead of three"),
         Setting(
@@ -63,7 +63,7 @@ TE = KernelSet(
             "native",
             "Megatron warns that TransformerEngine's own is unstable",
         ),
-        Setting("bias_activation_fusion", True, "SwiGLU keeps its input alone for the backward"),
+        Setting("bias_activation_fusion", True, "SwiGLU saves only its input for backward"),
         Setting("bias_dropout_fusion", True, "the residual addition is one kernel"),
         Setting(
             "gradient_accumulation_fusion",
@@ -82,20 +82,20 @@ TORCH = KernelSet(
     about="torch alone: RMSNorm, scaled_dot_product_attention, grouped experts, Adam",
     transformer_impl="local",
     settings=(
-        Setting("apply_rope_fusion", False, "the kernel is TransformerEngine's"),
-        Setting("moe_permute_fusion", False, "the kernel is TransformerEngine's"),
-        Setting("moe_router_fusion", False, "the kernel is TransformerEngine's"),
+        Setting("apply_rope_fusion", False, "the kernel is in TransformerEngine"),
+        Setting("moe_permute_fusion", False, "the kernel is in TransformerEngine"),
+        Setting("moe_router_fusion", False, "the kernel is in TransformerEngine"),
         Setting(
             "cross_entropy_loss_fusion",
             False,
             "uncompiled it fuses nothing, and CPU and GPU then compute the loss by the same lines",
         ),
-        Setting("cross_entropy_fusion_impl", "native", "TransformerEngine's is not there"),
-        Setting("bias_activation_fusion", True, "SwiGLU keeps its input alone for the backward"),
-        Setting("bias_dropout_fusion", True, "a function of Megatron's own that needs no kernel"),
-        Setting("gradient_accumulation_fusion", False, "the kernel is Apex's"),
-        Setting("persist_layer_norm", False, "the kernel is Apex's"),
-        Setting("masked_softmax_fusion", False, "attention is one kernel anyway"),
+        Setting("cross_entropy_fusion_impl", "native", "TransformerEngine's is not available"),
+        Setting("bias_activation_fusion", True, "SwiGLU saves only its input for backward"),
+        Setting("bias_dropout_fusion", True, "a function of Megatron without a kernel"),
+        Setting("gradient_accumulation_fusion", False, "the kernel is in Apex"),
+        Setting("persist_layer_norm", False, "the kernel is in Apex"),
+        Setting("masked_softmax_fusion", False, "attention is one kernel without it"),
     ),
     fp8=False,
     context=False,
@@ -118,23 +118,23 @@ KERNEL_SETS = {kernels.name: kernels for kernels in (TE, TORCH)}
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The set that ``backend.kernels`` leads to, and the reason in a clause."""
+    """The kernel set of a run, and the reason."""
 
     kernels: KernelSet
     why: str
 
 
-def planned_kernels(requested: str, *, on_cpu: bool, here: bool = False) -> KernelChoice:
-    """The set that a run would take, as far as is known without importing anything.
+def expected_kernels(requested: str, *, on_cpu: bool, here: bool = False) -> KernelChoice:
+    """The kernel set that a run will use, as far as is known without importing it.
 
     Args:
         requested: ``backend.kernels``.
-        on_cpu: whether the run has no GPU; kernels are torch's there.
-        here: whether the run is for this machine, so that ``auto`` looks for TransformerEngine;
+        on_cpu: whether the run is on CPUs, which use torch's kernels.
+        here: whether the run is on this machine, so that ``auto`` checks for TransformerEngine;
             a plan for other hardware assumes it.
     """
     if on_cpu:
-        return KernelChoice(TORCH, "the only kernels of a CPU")
+        return KernelChoice(TORCH, "the only kernels for CPUs")
     if requested != "auto":
         return KernelChoice(KERNEL_SETS.get(requested, TORCH), f"backend.kernels={requested}")
     if not here:
@@ -144,16 +144,16 @@ def planned_kernels(requested: str, *, on_cpu: bool, here: bool = False) -> Kern
     return KernelChoice(TORCH, "auto: TransformerEngine is not installed")
 
 
-def run_kernels(requested: str, hardware: HardwareConfig) -> KernelChoice:
-    """The set that a plan prices and shows for a run on ``hardware``'s devices.
+def expected_kernels_on(requested: str, hardware: HardwareConfig) -> KernelChoice:
+    """The kernel set that a plan assumes on ``hardware``.
 
-    A profile that was found on this machine (it names the device) stands for this interpreter, so
-    ``auto`` looks whether TransformerEngine is installed here.
+    A profile that was chosen by this machine's devices (it has their name) is for this interpreter,
+    so ``auto`` checks whether TransformerEngine is installed.
     """
     on_cpu = hardware.kind != "accelerator"
-    return planned_kernels(requested, on_cpu=on_cpu, here=bool(hardware.device))
+    return expected_kernels(requested, on_cpu=on_cpu, here=bool(hardware.device))
 
 
 def transformer_engine_installed() -> bool:
-    """Whether this interpreter has TransformerEngine; that it imports shows only at the start."""
+    """Whether TransformerEngine is installed; whether it imports is known only at the start."""
     return importlib.util.find_spec(TRANSFORMER_ENGINE) is not None

@@ -1,4 +1,4 @@
-"""What is trained: the transformer and its router."""
+"""Config groups of the model: the transformer and its router."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RouterConfig:
     """Top-k routing of tokens to experts (Megatron's ``TopKRouter``)."""
 
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """Score function over expert logits: softmax | sigmoid."""
+    """Score function over expert logits."""
     balancing: BalancingName = "aux"
     """Load-balancing loss or routing method."""
     aux_coeff: NonNegativeNumber = 1e-2
@@ -39,19 +39,19 @@ class RouterConfig:
     expert_bias_rate: NonNegativeNumber = 1e-3
     """Update rate of the expert bias per optimizer step."""
     capacity_factor: PositiveNumber | None = None
-    """Tokens an expert accepts, as a multiple of its even share; None never drops."""
+    """Tokens that an expert accepts, as a multiple of its even share; null never drops."""
     drop_policy: Literal["probs", "position"] = "probs"
-    """Which tokens over capacity are dropped: probs (least probable) | position (last)."""
+    """Tokens dropped beyond the capacity: the least probable (probs) or the last (position)."""
     pad_to_capacity: Bool = False
     """Pad every expert to its capacity: static shapes, for graphs and dry runs."""
     groups: PositiveInteger | None = None
-    """Expert groups for group-limited routing (DeepSeek-V2/V3); None is off."""
+    """Expert groups for group-limited routing (DeepSeek-V2/V3); null is off."""
     groups_per_token: PositiveInteger | None = None
-    """Groups each token may reach when `groups` is set."""
+    """Groups that a token may be routed to."""
     pre_softmax: Bool = False
     """Softmax over all experts before the top-k, instead of over the chosen k."""
     scaling_factor: PositiveNumber | None = None
-    """Factor on the chosen probabilities (DeepSeek-V3); None leaves them as they are."""
+    """Factor on the chosen probabilities (DeepSeek-V3); null is 1."""
     force_balance: Bool = False
     """Random, even routing for benchmarks; such runs are labelled in their metrics."""
 
@@ -74,19 +74,19 @@ class ModelConfig:
     heads: Count = 16
     """Attention (query) heads."""
     kv_heads: PositiveInteger | None = None
-    """Key/value heads (grouped-query attention); None means one per query head."""
+    """Key/value heads (grouped-query attention); null is one per query head."""
     head_dim: Width | None = None
-    """Width of a head; None means hidden / heads."""
+    """Width of a head; null is hidden / heads."""
     experts: Count = 64
     """Routed experts per layer."""
     experts_per_token: PositiveInteger = 2
-    """Experts each token is sent to (top-k)."""
+    """Experts that a token is routed to (top-k)."""
     expert_hidden: Width = 32
     """Inner width of a SwiGLU expert."""
     shared_expert_hidden: Annotated[NonNegativeInteger, Field(le=2**24)] = 0
-    """Inner width of the always-active shared expert; 0 means none."""
+    """Inner width of the always-active shared expert; 0 is none."""
     vocab: Tokens | None = None
-    """Vocabulary size; None takes the tokenizer's. Rows are padded as Megatron does."""
+    """Vocabulary size; null is the tokenizer's. Rows are padded as in Megatron."""
     vocab_multiple: Tokens = 128
     """The vocabulary is padded to a multiple of this, the same for every layout."""
     tied_embeddings: Bool = False

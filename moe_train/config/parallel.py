@@ -1,4 +1,4 @@
-"""How the model is spread over ranks, and how its activations are kept."""
+"""Config groups of parallelism, activation recomputation and batch sizes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from moe_train.errors import ConfigError
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the parallel dimensions; data parallelism is what the world leaves."""
+    """Parallel sizes; data parallelism takes the remaining ranks."""
 
     auto: Bool = False
-    """Choose every size below from the world size; sizes given explicitly are kept."""
+    """Choose the sizes that are null by predicted speed and memory."""
     reference: Text = ""
     """Layout such as TP2.PP4.EP8.span, taken by ``auto`` on as many ranks as it has."""
     tensor: PositiveInteger | None = None
@@ -31,22 +31,22 @@ class ParallelConfig:
     pipeline: PositiveInteger | None = None
     """Pipeline stages."""
     virtual_pipeline: PositiveInteger | None = None
-    """Model chunks per stage (interleaved 1F1B); None or 1 is plain 1F1B."""
+    """Model chunks per stage (interleaved 1F1B); null or 1 is plain 1F1B."""
     schedule: ScheduleName = "auto"
     """Pipeline schedule; auto is the one of virtual_pipeline and placement."""
     context: PositiveInteger | None = None
     """Context-parallel ranks: each holds part of every sequence."""
     expert: PositiveInteger | None = None
-    """Expert-parallel ranks: each hosts experts/expert of a layer's experts."""
+    """Expert-parallel ranks: each holds experts / expert of a layer's experts."""
     expert_tensor: PositiveInteger | None = None
     """Tensor-parallel ranks inside each expert."""
     placement: Placement | None = None
-    """Where experts live: stage (inside their pipeline stage) | span (over all stages)."""
+    """Ranks that hold a layer's experts: of its pipeline stage, or of all stages (span)."""
     dispatcher: DispatcherName = "alltoall"
     """How tokens reach their experts; flex is DeepEP, on CUDA only."""
     overlap_expert_comm: Bool = False
-    """Hide expert all-to-all behind compute (stage: Megatron's combined 1F1B, bf16; span: a tick's
-    two halves take turns)."""
+    """Overlap the expert all-to-all with compute (stage: Megatron's combined 1F1B, bf16; span: the
+    forward and backward pass of a tick alternate)."""
     overlap_grad_reduce: Bool = True
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: Bool = False
@@ -65,12 +65,12 @@ RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mlp", "moe", "sh
 
 @dataclass(frozen=True)
 class RecomputeConfig:
-    """Which activations are recomputed in the backward pass instead of kept."""
+    """Activations that the backward pass recomputes instead of saving them."""
 
     layers: Text = "none"
-    """Layers recomputed whole: none | all | 1-based ranges such as 2-15 or 1,4-6."""
+    """Layers that are recomputed as a whole: none | all | 1-based ranges such as 2-15 or 1,4-6."""
     modules: list[RecomputeModule] = field(default_factory=list)
-    """Megatron's selective modules: core_attn, moe_act, layernorm, mlp, moe, shared_experts."""
+    """Modules that Megatron recomputes selectively, in every layer."""
 
     def selected(self, count: int) -> frozenset[int]:
         """The 1-based layers that `layers` selects out of `count`.
@@ -86,7 +86,7 @@ class RecomputeConfig:
             if match is None:
                 raise ConfigError(
                     field,
-                    f"{self.layers!r} is not a selection of layers",
+                    f"{self.layers!r} is not a list of layers",
                     f"none, all, or 1-based ranges such as 2-{max(count - 1, 2)} or '1,4-6'",
                 )
             first, last = int(match[1]), int(match[2] or match[1])
@@ -104,7 +104,7 @@ class RecomputeConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How many sequences make a micro-batch and an optimizer step."""
+    """Sequences of a micro-batch and of an optimizer step."""
 
     micro: Batch = 1
     """Sequences per micro-batch and data-parallel replica."""

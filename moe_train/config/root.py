@@ -1,4 +1,4 @@
-"""The whole configuration of a run, as one typed object."""
+"""`Config`: the configuration of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class MegatronConfig:
-    """Fields of Megatron's own dataclasses, set verbatim over what we derive."""
+    """Fields of Megatron-Core's config dataclasses, set over the values that moe_train derives."""
 
     transformer: dict[Text, Any] = field(default_factory=dict)
     """Fields of megatron.core TransformerConfig."""
@@ -41,16 +41,16 @@ class MegatronConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Root of the configuration; one attribute per Hydra group."""
+    """Root of the configuration; one attribute per group."""
 
     experiment: Text = "custom"
-    """Name of the experiment file that this config came from."""
+    """Name of the chosen experiment file."""
     experiment_reason: Text = ""
-    """Why that experiment was chosen, when experiment=auto chose it."""
+    """Reason for the experiment where experiment=auto chose it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto | cpu | cuda."""
+    """Device type of all ranks; auto is CUDA where there are GPUs."""
     dtype: Dtype = "fp32"
-    """Compute dtype: fp32 | bf16 | fp8 (CUDA with TransformerEngine)."""
+    """Compute dtype; fp8 needs CUDA with TransformerEngine."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -70,6 +70,6 @@ class Config:
         """1-based layers of which the backward pass recomputes the whole forward pass.
 
         Raises:
-            ConfigError: ``recompute.layers`` is no selection of the model's layers.
+            ConfigError: ``recompute.layers`` is malformed or names a layer that does not exist.
         """
         return self.recompute.selected(self.model.layers)

@@ -1,4 +1,4 @@
-"""How the run goes: data, optimizer, loop, checkpoints, logs, machine."""
+"""Config groups of a run: data, optimizer, training loop, checkpoints, logs, backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RunConfig:
     """Identity of a run; its folder is ``<dir>/<name>``."""
 
     name: Text | None = None
-    """Folder name; None derives it from experiment and layout."""
+    """Folder name; null derives it from experiment and layout."""
     dir: Text = "runs"
     """Parent folder of all runs."""
     seed: NonNegativeInteger = 1234
@@ -39,15 +39,15 @@ class DataConfig:
     train: list[Text] = field(default_factory=list)
     """Prepared dataset prefixes, each `path` or `weight:path`; empty is the embedded corpus."""
     valid: list[Text] = field(default_factory=list)
-    """Prepared prefixes for validation; empty takes the split's second part of `train`."""
+    """Prepared prefixes for validation; empty is the second share of data.split."""
     tokenizer: Text | None = None
-    """Tokenizer: byte, or a tokenizer.json file; None takes what the data was prepared with."""
+    """Tokenizer: byte, or a tokenizer.json file; null is that of the prepared data."""
     sequence: Tokens = 128
     """Tokens per training sequence."""
     split: Text = "98,2,0"
-    """Train, valid and test shares when `valid` is empty."""
+    """Shares of data.train for training, validation and test where data.valid is empty."""
     cache: Text | None = None
-    """Folder of prepared corpora and index caches; None is the user's cache folder."""
+    """Folder of prepared corpora and index caches; null is the user's cache folder."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ class OptimConfig:
     lr: NonNegativeNumber = 3e-3
     """Peak learning rate."""
     embedding_lr: NonNegativeNumber | None = None
-    """Peak learning rate of embedding and output head (Megatron's decoupled_lr); None is lr."""
+    """Peak learning rate of embedding and output head (Megatron's decoupled_lr); null is lr."""
     min_lr: NonNegativeNumber = 0.0
     """Learning rate at the end of the decay."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Decay shape: cosine | linear | wsd | constant."""
+    """Shape of the decay; wsd is warm-up, stable, decay."""
     warmup_steps: NonNegativeInteger = 0
     """Steps of linear warm-up from 0."""
     decay_steps: PositiveInteger | None = None
-    """Step at which min_lr is reached; None is train.steps."""
+    """Step at which min_lr is reached; null is train.steps."""
     wsd_decay_steps: PositiveInteger | None = None
-    """Length of WSD's final decay; None is a tenth of decay_steps."""
+    """Steps of WSD's final decay; null is a tenth of decay_steps."""
     weight_decay: NonNegativeNumber = 0.1
     """Weight decay on matrices (norms, biases: none)."""
     beta1: Annotated[NonNegativeNumber, Field(lt=1)] = 0.9
@@ -85,67 +85,68 @@ class OptimConfig:
     distributed: Bool = False
     """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
     precision_aware: Bool = False
-    """Keep moments in `moment_dtype` and gradients in `dtype` (needs distributed)."""
+    """Megatron's precision-aware optimizer: moments in moment_dtype, gradients in grad_dtype (needs
+    distributed)."""
     moment_dtype: GradientDtype = "fp32"
-    """Dtype of Adam's moments when precision_aware: fp32 | bf16."""
+    """Dtype of Adam's moments with precision_aware."""
     grad_dtype: GradientDtype = "fp32"
-    """Dtype in which gradients are accumulated and reduced: fp32 | bf16."""
+    """Dtype in which gradients are accumulated and reduced."""
     offload: Bool = False
     """Keep optimizer state and its step on the host CPU (CUDA only)."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     steps: PositiveInteger = 100
     """Optimizer steps."""
     eval_every: NonNegativeInteger = 0
-    """Validate every so many steps, and at the end; 0 switches validation off."""
+    """Steps between validations, with one at the end; 0 switches validation off."""
     eval_batches: PositiveInteger = 4
     """Global batches per validation."""
     log_every: PositiveInteger = 1
-    """Console line every so many steps (metrics.jsonl has every step)."""
+    """Steps between console lines (metrics.jsonl has every step)."""
     non_finite: Literal["stop", "skip", "rollback"] = "stop"
-    """On a non-finite loss or gradient: stop | skip (leave the update out) | rollback (to the
-    last checkpoint). No such step ever changes a weight."""
+    """On a non-finite loss or gradient norm: stop, skip the update, or roll back to the last
+    checkpoint. Such a step never changes a weight."""
     non_finite_limit: NonNegativeInteger = 3
-    """Steps that may be skipped or rolled back in one start of the run; one more stops it."""
+    """Steps that may be skipped or rolled back between two starts; one more stops the run."""
     trace: Bool = False
-    """Write the second step after a start to the run folder's trace.json, for Perfetto."""
+    """Trace the second step after a start to trace.json in the run folder, for Perfetto."""
     profile_steps: NonNegativeInteger = 0
-    """Profile so many steps, from the third after a start on, with torch.profiler: one file a rank
-    in the run folder's logs, for Perfetto."""
+    """Steps to profile with torch.profiler, from the third after a start: one file per rank in
+    logs/, for Perfetto."""
     gc_every: NonNegativeInteger = 50
-    """Run Python's garbage collector after every so many steps, on all ranks at once; 0 leaves it
-    to Python, which pauses each rank at a time of its own."""
+    """Steps between runs of Python's garbage collector, on all ranks at once; 0 leaves it to
+    Python, which then pauses each rank at a different time."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Where the run can be taken up again."""
+    """Saving and resuming."""
 
     every: NonNegativeInteger = 0
-    """Save every so many steps, and at the end; 0 switches saving off."""
+    """Steps between checkpoints, with one at the end; 0 switches saving off."""
     keep: PositiveInteger = 2
     """Committed checkpoints kept; older ones are deleted."""
     resume: Text = "auto"
-    """auto (newest in the run folder) | never | PATH of a checkpoint."""
+    """auto (newest checkpoint of the run folder) | never | PATH of a checkpoint."""
     asynchronous: Bool = False
-    """Write beside the training that goes on, from a copy of the state in host memory. A
-    checkpoint still counts only when it is whole and on the disk; the last one is waited for."""
+    """Write in the background, from a copy of the state in host memory. A checkpoint counts only
+    once it is complete and on disk; the end of the run waits for the last one."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Who hears about the run; metrics.jsonl is always written."""
+    """Console and Weights & Biases; metrics.jsonl is always written."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases: auto (online with a key, else offline) | online | offline | disabled."""
+    """Weights & Biases; auto is online with an API key, else offline."""
     wandb_project: Text = "moe_train"
     """Weights & Biases project."""
     console: Literal["auto", "bar", "lines", "none"] = "auto"
-    """Progress: auto (bar on a terminal, else lines) | bar | lines | none."""
+    """Progress; auto is a bar on a terminal, else lines."""
 
 
 GroupName = Literal[
@@ -158,43 +159,43 @@ tokens are exchanged in ``mp``."""
 
 @dataclass(frozen=True)
 class NcclGroup:
-    """NCCL's settings of one group's communicator; what is null is NCCL's own choice."""
+    """NCCL settings of the communicator of one process group; null leaves the choice to NCCL."""
 
     min_ctas: Annotated[PositiveInteger, Field(le=64)] | None = None
-    """Fewest thread blocks of a collective's kernel."""
+    """Minimum of thread blocks of a collective's kernel."""
     max_ctas: Annotated[PositiveInteger, Field(le=64)] | None = None
-    """Most thread blocks: fewer leave more of the GPU to computing that overlaps."""
+    """Maximum of thread blocks: fewer leave more of the GPU to overlapping computation."""
     cga_cluster_size: Annotated[NonNegativeInteger, Field(le=8)] | None = None
-    """Thread blocks in a cluster, 0 to 8 (Hopper and later)."""
+    """Thread blocks of a cluster (Hopper and later)."""
     net_name: Literal["IB", "socket"] | None = None
-    """IB | socket."""
+    """Network plugin."""
     is_high_priority_stream: Bool = False
-    """Run on a stream that the GPU prefers."""
+    """Run on a high-priority CUDA stream."""
 
 
 @dataclass(frozen=True)
 class BackendConfig:
-    """The machine's kernels, communication and threads."""
+    """Kernels, communication and threads."""
 
     kernels: Literal["auto", "te", "torch"] = "auto"
-    """Kernels on GPUs: auto (TransformerEngine's where it imports, else torch's) | te | torch.
-    A CPU has torch's alone."""
+    """Kernels on GPUs; auto is TransformerEngine's where it imports, else torch's. CPUs always use
+    torch's."""
     compile: Bool | None = None
     """Let Megatron compile its small functions with torch.compile, which needs Triton and a C
-    compiler on every node; None is as Megatron ships it with te, and off with torch."""
+    compiler on every node; null is Megatron's default with te, and off with torch."""
 
     timeout_seconds: PositiveInteger = 600
-    """A step, validation or save that takes longer counts as hung: its rank writes its stacks to
-    logs/, names who is to blame and ends with exit code 6."""
+    """A step, validation or save that takes longer counts as hung: the rank writes its stacks to
+    logs/, names the ranks that it waits for and exits with code 6."""
     cpu_threads: PositiveInteger = 1
     """Threads of a rank that runs on a CPU; 1 is bitwise reproducible."""
     cuda_device_max_connections: PositiveInteger | None = None
-    """CUDA_DEVICE_MAX_CONNECTIONS; null is by rule: 32 where the expert exchange overlaps, else 1
-    under tensor or context parallelism, else unset."""
+    """CUDA_DEVICE_MAX_CONNECTIONS; null follows a rule: 32 where the expert exchange
+    overlaps, else 1 under tensor or context parallelism, else unset."""
     expandable_segments: Bool | None = None
-    """Let torch's allocator grow its segments (PYTORCH_ALLOC_CONF); null is by rule: on, except
-    with NCCL user buffers or CUDA graphs. A setting that the environment has is kept."""
+    """Let torch's allocator grow its segments (PYTORCH_ALLOC_CONF); null follows a rule: on, except
+    with NCCL user buffers or CUDA graphs. A value in the environment wins."""
     nccl: dict[Text, Text] = field(default_factory=dict)
-    """NCCL_* environment settings by their short name, e.g. {IB_QPS_PER_CONNECTION: 2}."""
+    """NCCL_* environment variables without the prefix, e.g. {IB_QPS_PER_CONNECTION: 2}."""
     nccl_groups: dict[GroupName, NcclGroup] = field(default_factory=dict)
-    """NCCL's settings of single process groups, e.g. {ep: {max_ctas: 16}}; on CUDA."""
+    """NCCL settings by process group, e.g. {ep: {max_ctas: 16}}."""

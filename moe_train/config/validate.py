@@ -57,7 +57,7 @@ def _model(config: Config) -> Iterable[ConfigError]:
         )
     elif model.kv_channels % 2:
         yield ConfigError(
-            "model.head_dim", "is odd, while rotary embedding turns pairs", "use an even width"
+            "model.head_dim", "is odd, and rotary embedding rotates pairs", "use an even width"
         )
     if model.kv_heads is not None and model.heads % model.kv_heads:
         legal = [h for h in range(1, model.heads + 1) if model.heads % h == 0]
@@ -90,7 +90,7 @@ def _router(config: Config) -> Iterable[ConfigError]:
     ):
         yield ConfigError(
             key + "pre_softmax",
-            "a softmax over one chosen expert is constant and trains no router",
+            "a softmax over a single chosen expert is constant, the router gets no gradient",
             f"{key}pre_softmax=true or {key}score=sigmoid",
         )
     for name in method.excludes:
@@ -178,7 +178,7 @@ def _optimizer(config: Config) -> Iterable[ConfigError]:
         )
     if optim.grad_dtype == "bf16" and config.dtype == "fp32":
         yield ConfigError(
-            "optim.grad_dtype", "bf16 gradients of fp32 weights", "optim.grad_dtype=fp32"
+            "optim.grad_dtype", "bf16 gradients need dtype=bf16 or fp8", "optim.grad_dtype=fp32"
         )
 
 
@@ -187,7 +187,7 @@ def _trace(config: Config) -> Iterable[ConfigError]:
     if config.train.trace and parallel.overlap_expert_comm and not parallel.span:
         yield ConfigError(
             "train.trace",
-            "the combined schedule runs forward and backward passes as one, not to be told apart",
+            "combined 1F1B fuses forward and backward passes, which a trace cannot separate",
             "parallel.overlap_expert_comm=false or train.trace=false",
         )
 
@@ -201,7 +201,7 @@ def _data(config: Config) -> Iterable[ConfigError]:
     if not legal:
         yield ConfigError(
             "data.split",
-            f"{config.data.split!r} is not three shares",
+            f"{config.data.split!r} is not three non-negative numbers",
             "train,valid,test such as '98,2,0'",
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_train.config.kernels import planned_kernels
+from moe_train.config.kernels import expected_kernels
 from moe_train.config.root import Config
 from moe_train.config.validate import sizes_refused, validate
 from moe_train.errors import ConfigError
@@ -26,7 +26,7 @@ def check(
         here: whether it will run on this machine's own GPUs, with the kernels installed here.
     """
     on_cpu = config.device == "cpu" if on_cpu is None else on_cpu
-    kernels = planned_kernels(config.backend.kernels, on_cpu=on_cpu, here=here).kernels
+    kernels = expected_kernels(config.backend.kernels, on_cpu=on_cpu, here=here).kernels
     faults = [*validate(config), *kernel_options(config, kernels, on_cpu)]
     if (tag := config.parallel.reference) and Layout.from_tag(tag) is None:
         faults.append(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
-from moe_train.config.kernels import TE, run_kernels
+from moe_train.config.kernels import TE, expected_kernels_on
 from moe_train.config.root import Config
 from moe_train.features.schedules import Pipeline, PipelineSchedule, schedule_of
 from moe_train.parallel.parameters import RankParameters, rank_parameters
@@ -18,7 +18,7 @@ def assumptions_of(
     config: Config, imbalance: float = 1.0, fragmentation: float = 0.05
 ) -> Assumptions:
     """Assumptions for the kernels that `config` would run with on its hardware profile."""
-    chosen = run_kernels(config.backend.kernels, config.hardware).kernels
+    chosen = expected_kernels_on(config.backend.kernels, config.hardware).kernels
     return Assumptions(imbalance, fragmentation, fused=chosen is TE)
 
 

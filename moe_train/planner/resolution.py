@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_train.config.compose import collect
-from moe_train.config.environment import settled
+from moe_train.config.environment import apply_rules
 from moe_train.config.hardware import MachineFacts
 from moe_train.config.root import AUTO, Config
 from moe_train.config.validate import sizes_refused, validate
@@ -53,7 +53,7 @@ def resolve_run(
     refused = {fault.field for fault in faults}
     if not sizes_refused([*faults, *validate(config)]):
         open_batch = chosen and leaves_batch_open(overrides)
-        config = settled((resolve_layout_and_batch if open_batch else resolve)(config, world))
+        config = apply_rules((resolve_layout_and_batch if open_batch else resolve)(config, world))
     # A refused value stands at its default, which is not the user's to answer for.
     # The GPUs that a run is chosen for are this machine's, and so are its kernels.
     here = facts is not None and facts.kind != "cpu"

@@ -1,4 +1,4 @@
-"""Bad input: a clear error of ours, the right exit code, told once, nothing half-written."""
+"""Bad input: one MoeTrainError, reported once, the right exit code, nothing half-written."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def console(run: Run) -> str:
     return run.folder.with_suffix(".log").read_text()
 
 
-def tell(argv: list[str], world: int, monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> int:
+def run_main(argv: list[str], world: int, monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> int:
     """Run the program's entry in this process: config faults need nothing heavier."""
     from moe_train.run.main import main
 
@@ -114,26 +114,26 @@ def test_config(
     world, overrides, fragments = CONFIG_CASES[case]
     runs = tmp_path / "runs"
     argv = ["device=cpu", f"run.dir={runs}", *overrides]
-    assert tell(argv, world, monkeypatch) == EXIT_CONFIG
-    told = capsys.readouterr()
+    assert run_main(argv, world, monkeypatch) == EXIT_CONFIG
+    output = capsys.readouterr()
     for fragment in (*fragments, "fix:"):
-        assert fragment in told.err
-    assert "Traceback" not in told.err
-    assert not told.out and not runs.exists()
+        assert fragment in output.err
+    assert "Traceback" not in output.err
+    assert not output.out and not runs.exists()
 
 
-def test_several_faults_are_told_together_and_once(
+def test_several_faults_are_reported_together_and_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     faulty = ["train.stps=3", "optim.lr=-1", "parallel=single", "parallel.expert=3"]
     argv = ["device=cpu", f"run.dir={tmp_path / 'runs'}", *faulty]
-    assert tell(argv, 3, monkeypatch) == EXIT_CONFIG
-    told = capsys.readouterr().err
-    assert told.count("3 config faults") == 1
+    assert run_main(argv, 3, monkeypatch) == EXIT_CONFIG
+    output = capsys.readouterr().err
+    assert output.count("3 config faults") == 1
     for field in ("train.stps", "optim.lr", "parallel.expert"):
-        assert told.count(f"- {field}: ") == 1
+        assert output.count(f"- {field}: ") == 1
     for rank in (1, 2):
-        assert tell(argv, 3, monkeypatch, rank) == EXIT_CONFIG
+        assert run_main(argv, 3, monkeypatch, rank) == EXIT_CONFIG
         silent = capsys.readouterr()
         assert (silent.out, silent.err) == ("", "")
 
@@ -143,11 +143,11 @@ def test_cuda_without_a_gpu_joins_the_other_faults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [f"run.dir={tmp_path / 'runs'}", "device=cuda", *SMALL]
-    assert tell(argv, 1, monkeypatch) == EXIT_CONFIG
+    assert run_main(argv, 1, monkeypatch) == EXIT_CONFIG
     alone = capsys.readouterr().err
     assert "1 config fault\n" in alone and "device: device=cuda, but" in alone
     assert "device=cpu" in alone
-    assert tell([*argv, "train.stps=3"], 1, monkeypatch) == EXIT_CONFIG
+    assert run_main([*argv, "train.stps=3"], 1, monkeypatch) == EXIT_CONFIG
     assert "2 config faults" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
@@ -222,15 +222,15 @@ def test_data(case: Callable[[Path, Path], list[str]], bytes_data: Path, tmp_pat
     overrides = case(bytes_data, tmp_path)
     run = train_run(tmp_path / "runs" / "r", [*SMALL, f"data.cache={tmp_path}/cache", *overrides])
     assert run.codes == [EXIT_DATA]
-    told = console(run)
+    output = console(run)
     for fragment in DATA_CASES[case]:
-        assert fragment in told
-    assert "Traceback" not in told
+        assert fragment in output
+    assert "Traceback" not in output
     assert_refused(run.folder, DATA_CASES[case][0])
 
 
 def assert_refused(folder: Path, reason: str) -> None:
-    """A new folder says what was asked and why it failed, and pretends nothing more."""
+    """A new folder holds the status with the reason, and no metrics or checkpoints."""
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 0)
     assert reason in status["reason"]
@@ -278,10 +278,10 @@ def test_ids_that_appear_while_the_run_trains(bytes_data: Path, tmp_path: Path) 
     ]
     tokens = str(mine.with_name(mine.name + ".bin"))
     codes = run_world(_damaged_meanwhile, 2, words, tokens, timeout=120.0, log=log)
-    told = log.read_text()
-    assert EXIT_DATA in codes and 0 not in codes, told
-    assert told.count("moe_train: ") == 1 and "Traceback" not in told, told
-    assert "is beyond the model's vocabulary of" in told
+    output = log.read_text()
+    assert EXIT_DATA in codes and 0 not in codes, output
+    assert output.count("moe_train: ") == 1 and "Traceback" not in output, output
+    assert "is beyond the model's vocabulary of" in output
     status = json.loads((tmp_path / "runs" / "r" / "status.json").read_text())
     assert status["state"] == "failed" and "token id" in status["reason"]
 
@@ -318,9 +318,9 @@ def test_run_folder_that_cannot_be_written(
     ]
     codes = run_world(_plain, world, overrides, timeout=120.0, log=log)
     assert codes == [EXIT_CONFIG] * world
-    told = log.read_text()
-    assert told.count(f"run.dir: {parent / 'r'} cannot be written") == 1
-    assert "run.dir=FOLDER" in told and "Traceback" not in told
+    output = log.read_text()
+    assert output.count(f"run.dir: {parent / 'r'} cannot be written") == 1
+    assert "run.dir=FOLDER" in output and "Traceback" not in output
     assert sorted(path.name for path in tmp_path.iterdir()) == (
         ["log", "taken"] if place == "a file" else ["log"]
     )
@@ -353,12 +353,12 @@ def test_checkpoint_of_another_model_or_tokenizer(tmp_path: Path) -> None:
     }.items():
         refused = train_run(tmp_path / "runs" / "r", [*base, "train.steps=4", change], world=2)
         assert refused.codes == [EXIT_CHECKPOINT] * 2
-        told = console(run)
+        output = console(run)
         for fragment in fragments:
-            assert told.count(fragment) == 1
+            assert output.count(fragment) == 1
         assert snapshot(run.folder) == before
         console_file = run.folder.with_suffix(".log")
-        assert "Traceback" not in told
+        assert "Traceback" not in output
         console_file.write_text("")
 
 
@@ -372,7 +372,7 @@ def _mirrored(rank: int, world: int, overrides: list[str], url: str) -> int:
 
 
 @pytest.mark.world
-def test_unreachable_wandb_is_told_and_the_run_goes_on(bytes_data: Path, tmp_path: Path) -> None:
+def test_unreachable_wandb_does_not_stop_a_run(bytes_data: Path, tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -382,8 +382,8 @@ def test_unreachable_wandb_is_told_and_the_run_goes_on(bytes_data: Path, tmp_pat
         *(f"run.dir={tmp_path}", "run.name=r", f"data.train=[{bytes_data}]"),
     ]
     assert run_world(_mirrored, 1, overrides, url, timeout=120.0, log=log) == [0]
-    told = log.read_text()
-    assert "W&B: " in told and "finished after 2 steps" in told
+    output = log.read_text()
+    assert "W&B: " in output and "finished after 2 steps" in output
     assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "r" / "status.json").read_text())["state"] == "finished"
 

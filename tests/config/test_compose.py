@@ -58,8 +58,8 @@ def test_every_yaml_value_survives_into_the_typed_config() -> None:
     for name in group_options()["hardware"]:
         text = (config_dir() / "hardware" / f"{name}.yaml").read_text()
         typed = to_mapping(compose([f"hardware={name}"]).hardware)
-        said = yaml.safe_load(text)
-        assert {key: typed[key] for key in said} == said
+        written = yaml.safe_load(text)
+        assert {key: typed[key] for key in written} == written
 
 
 def test_hardware_numbers_have_sources() -> None:
@@ -70,8 +70,8 @@ def test_hardware_numbers_have_sources() -> None:
         no_numbers = {"name", "kind", "devices", "devices_per_node", "peak_known", "sources"}
         numbers = set(yaml.safe_load(text)) - no_numbers
         assert set(hardware.sources) == numbers, name
-        unsaid = set(vars(hardware)) - numbers - no_numbers
-        assert all(not getattr(hardware, field) for field in unsaid), name
+        undocumented = set(vars(hardware)) - numbers - no_numbers
+        assert all(not getattr(hardware, field) for field in undocumented), name
         assert all(hardware.sources.values())
 
 
@@ -93,11 +93,11 @@ def test_the_mission_experiment() -> None:
 
 
 def test_the_twin_has_the_missions_topology() -> None:
-    twin, mission = compose(["experiment=twin"]), compose(["experiment=moe_30b_8x64gb"])
+    twin, reference = compose(["experiment=twin"]), compose(["experiment=moe_30b_8x64gb"])
     for key in ("layers", "experts", "heads", "experts_per_token", "router"):
-        assert getattr(twin.model, key) == getattr(mission.model, key)
-    assert twin.recompute == mission.recompute
-    assert twin.batch.microbatches == mission.batch.microbatches
+        assert getattr(twin.model, key) == getattr(reference.model, key)
+    assert twin.recompute == reference.recompute
+    assert twin.batch.microbatches == reference.batch.microbatches
 
 
 def test_overrides_reach_nulls_aliases_and_megatron_without_a_plus() -> None:

@@ -1,4 +1,4 @@
-"""Numbers that mean nothing, and words that stand for nothing, are refused by every command."""
+"""Meaningless numbers and unknown names are refused by every command."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from moe_train.config.compose import config_dir
 from moe_train.errors import EXIT_CONFIG, ConfigError
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What a command says as it refuses ``words``."""
-    assert cli.main(list(words)) == EXIT_CONFIG, words
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command writes to stderr as it refuses ``arguments``."""
+    assert cli.main(list(arguments)) == EXIT_CONFIG, arguments
     return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "word, field",
+    "override, field",
     [
         ("hardware.message_us=-100000", "hardware.message_us"),
         ("hardware.latency_us=.inf", "hardware.latency_us"),
@@ -41,12 +41,12 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("~hardware", "hardware.peak_tflops"),
     ],
 )
-def test_what_means_nothing_is_refused(
-    word: str, field: str, capsys: pytest.CaptureFixture[str]
+def test_illegal_value_is_refused(
+    override: str, field: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = refusal(capsys, "plan", "--world", "8", word)
-    assert f"- {field}: " in told or f"moe-train: {field}: " in told
-    assert "Traceback" not in told
+    output = refusal(capsys, "plan", "--world", "8", override)
+    assert f"- {field}: " in output or f"moe-train: {field}: " in output
+    assert "Traceback" not in output
 
 
 def test_a_misspelt_experiment_is_not_replaced_by_another(

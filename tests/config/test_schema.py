@@ -25,8 +25,8 @@ def faults(mapping: dict[str, Any]) -> dict[str, str]:
 
 
 def test_round_trip_of_the_defaults() -> None:
-    again, found = from_mapping(Config, to_mapping(Config()))
-    assert not found
+    again, refused = from_mapping(Config, to_mapping(Config()))
+    assert not refused
     assert again == Config()
 
 
@@ -40,8 +40,8 @@ def test_a_config_is_changed_by_copies_only() -> None:
 
 
 def test_key_alias_of_a_python_keyword() -> None:
-    config, found = from_mapping(Config, {"batch": {"global": 64}})
-    assert not found
+    config, refused = from_mapping(Config, {"batch": {"global": 64}})
+    assert not refused
     assert config.batch.global_ == 64
     assert to_mapping(config)["batch"]["global"] == 64
     assert "batch.global_" in faults({"batch": {"global_": 64}})
@@ -61,8 +61,8 @@ def test_key_alias_of_a_python_keyword() -> None:
     ],
 )
 def test_lossless_coercion(section: str, key: str, given_: Any, want: Any) -> None:
-    config, found = from_mapping(Config, {section: {key: given_}})
-    assert not found
+    config, refused = from_mapping(Config, {section: {key: given_}})
+    assert not refused
     got = getattr(getattr(config, section), key)
     assert got == want
     assert type(got) is type(want)
@@ -87,8 +87,8 @@ def test_lossless_coercion(section: str, key: str, given_: Any, want: Any) -> No
     ],
 )
 def test_lossy_values_are_refused_and_named(section: str, key: str, value: Any) -> None:
-    config, found = from_mapping(Config, {section: {key: value}})
-    assert [f.field.partition("[")[0] for f in found][0] == f"{section}.{key}"
+    config, refused = from_mapping(Config, {section: {key: value}})
+    assert [f.field.partition("[")[0] for f in refused][0] == f"{section}.{key}"
     default = getattr(getattr(Config(), section), key)
     assert getattr(getattr(config, section), key) == default
 
@@ -121,8 +121,8 @@ VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(SHORT, SCALAR
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=60)
 @given(st.dictionaries(st.sampled_from([*dotted_keys(Config)[:9], "model", "optim"]), VALUES))
 def test_any_mapping_gives_faults_and_never_an_exception(mapping: dict[str, Any]) -> None:
-    config, found = from_mapping(Config, mapping)
+    config, refused = from_mapping(Config, mapping)
     again, none = from_mapping(Config, to_mapping(config))
     assert not none
     assert repr(again) == repr(config)
-    assert all(f.field and f.problem and f.fix for f in found)
+    assert all(f.field and f.problem and f.fix for f in refused)

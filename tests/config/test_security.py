@@ -63,8 +63,8 @@ def test_code_in_overrides(
     canary = tmp_path / "canary"
     argv = [override.replace("CANARY", str(canary)), f"run.dir={tmp_path}/runs", "device=cpu"]
     assert main(argv) == EXIT_CONFIG
-    told = capsys.readouterr().err
-    assert "fix:" in told and "Traceback" not in told
+    output = capsys.readouterr().err
+    assert "fix:" in output and "Traceback" not in output
     assert not list(tmp_path.iterdir())
 
 
@@ -127,8 +127,8 @@ def test_hostile_files_of_a_run_that_is_evaluated(
     for content in (pickle.dumps(Touch(canary)), hostile_yaml(canary)["apply"].encode()):
         (run / name).write_bytes(content)
         assert evaluate_main([f"run.dir={tmp_path}/runs", "run.name=r"]) == EXIT_CONFIG
-        told = capsys.readouterr().err
-        assert name in told and "Traceback" not in told
+        output = capsys.readouterr().err
+        assert name in output and "Traceback" not in output
     assert not canary.exists()
 
 
@@ -172,8 +172,8 @@ def test_secrets_do_not_enter_a_config(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     assert main([override, f"run.dir={tmp_path}/runs", "device=cpu"]) == EXIT_CONFIG
-    told = capsys.readouterr()
-    assert "WANDB_API_KEY" in told.err and SECRET not in told.err + told.out
+    output = capsys.readouterr()
+    assert "WANDB_API_KEY" in output.err and SECRET not in output.err + output.out
     assert not list(tmp_path.iterdir())
 
 
@@ -276,9 +276,9 @@ def test_two_jobs_in_one_run_folder(tmp_path: Path) -> None:
     words = [*QUIET, *SMALL, f"run.dir={tmp_path}/runs", "run.name=r", "parallel.expert=2"]
     begun = time.monotonic()
     assert run_world(_plain, 2, words, log=log) == [EXIT_CONFIG] * 2
-    told = log.read_text()
-    assert told.count(f"another job trains in {folder}: process {os.getpid()} on") == 1
-    assert "Traceback" not in told and time.monotonic() - begun < 200
+    output = log.read_text()
+    assert output.count(f"another job trains in {folder}: process {os.getpid()} on") == 1
+    assert "Traceback" not in output and time.monotonic() - begun < 200
     assert not (folder / "status.json").exists() and not (folder / "metrics.jsonl").exists()
     held.release()
     assert run_world(_plain, 2, words, log=log) == [0, 0], log.read_text()

@@ -33,7 +33,7 @@ def test_curve_equals_single_process(twin_runs: Runs, layout: Layout) -> None:
     assert found.within(), f"{layout.name}\n{found}"
 
 
-@pytest.mark.parametrize("recompute", ["mission", "all"])
+@pytest.mark.parametrize("recompute", ["reference", "all"])
 @pytest.mark.parametrize("layout", [layouts.SINGLE, *layouts.GRID], ids=lambda layout: layout.name)
 def test_recompute_changes_no_bit(twin_runs: Runs, layout: Layout, recompute: str) -> None:
     four = "train.steps=4"

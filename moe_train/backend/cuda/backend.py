@@ -10,7 +10,7 @@ import torch
 
 from moe_train.backend import patches
 from moe_train.backend.kernels import choose_kernels
-from moe_train.config.kernels import KernelChoice, planned_kernels
+from moe_train.config.kernels import KernelChoice, expected_kernels
 from moe_train.config.training import BackendConfig
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class CudaBackend:
     def __init__(self, local_rank: int, config: BackendConfig | None = None) -> None:
         self._local_rank = local_rank
         self._config = config or BackendConfig()
-        self.kernels: KernelChoice = planned_kernels(self._config.kernels, on_cpu=False)
+        self.kernels: KernelChoice = expected_kernels(self._config.kernels, on_cpu=False)
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ NCCL2 = LAZY[0]
 
 
 def set_environment(config: BackendConfig) -> list[str]:
-    """Write the machine settings of a settled config; call before anything asks for a GPU.
+    """Write the environment variables of a config; call before anything asks for a GPU.
 
     The config wins over the environment, so that config.yaml of a run is the truth about it. Two
     things stay: NCCL settings that the config does not name, and settings of

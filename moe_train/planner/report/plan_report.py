@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from moe_train.config.environment import variables
-from moe_train.config.kernels import KernelChoice, planned_kernels, run_kernels
+from moe_train.config.kernels import KernelChoice, expected_kernels, expected_kernels_on
 from moe_train.config.root import Config
 from moe_train.config.schema import to_mapping
 from moe_train.parallel.groups import communicators, deployment
@@ -40,9 +40,9 @@ def _rank(config: Config, layout: Layout, rank: int, counts: RankParameters) -> 
 def kernels_report(config: Config, chosen: KernelChoice | None = None) -> dict[str, Any]:
     """The kernel set of a run, and its settings of Megatron's TransformerConfig, with reasons."""
     choice = chosen or (
-        planned_kernels(config.backend.kernels, on_cpu=True)
+        expected_kernels(config.backend.kernels, on_cpu=True)
         if config.device == "cpu"
-        else run_kernels(config.backend.kernels, config.hardware)
+        else expected_kernels_on(config.backend.kernels, config.hardware)
     )
     return {
         "name": choice.kernels.name,
