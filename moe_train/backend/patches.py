@@ -88,18 +88,6 @@ class Patch:
         setattr(module, self.name, replacement)
 
 
-def _splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-
-def _get_rng_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> Any:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
-    torch.set_rng_state(state)
-
-
 _SPLITS = (
     "on CUDA the splits become numpy arrays on their way off the device; without a device they "
     "would stay tensors, which all_to_all_single refuses"
@@ -109,10 +97,29 @@ _UNEVEN = "with expert tensor parallelism ranks gather as many rows as were rout
 _MAPPINGS = "tensor_parallel.mappings"
 
 MISSING_CUDA: tuple[Patch, ...] = (
-    Patch("transformer.moe.moe_utils", "maybe_move_tensor_to_cpu", _splits_to_host, _SPLITS),
-    Patch("transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", _splits_to_host, _SPLITS),
-    Patch("tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state, _TRACKER),
-    Patch("tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state, _TRACKER),
+    *(
+        Patch(
+            f"transformer.moe.{module}",
+            "maybe_move_tensor_to_cpu",
+            lambda tensor, as_numpy=False, record_stream=False: (
+                tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+            ),
+            _SPLITS,
+        )
+        for module in ("moe_utils", "token_dispatcher")
+    ),
+    Patch(
+        "tensor_parallel.random",
+        "_get_cuda_rng_state",
+        lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state(),
+        _TRACKER,
+    ),
+    Patch(
+        "tensor_parallel.random",
+        "_set_cuda_rng_state",
+        lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
+        _TRACKER,
+    ),
     Patch(_MAPPINGS, "_gather_along_first_dim", gloo.gather_first_dim, _UNEVEN, wraps=True),
     Patch(
         _MAPPINGS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import contextlib
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """One kind of machine. Built by :func:`moe_train.backend.select.select_backend`."""
+    """One kind of machine. Built by :func:`moe_train.backend.select.select_backend`.
+
+    What depends on the kernel set alone is implemented here.
+    """
 
     name: str
     """``cpu`` or ``cuda``."""
@@ -30,19 +33,44 @@ class Backend(Protocol):
         """Set up the process (environment, threads, patches) before Megatron is imported."""
 
     def spec_provider(self) -> BackendSpecProvider:
-        """Megatron module classes for this machine."""
+        """Megatron module classes of the kernel set."""
+        if self.kernels.kernels.name == "torch":
+            from moe_train.backend.torch_kernels.provider import TorchSpecProvider
+
+            return TorchSpecProvider()
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        return TESpecProvider()
 
     def transformer_overrides(self) -> dict[str, Any]:
         """TransformerConfig fields that this machine fixes (fusions it has or lacks)."""
 
     def finish_model(self, chunk: torch.nn.Module) -> None:
-        """Switch on what Megatron's config cannot, in a model chunk just built."""
+        """Let TransformerEngine's layers add weight gradients to the buffer themselves.
+
+        They read their own attribute at every forward pass; Megatron's config, from which it came,
+        also governs the head, which can do so with Apex alone.
+        """
+        if self.kernels.kernels.overrides()["gradient_accumulation_fusion"]:
+            for module in chunk.modules():
+                if hasattr(module, "fuse_wgrad_accumulation"):
+                    module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
     def optimizer_overrides(self) -> dict[str, Any]:
-        """OptimizerConfig fields that this machine fixes."""
+        """OptimizerConfig fields that this machine fixes.
 
-    def optimizer_construction(self) -> AbstractContextManager[None]:
-        """Context in which Megatron's OptimizerConfig is constructed."""
+        Master weights are stored whole: of 16-bit remainders, which Megatron stores by default, a
+        checkpoint could not recover a master weight, and TorchAdam has none.
+        """
+        return {"store_param_remainders": False}
+
+    def optimizer_construction(self) -> contextlib.AbstractContextManager[None]:
+        """Context for Megatron's OptimizerConfig, which looks for a FusedAdam."""
+        if self.kernels.kernels.name == "torch":
+            from moe_train.backend.patches import fused_adam_visible
+
+            return fused_adam_visible()
+        return contextlib.nullcontext()
 
     def devices(self, world: int) -> int:
         """Devices behind ``world`` ranks: what a peak rate is multiplied by."""

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from moe_train.backend import patches
 from moe_train.backend.kernels import choose_kernels
+from moe_train.backend.protocol import Backend
 from moe_train.config.training import BackendConfig
 
-if TYPE_CHECKING:
-    from megatron.core.models.backends import BackendSpecProvider
 
-
-class CpuBackend:
-    """See :class:`moe_train.backend.protocol.Backend`."""
+class CpuBackend(Backend):
+    """A CPU and gloo; Megatron is patched."""
 
     name = "cpu"
     communication = "gloo"
@@ -43,22 +40,9 @@ class CpuBackend:
         patches.apply_missing_cuda()
         patches.apply_missing_te()
 
-    def spec_provider(self) -> BackendSpecProvider:
-        """Modules on torch's kernels."""
-        from moe_train.backend.torch_kernels.provider import TorchSpecProvider
-
-        return TorchSpecProvider()
-
     def transformer_overrides(self) -> dict[str, Any]:
         """Torch's kernels; there is no device to wait for after a batch of sends."""
         return {**self.kernels.kernels.overrides(), "batch_p2p_sync": False}
-
-    def finish_model(self, chunk: torch.nn.Module) -> None:
-        """Nothing is left to switch on."""
-
-    def optimizer_overrides(self) -> dict[str, Any]:
-        """Master weights are stored whole: TorchAdam has no 16-bit remainders."""
-        return {"store_param_remainders": False}
 
     def devices(self, world: int) -> int:
         """Ranks of one thread share the cores."""
@@ -70,7 +54,3 @@ class CpuBackend:
 
     def synchronize(self) -> None:
         """CPU work is done when it returns."""
-
-    def optimizer_construction(self) -> contextlib.AbstractContextManager[None]:
-        """Let OptimizerConfig find a FusedAdam: ours."""
-        return patches.fused_adam_visible()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -69,17 +69,14 @@ def reduce_scatter_first_dim(
     if input_split_sizes is None or dist.get_backend(group) != Backend.GLOO:
         return megatron(x_NH, group, input_split_sizes, use_global_buffer)
     rows = input_split_sizes[group.rank()]
-    parts = x_NH.new_empty(size * rows, *x_NH.shape[1:])
+    parts = x_NH.new_empty(size, rows, *x_NH.shape[1:])
     dist.all_to_all_single(
-        parts, x_NH.contiguous(), [rows] * size, list(input_split_sizes), group=group
+        parts.flatten(0, 1), x_NH.contiguous(), [rows] * size, list(input_split_sizes), group=group
     )
-    total, *others = parts.split(rows) if rows else [parts]
-    for part in others:
-        total = total + part
-    return total
+    return functools.reduce(torch.add, parts.unbind())
 
 
-@cache
+@functools.cache
 def _device() -> Any:
     return ProcessGroupGloo.create_default_device()
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from moe_train.backend import patches
 from moe_train.backend.kernels import choose_kernels
+from moe_train.backend.protocol import Backend
 from moe_train.config.kernels import KernelChoice, expected_kernels
 from moe_train.config.training import BackendConfig
-
-if TYPE_CHECKING:
-    from megatron.core.models.backends import BackendSpecProvider
-
 
 # Apex's kernel, with which Megatron's own linear layers add weight gradients in place.
 WEIGHT_GRADIENT_KERNEL = "fused_weight_gradient_mlp_cuda"
 
 
-class CudaBackend:
-    """See :class:`moe_train.backend.protocol.Backend`."""
+class CudaBackend(Backend):
+    """GPUs and NCCL; Megatron is unpatched with TransformerEngine's kernels."""
 
     name = "cuda"
     communication = "nccl"
@@ -51,16 +47,6 @@ class CudaBackend:
         elif compiled is False:
             patches.import_megatron_uncompiled()
 
-    def spec_provider(self) -> BackendSpecProvider:
-        """The modules of the kernel set."""
-        if self.kernels.kernels.name == "torch":
-            from moe_train.backend.torch_kernels.provider import TorchSpecProvider
-
-            return TorchSpecProvider()
-        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-        return TESpecProvider()
-
     def transformer_overrides(self) -> dict[str, Any]:
         """Fused kernels on, as far as the kernel set has them."""
         overrides = self.kernels.kernels.overrides()
@@ -70,30 +56,9 @@ class CudaBackend:
             overrides["gradient_accumulation_fusion"] = False
         return overrides
 
-    def finish_model(self, chunk: torch.nn.Module) -> None:
-        """Let TransformerEngine's layers add weight gradients to the buffer themselves.
-
-        They read their own attribute at every forward pass; Megatron's config, from which it came,
-        also governs the head, which can do so with Apex alone.
-        """
-        if self.kernels.kernels.overrides()["gradient_accumulation_fusion"]:
-            for module in chunk.modules():
-                if hasattr(module, "fuse_wgrad_accumulation"):
-                    module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
-
     def optimizer_overrides(self) -> dict[str, Any]:
-        """Offloading means all of the state: Megatron's dataclass would offload a share of 0.
-
-        Master weights are stored whole, as on a CPU: of 16-bit remainders, which Megatron
-        stores by default, a checkpoint could not make a master weight again.
-        """
-        return {"optimizer_offload_fraction": 1.0, "store_param_remainders": False}
-
-    def optimizer_construction(self) -> contextlib.AbstractContextManager[None]:
-        """OptimizerConfig asks for a FusedAdam: TransformerEngine's, or ours."""
-        if self.kernels.kernels.name == "torch":
-            return patches.fused_adam_visible()
-        return contextlib.nullcontext()
+        """Offloading means all of the state: Megatron's dataclass would offload a share of 0."""
+        return {**super().optimizer_overrides(), "optimizer_offload_fraction": 1.0}
 
     def devices(self, world: int) -> int:
         """One GPU per rank."""

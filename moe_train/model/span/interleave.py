@@ -12,6 +12,7 @@ thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -89,11 +90,8 @@ class Handoff:
             self._change.wait_for(lambda: self._turn == slot)
         try:
             if not self._failures:
-                if state is None:
+                with state.entered() if state else contextlib.nullcontext():
                     work()
-                else:
-                    with state.entered():
-                        work()
         except BaseException as failure:  # noqa: BLE001  run() raises it where it belongs
             self._failures.append(failure)
         finally:
