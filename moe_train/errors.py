@@ -45,7 +45,7 @@ class ConfigError(MoeTrainError):
 
 
 class ConfigFaults(ConfigError):
-    """All config faults of one run, reported together."""
+    """All config errors of one run, reported together."""
 
     def __init__(self, faults: Sequence[ConfigError]) -> None:
         self.faults = tuple(faults)
@@ -56,7 +56,7 @@ class ConfigFaults(ConfigError):
         return type(self), (self.faults,)
 
     def __str__(self) -> str:
-        head = f"{len(self.faults)} config fault{'s' * (len(self.faults) > 1)}"
+        head = f"{len(self.faults)} config error{'s' * (len(self.faults) > 1)}"
         return "\n".join([head, *(f"  - {fault}" for fault in self.faults)])
 
 

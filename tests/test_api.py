@@ -38,7 +38,7 @@ def test_planning_imports_no_torch() -> None:
 
 
 def test_faults_are_raised_together() -> None:
-    with pytest.raises(ConfigFaults, match="2 config faults"):
+    with pytest.raises(ConfigFaults, match="2 config errors"):
         moe_train.plan(["parallel=tp2_pp4_ep8", "optim.lr=-1"], world=8)
 
 

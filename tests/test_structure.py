@@ -1,4 +1,4 @@
-"""The rules of the house: rooms, sizes, documentation and what the tree may not contain."""
+"""Structure of the repository: import order, file sizes, documentation, forbidden text."""
 
 from __future__ import annotations
 

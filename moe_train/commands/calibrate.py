@@ -57,11 +57,11 @@ def calibrate_main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     name: str = args.calibrate
     if not name.isidentifier():
-        raise ConfigError("--calibrate", f"{name!r} is no name", "letters, digits and _")
+        raise ConfigError("--calibrate", f"{name!r} is not an identifier", "letters, digits and _")
     if name.lower() in ("null", "true", "false", "nan", "inf"):
-        raise ConfigError("--calibrate", f"{name} is a value and no word in a config", "another")
+        raise ConfigError("--calibrate", f"{name} is a value in YAML, not a name", "choose another")
     if args.rounds < 1:
-        raise ConfigError("--rounds", f"{args.rounds} is no number of rounds", "1 or more")
+        raise ConfigError("--rounds", f"must be >= 1, not {args.rounds}", "1 or more")
     target = config_dir() / "hardware" / f"{name}.yaml"
     if target.exists() and not target.read_text(encoding="utf-8").startswith(MARK):
         raise ConfigError(

@@ -72,13 +72,13 @@ class Key:
 @cache
 def keys(root: type, prefix: str = "") -> tuple[Key, ...]:
     """Every key of `root`, groups included, in the order of declaration."""
-    found: list[Key] = []
+    results: list[Key] = []
     for field in dataclasses.fields(root):
         kind, default = _annotations(root)[key_of(field.name)], getattr(root(), field.name)
-        found.append(Key(prefix + key_of(field.name), kind, default, root))
-        if found[-1].is_group:
-            found.extend(keys(kind, found[-1].name + "."))
-    return tuple(found)
+        results.append(Key(prefix + key_of(field.name), kind, default, root))
+        if results[-1].is_group:
+            results.extend(keys(kind, results[-1].name + "."))
+    return tuple(results)
 
 
 def dotted_keys(root: type) -> tuple[str, ...]:

@@ -89,10 +89,10 @@ def _world(layout: Layout) -> Iterator[ConfigError]:
             f"start a multiple of {needed} ranks, or change these sizes",
         )
     if layout.span:
-        yield from _span(layout)
+        yield from _span_layout(layout)
 
 
-def _span(layout: Layout) -> Iterator[ConfigError]:
+def _span_layout(layout: Layout) -> Iterator[ConfigError]:
     replica = layout.tensor * layout.pipeline
     if layout.expert != replica:
         yield ConfigError(

@@ -143,9 +143,9 @@ def _join(
 
     def close(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         # A graceful close waits for peers, which may hang if this rank alone has failed.
-        close_world(abort=error is not None and not isinstance(error, together))
+        close_world(abort=error is not None and not isinstance(error, on_all_ranks))
 
-    together = (NonFiniteError, Preempted)
+    on_all_ranks = (NonFiniteError, Preempted)
     stack.push(close)
     path = broadcast_or_raise(fault, path)
     check_same_kernels(backend.kernels)

@@ -158,8 +158,8 @@ def waiting_in(frame: FrameType | None) -> str:
     inner = frame.f_code.co_qualname if frame is not None else "an unknown function"
     while frame is not None:
         if frame.f_code.co_filename.endswith("distributed_c10d.py"):
-            found = frame.f_code.co_qualname
-            if not found.startswith("_"):
-                inner = found
+            result = frame.f_code.co_qualname
+            if not result.startswith("_"):
+                inner = result
         frame = frame.f_back
     return inner.replace("_exception_logger.<locals>.wrapper", "a collective")

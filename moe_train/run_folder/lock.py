@@ -25,6 +25,14 @@ RESTART_SECONDS = 5.0
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+def _kernel_lock(path: Path, timeout: float) -> FileLock:
+    try:
+        return FileLock(path, timeout=timeout, fallback_to_soft=False)
+    except TypeError:
+        # Before 4.2 there is no fallback: acquiring raises NotImplementedError in its place.
+        return FileLock(path, timeout=timeout)
+
+
 def lock_run_folder(folder: Path, timeout: float = RESTART_SECONDS) -> FileLock:
     """Lock a run folder until ``release()`` or the end of this process.
 
@@ -35,7 +43,7 @@ def lock_run_folder(folder: Path, timeout: float = RESTART_SECONDS) -> FileLock:
         ConfigError: another job holds the lock, and which; or the lock file cannot be opened.
     """
     path = folder / NAME
-    lock = FileLock(path, timeout=timeout, fallback_to_soft=False)
+    lock = _kernel_lock(path, timeout)
     try:
         lock.acquire()
     except Timeout as busy:
@@ -45,8 +53,8 @@ def lock_run_folder(folder: Path, timeout: float = RESTART_SECONDS) -> FileLock:
             f"another job trains in {folder}: {holder or 'holder unknown'}",
             "wait for it or end it, or start a run of its own: run.name=NAME",
         ) from busy
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
             raise ConfigError(
                 "run.dir",
                 f"{path} cannot be opened ({error.strerror})",
@@ -55,7 +63,7 @@ def lock_run_folder(folder: Path, timeout: float = RESTART_SECONDS) -> FileLock:
         LOGGER.warning(
             "run.dir: this file system has no locks (%s); do not start a second job in this run "
             "folder",
-            error.strerror,
+            error,
         )
         return lock
     begun = time.strftime("%Y-%m-%d %H:%M:%S %z")

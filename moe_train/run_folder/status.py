@@ -54,8 +54,8 @@ def read_status(path: Path) -> Status | None:
     except FileNotFoundError:
         return None
     try:
-        found = json.loads(text)
-        status = Status(found["state"], int(found["step"]), str(found.get("reason", "")))
+        result = json.loads(text)
+        status = Status(result["state"], int(result["step"]), str(result.get("reason", "")))
         if status.state not in get_args(State):
             raise ValueError(status.state)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

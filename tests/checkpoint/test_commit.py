@@ -233,7 +233,7 @@ def test_resume_passes_over_damage_and_says_so(tmp_path: Path) -> None:
     assert again.codes == [0]
     assert "skipped a damaged checkpoint" in told and "step_00000004" in told
     assert "step_00000002 at step 2" in told
-    # Steps 3 and 4 were made again, bit for bit, and stand in the metrics once.
+    # Steps 3 and 4 were repeated, bit for bit, and stand in the metrics once.
     assert again.column("step") == [1, 2, 3, 4, 5, 6]
     assert {record["step"]: record["loss_hex"] for record in again.steps[:4]} == first
     # Step 4 was saved again over the damaged one.

@@ -94,7 +94,7 @@ def test_every_file_times_every_damage(tmp_path: Path) -> None:
         )
         assert any(f"step_00000004/{name}" in told for name in blamed), f"{case}: {told}"
         assert "step_00000002 at step 2" in told and "Traceback" not in told, case
-        # The steps that the damage cost were made again, bit for bit.
+        # The steps that the damage cost were repeated, bit for bit.
         again = read(tmp_path / "cases" / f"case{number}" / "metrics.jsonl")
         assert {r["step"]: r["loss_hex"] for r in again if r["step"] < 5} == steps, case
     for case, (code, told) in outcomes.items():

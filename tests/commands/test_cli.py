@@ -141,7 +141,7 @@ def test_a_refused_plan_names_every_fault(capsys: pytest.CaptureFixture[str]) ->
     argv = ["plan", "parallel=tp2_pp4_ep8", "optim.lr=-1", "--world", "8"]
     assert cli.main(argv) == EXIT_CONFIG
     told = capsys.readouterr().err
-    assert "2 config faults" in told
+    assert "2 config errors" in told
     assert "parallel.tensor=2 parallel.pipeline=4 parallel.expert=2" in told
 
 

@@ -63,7 +63,7 @@ def console(run: Run) -> str:
 
 
 def run_main(argv: list[str], world: int, monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> int:
-    """Run the program's entry in this process: config faults need nothing heavier."""
+    """Run the program's entry in this process: config errors need nothing heavier."""
     from moe_train.run.main import main
 
     monkeypatch.setenv("RANK", str(rank))
@@ -129,7 +129,7 @@ def test_several_faults_are_reported_together_and_once(
     argv = ["device=cpu", f"run.dir={tmp_path / 'runs'}", *faulty]
     assert run_main(argv, 3, monkeypatch) == EXIT_CONFIG
     output = capsys.readouterr().err
-    assert output.count("3 config faults") == 1
+    assert output.count("3 config errors") == 1
     for field in ("train.stps", "optim.lr", "parallel.expert"):
         assert output.count(f"- {field}: ") == 1
     for rank in (1, 2):
@@ -145,10 +145,10 @@ def test_cuda_without_a_gpu_joins_the_other_faults(
     argv = [f"run.dir={tmp_path / 'runs'}", "device=cuda", *SMALL]
     assert run_main(argv, 1, monkeypatch) == EXIT_CONFIG
     alone = capsys.readouterr().err
-    assert "1 config fault\n" in alone and "device: device=cuda, but" in alone
+    assert "1 config error\n" in alone and "device: device=cuda, but" in alone
     assert "device=cpu" in alone
     assert run_main([*argv, "train.stps=3"], 1, monkeypatch) == EXIT_CONFIG
-    assert "2 config faults" in capsys.readouterr().err
+    assert "2 config errors" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

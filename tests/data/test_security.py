@@ -234,7 +234,7 @@ def test_a_pickle_in_every_place(tmp_path: Path) -> None:
     assert len(arrays) >= 6 and len(outcomes) > 14
     for case, (code, told, sang) in outcomes.items():
         assert not sang, f"{case}: code of the data ran"
-        # What the cache says of files is made again where it is not readable.
+        # What the cache says of files is rebuilt where it is not readable.
         again = case.split()[1].startswith("cache/") and case.endswith(".json")
         assert code == (0 if again else EXIT_DATA), f"{case}: {told}"
         assert "Traceback" not in told, f"{case}: {told}"

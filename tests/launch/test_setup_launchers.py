@@ -135,7 +135,7 @@ def test_restarts_are_bounded(tmp_path: Path) -> None:
         timeout=200,
     )
     assert done.returncode == 1
-    assert done.stderr.count("moe_train: 1 config fault") == 3, done.stderr
+    assert done.stderr.count("moe_train: 1 config error") == 3, done.stderr
     # torchrun's closing report has it as well.
     assert "did you mean train.steps" in done.stderr.partition("Root Cause")[2], done.stderr
 

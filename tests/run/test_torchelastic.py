@@ -19,7 +19,7 @@ def test_torchrun_shows_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert runtime.main(["device=cpu", "model.expert=3"]) == EXIT_CONFIG
     failure = ProcessFailure(0, 1, EXIT_CONFIG, str(path))
     report = ChildFailedError("train.py", {0: failure}).format_msg()
-    assert "model.expert" in report and "1 config fault" in report
+    assert "model.expert" in report and "1 config error" in report
 
 
 def test_without_torchrun_or_a_place_nothing_happens(

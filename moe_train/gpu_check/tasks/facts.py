@@ -14,7 +14,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-NEEDED = ("torch", "numpy", "yaml", "hydra", "omegaconf", "rich", "filelock", "psutil", "networkx")
+NEEDED = (
+    "torch",
+    "numpy",
+    "yaml",
+    "hydra",
+    "omegaconf",
+    "pydantic",
+    "rich",
+    "filelock",
+    "psutil",
+    "networkx",
+)
 """Modules without which nothing trains, and Megatron, which a backend prepares for before it is
 imported and is therefore only looked for."""
 

@@ -147,7 +147,7 @@ def _modules(engine: Engine, tracker: MemoryTracker) -> Iterator[None]:
     def arrive(name: str, gradient: torch.Tensor) -> None:
         tracker.module = name
 
-    def leave(module: Any, name: str, output: Any) -> None:
+    def leave_module(module: Any, name: str, output: Any) -> None:
         tracker.module = entered.pop()
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, torch.Tensor) and first.requires_grad:
@@ -158,7 +158,9 @@ def _modules(engine: Engine, tracker: MemoryTracker) -> Iterator[None]:
         for module, name in _named(chunk):
             handles.append(module.register_forward_pre_hook(lambda m, _, name=name: enter(m, name)))
             handles.append(
-                module.register_forward_hook(lambda m, _, output, name=name: leave(m, name, output))
+                module.register_forward_hook(
+                    lambda m, _, out, name=name: leave_module(m, name, out)
+                )
             )
     try:
         yield

@@ -68,14 +68,14 @@ def tensor_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
     hardware, pairs = config.hardware, 2 if z.W else 1
     where = group(layout, hardware, "tp")
     hidden = z.A * z.H * z.b
-    found = [
+    results = [
         Call("tensor parallel, gather", "tp", "gather", all_gather(hardware, where, hidden),
              pairs, 2 * pairs, "A H b"),
         Call("tensor parallel, scatter", "tp", "scatter", reduce_scatter(hardware, where, hidden),
              pairs, pairs, "A H b"),
     ]  # fmt: skip
     router = [one for each in config.model.router.balancing_methods for one in each.collectives]
-    return found + _priced(config, layout, z, router)
+    return results + _priced(config, layout, z, router)
 
 
 def expert_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
@@ -87,15 +87,15 @@ def expert_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
 def _priced(
     config: Config, layout: Layout, z: Shapes, collectives: Iterable[Collective]
 ) -> list[Call]:
-    found = []
+    results = []
     for one in collectives:
         where = group(layout, config.hardware, one.group)
         if not (one.unpadded and config.model.router.pad_to_capacity):
             sent = OPERATIONS[one.operation](config.hardware, where, one.size(z, where.size))
-            found.append(
+            results.append(
                 Call(one.name, one.group, one.part, sent, one.forward, one.backward, one.formula)
             )
-    return found
+    return results
 
 
 def end_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:

@@ -69,24 +69,24 @@ def gradient_traffic(
     """(name, group kind, sent) of the gradient reduction and weight gather of one step."""
     hardware, optim = config.hardware, config.optim
     each = bytes_per_parameter(config.dtype, optim)
-    found = []
+    results = []
     for name, kind, count in (
         ("dense", "dp_cp", held.dense),
         ("expert", "edp", held.experts),
     ):
         where = group(layout, hardware, kind)
         if optim.distributed:
-            found.append((f"{name} gradients, reduce-scatter", kind,
+            results.append((f"{name} gradients, reduce-scatter", kind,
                           reduce_scatter(hardware, where, count * each.gradient)))  # fmt: skip
-            found.append((f"{name} weights, all-gather", kind,
+            results.append((f"{name} weights, all-gather", kind,
                           all_gather(hardware, where, count * each.weight)))  # fmt: skip
         else:
-            found.append((f"{name} gradients, all-reduce", kind,
+            results.append((f"{name} gradients, all-reduce", kind,
                           all_reduce(hardware, where, count * each.gradient)))  # fmt: skip
     where = group(layout, hardware, "tp")
     sent = all_reduce(hardware, where, held.replicated * each.gradient)
-    found.append(("norm and router gradients, all-reduce", "tp", sent))
-    return found
+    results.append(("norm and router gradients, all-reduce", "tp", sent))
+    return results
 
 
 def step_traffic(plan: Plan, stage: int) -> list[Traffic]:

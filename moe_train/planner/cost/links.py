@@ -46,15 +46,15 @@ def group(layout: Layout, hardware: HardwareConfig, kind: str) -> Group:
 
 @lru_cache(maxsize=4096)
 def _worse(layout: Layout, devices_per_node: int, kind: str) -> Group:
-    found = []
+    results = []
     for rank in {0, layout.world - 1}:
         ranks = layout.members(kind, rank)
         nodes: dict[int, int] = {}
         for each in ranks:
             node = each // devices_per_node
             nodes[node] = nodes.get(node, 0) + 1
-        found.append(Group(kind, len(ranks), min(nodes.values())))
-    return min(found, key=lambda one: one.per_node)
+        results.append(Group(kind, len(ranks), min(nodes.values())))
+    return min(results, key=lambda one: one.per_node)
 
 
 def _rates(hardware: HardwareConfig, turns: int = 1) -> tuple[float, float, float]:

@@ -36,8 +36,8 @@ def span_graph(work: SpanWork, detail: str) -> Any:
             if active:
                 add = _stages if detail == "stage" else _layers
                 exposed = _exposed(work, direction, tick)
-                found = add(builder, exposed, direction, tick.number, active)
-                for stage, names in found.items():
+                result = add(builder, exposed, direction, tick.number, active)
+                for stage, names in result.items():
                     ends[direction, stage, active[stage]] = names
     for (direction, stage, batch), (first, last) in ends.items():
         if direction == FORWARD:
@@ -128,7 +128,7 @@ def _stages(
     before = [builder.tail(s) for s in range(work.stages)] if tick or direction == BACKWARD else []
     exchange = _exchange(work, direction)
     each = _experts(work, direction, len(active)) + total(exchange)
-    found = {}
+    result = {}
     for stage in range(work.stages):
         pieces = [Piece("experts", each * work.local_layers)]
         sent = work.local_layers * sum(piece.bytes for piece in exchange)
@@ -152,8 +152,8 @@ def _stages(
         for source in before:
             builder.edge(source, name, "lockstep")
         if stage in active:
-            found[stage] = (name, name)
-    return found
+            result[stage] = (name, name)
+    return result
 
 
 def _layers(
