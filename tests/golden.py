@@ -121,10 +121,12 @@ def main() -> int:
         }
         curves["resume"] = resumed(reference, runs)
         for name, (before, after) in curves.items():
-            found = difference(before, after)
-            failed |= bool(found)
+            result = difference(before, after)
+            failed |= bool(result)
             last = float.fromhex(after[-1][1]) if after else float("nan")
-            print(f"{name:18} {found or f'equal, {STEPS} steps, last loss {last:.6f}'}", flush=True)
+            print(
+                f"{name:18} {result or f'equal, {STEPS} steps, last loss {last:.6f}'}", flush=True
+            )
     return int(failed)
 
 

@@ -49,12 +49,12 @@ HEAVY = {"torch", "megatron", "transformer_engine", "transformers"}
 @cache
 def sources() -> dict[str, ast.Module]:
     """Every module of the package by dotted name, parsed."""
-    found = {}
+    result = {}
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    return found
+        result[name] = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return result
 
 
 def room(module: str) -> str:
@@ -273,12 +273,12 @@ def test_the_tree_names_no_machine_and_no_registry() -> None:
         ]
     )
     forbidden = re.compile(rf"(?:^|[^A-Za-z0-9_.])/(?:{folders})/|{hosts}", re.MULTILINE)
-    found = []
+    results = []
     for path in tree_files():
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        found += [f"{path.relative_to(ROOT)}: {match[0]!r}" for match in forbidden.finditer(text)]
-    assert not found, "\n".join(found)
+        results += [f"{path.relative_to(ROOT)}: {match[0]!r}" for match in forbidden.finditer(text)]
+    assert not results, "\n".join(results)
     assert not [path for path in tree_files() if path.name == "uv.lock"]

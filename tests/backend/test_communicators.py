@@ -60,12 +60,12 @@ def counted(rank: int, world: int, words: list[str]) -> tuple[Seen, Seen]:
 
 
 def _groups() -> Seen:
-    found = {}
+    result = {}
     for group in dist.distributed_c10d._world.pg_names:
         backend = dist.get_backend(group)
         count = 0 if backend == "local" else group._get_sequence_number_for_group()
-        found[group.group_desc] = (dist.get_process_group_ranks(group), backend, count)
-    return found
+        result[group.group_desc] = (dist.get_process_group_ranks(group), backend, count)
+    return result
 
 
 LAYOUTS = {
@@ -91,15 +91,15 @@ LAYOUTS = {
     ],
 )
 def test_groups_are_used_as_the_plan_says(name: str) -> None:
-    words = [*SMALL, *LAYOUTS[name]]
-    run = resolve_run(words, 4)
+    overrides = [*SMALL, *LAYOUTS[name]]
+    run = resolve_run(overrides, 4)
     config, layout = run.config, run.layout
     everybody = [list(range(4))]
     planned = {
         kind: everybody if kind in (WORLD, OPTIMIZER) else layout.groups(kind)
         for kind in used_kinds(config, layout)
     }
-    for rank, (opened, trained) in enumerate(run_world(counted, 4, words)):
+    for rank, (opened, trained) in enumerate(run_world(counted, 4, overrides)):
         for kind, (ranks, backend, count) in opened.items():
             assert (backend == "local") == (len(ranks) == 1), (kind, ranks, backend)
             # The first operation of a pipeline group is one of all its members, before any
@@ -110,8 +110,8 @@ def test_groups_are_used_as_the_plan_says(name: str) -> None:
         assert used.keys() <= MEGATRON.keys(), f"{name}: used and not planned: {used}"
         mine = {
             kind: group
-            for kind, found in planned.items()
-            for group in found
+            for kind, result in planned.items()
+            for group in result
             if rank in group and len(group) > 1
         }
         assert {MEGATRON[kind]: ranks for kind, ranks in used.items()} == mine
@@ -224,11 +224,11 @@ def _in_place(group: Any, tensor: torch.Tensor) -> list[Any]:
 def _objects(group: Any, tensor: torch.Tensor) -> list[Any]:
     gathered: list[Any] = [None]
     dist.all_gather_object(gathered, {"a": 1}, group=group)
-    told = ["told"]
-    dist.broadcast_object_list(told, 0, group=group)
+    output = ["told"]
+    dist.broadcast_object_list(output, 0, group=group)
     got: list[Any] = [None]
     dist.gather_object("mine", got, group=group)
-    return [*gathered, *told, *got]
+    return [*gathered, *output, *got]
 
 
 def _view(group: Any, tensor: torch.Tensor) -> list[Any]:
@@ -239,17 +239,17 @@ def _view(group: Any, tensor: torch.Tensor) -> list[Any]:
 
 
 def _coalesced(group: Any, tensor: torch.Tensor) -> list[Any]:
-    found = [torch.full_like(tensor, -1.0) for _ in range(3)]
+    results = [torch.full_like(tensor, -1.0) for _ in range(3)]
     if group is not dist.group.WORLD:
         return [tensor, tensor, tensor]  # gloo coalesces all-reduces only
     manager = dist.distributed_c10d._coalescing_manager
     with manager(group, async_ops=True) as works:
-        for output in found[:2]:
+        for output in results[:2]:
             dist.all_gather_into_tensor(output, tensor, group=group)
     works.wait()
     with manager(group):
-        dist.reduce_scatter_tensor(found[2], tensor, group=group)
-    return found
+        dist.reduce_scatter_tensor(results[2], tensor, group=group)
+    return results
 
 
 OPERATIONS: dict[str, Any] = {

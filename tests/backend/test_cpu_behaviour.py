@@ -21,10 +21,10 @@ def _norm(gradient: torch.Tensor) -> float:
     """What Megatron's optimizers compute for one gradient."""
     from megatron.core.optimizer import clip_grads
 
-    found = clip_grads.multi_tensor_applier(
+    result = clip_grads.multi_tensor_applier(
         clip_grads.l2_norm_impl, torch.zeros(1, dtype=torch.int), [[gradient]], False
     )
-    return float(found[0])
+    return float(result[0])
 
 
 def _clip_copies() -> int:
@@ -301,12 +301,12 @@ def _uneven_rows(rank: int, world: int) -> list[Any]:
 
     open_world(CpuBackend(BackendConfig()), rank, world, 60)
     plain = mappings._gather_along_first_dim.args[0]
-    found: list[Any] = []
+    results: list[Any] = []
     try:
         plain(torch.zeros(1 + rank, 2), dist.group.WORLD, [1, 2])
-        found.append("gathered")
+        results.append("gathered")
     except RuntimeError as refusal:
-        found.append(str(refusal))
+        results.append(str(refusal))
     for sizes in ([1, 3], [0, 2], [2, 2], [0, 0]):
         x_NH = torch.full((sizes[rank], 2), float(rank + 1), requires_grad=True)
         gathered = mappings.gather_from_sequence_parallel_region(
@@ -317,17 +317,17 @@ def _uneven_rows(rank: int, world: int) -> list[Any]:
             gathered.detach() * (rank + 1), group=dist.group.WORLD, input_split_sizes=sizes
         )
         assert x_NH.grad is not None
-        found.append([each.tolist() for each in (gathered, x_NH.grad, reduced)])
-    return found
+        results.append([each.tolist() for each in (gathered, x_NH.grad, reduced)])
+    return results
 
 
 @pytest.mark.world
 def test_uneven_rows_are_gathered_and_reduced_over_gloo() -> None:
     ranks = run_world(_uneven_rows, 2)
-    for rank, (refusal, *found) in enumerate(ranks):
+    for rank, (refusal, *result) in enumerate(ranks):
         assert "invalid tensor size" in refusal, "gloo gathers uneven sizes itself now"
         for sizes, (gathered, gradient, reduced) in zip(
-            ([1, 3], [0, 2], [2, 2], [0, 0]), found, strict=True
+            ([1, 3], [0, 2], [2, 2], [0, 0]), result, strict=True
         ):
             assert gathered == [[1.0, 1.0]] * sizes[0] + [[2.0, 2.0]] * sizes[1]
             assert gradient == [[3.0, 3.0]] * sizes[rank]

@@ -75,11 +75,11 @@ def _loaded(rank: int, world: int) -> dict[str, str]:
 
 @cache
 def all_uses() -> tuple[Use, ...]:
-    found: list[Use] = []
+    results: list[Use] = []
     for module, path in run_world(_loaded, 1)[0].items():
-        found += uses(module.removeprefix(CORE), Path(path).read_text(encoding="utf-8"))
-    assert len(found) > 200, "the scan finds next to nothing: is Megatron laid out differently?"
-    return tuple(found)
+        results += uses(module.removeprefix(CORE), Path(path).read_text(encoding="utf-8"))
+    assert len(results) > 200, "the scan finds next to nothing: is Megatron laid out differently?"
+    return tuple(results)
 
 
 def exemption(use: Use) -> str | None:
@@ -146,9 +146,9 @@ def test_every_replaced_name_is_used() -> None:
     ],
 )
 def test_the_scan_sees_what_is_new(source: str, kind: str, name: str) -> None:
-    found = list(uses("new_module", source))
-    assert (kind, name) in {(use.kind, use.name) for use in found}
-    assert unanswered(found)
+    result = list(uses("new_module", source))
+    assert (kind, name) in {(use.kind, use.name) for use in result}
+    assert unanswered(result)
 
 
 def test_the_scan_lets_guards_and_handled_uses_pass() -> None:

@@ -52,10 +52,10 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_connections_follow_the_layout(words: list[str], world: int, expected: int | None) -> None:
     config = resolve_run([*SINGLE, *words], world).config
     assert config.backend.cuda_device_max_connections == expected
-    told = variables(config)[0]
-    assert told.value == (None if expected is None else str(expected))
+    output = variables(config)[0]
+    assert output.value == (None if expected is None else str(expected))
     explicit = any("cuda_device_max_connections" in word for word in words)
-    assert ("set in the config" in told.why) == explicit
+    assert ("set in the config" in output.why) == explicit
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_torch_reads_both_names() -> None:
 
 def test_the_plan_shows_every_variable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
-    words = ["experiment=moe_30b_8x64gb", "+backend.nccl={NVLS_ENABLE: 0}"]
-    assert plan_main([*words, "--json", str(path)]) == 0
-    found = {one["name"]: one for one in json.loads(path.read_text())["environment"]}
-    assert found[CONNECTIONS]["value"] == "1" and "tensor" in found[CONNECTIONS]["why"]
-    assert found["NCCL_NVLS_ENABLE"]["value"] == "0"
+    overrides = ["experiment=moe_30b_8x64gb", "+backend.nccl={NVLS_ENABLE: 0}"]
+    assert plan_main([*overrides, "--json", str(path)]) == 0
+    result = {one["name"]: one for one in json.loads(path.read_text())["environment"]}
+    assert result[CONNECTIONS]["value"] == "1" and "tensor" in result[CONNECTIONS]["why"]
+    assert result["NCCL_NVLS_ENABLE"]["value"] == "0"
     shown = capsys.readouterr().out
-    assert all(f"{name}" in shown for name in found)
+    assert all(f"{name}" in shown for name in result)

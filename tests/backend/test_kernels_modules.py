@@ -185,7 +185,7 @@ def _keys(rank: int, world: int, layout: list[str]) -> Any:
         )
         state = module.sharded_state_dict("mlp.experts.", ((0, 1, 2),))
         apply_factories(state)
-        found = set()
+        result = set()
         for tensor in nested_values(state):
             if isinstance(tensor, ShardedTensor):
                 # One expert of one rank, in global terms, however many a tensor stacks.
@@ -194,7 +194,7 @@ def _keys(rank: int, world: int, layout: list[str]) -> Any:
                 for index, matrix in enumerate(stacked):
                     offset = list(tensor.global_offset)
                     offset[axes - 1] += index
-                    found.add(
+                    result.add(
                         (
                             tensor.key,
                             tuple(tensor.global_shape),
@@ -203,7 +203,7 @@ def _keys(rank: int, world: int, layout: list[str]) -> Any:
                             tensor.replica_id,
                         )
                     )
-        answers.append(found)
+        answers.append(result)
     return answers
 
 

@@ -18,11 +18,11 @@ def _surface() -> dict[str, Any]:
     import functools
 
     names = {f"cuda.{name}": torch.cuda for name in torch_cuda.CUDA_CALLS}
-    found = {
+    result = {
         name: functools.reduce(getattr, name.split(".")[1:], root) for name, root in names.items()
     }
-    found |= {name: getattr(torch, name) for name in torch_cuda.FACTORIES}
-    return found | {f"Tensor.{n}": getattr(torch.Tensor, n) for n in torch_cuda.TENSOR_METHODS}
+    result |= {name: getattr(torch, name) for name in torch_cuda.FACTORIES}
+    return result | {f"Tensor.{n}": getattr(torch.Tensor, n) for n in torch_cuda.TENSOR_METHODS}
 
 
 def _patched(connection: Any, lean: bool) -> None:

@@ -23,8 +23,8 @@ WORDS = ["device=cpu", "experiment=twin", "parallel=single"]
 
 def test_every_name_is_one_that_megatron_asks_for() -> None:
     source = inspect.getsource(parallel_state)
-    asked = set(re.findall(r"get_nccl_options\(\s*\"(\w+)\"", source))
-    assert set(GROUPS) <= asked
+    args = set(re.findall(r"get_nccl_options\(\s*\"(\w+)\"", source))
+    assert set(GROUPS) <= args
 
 
 @pytest.mark.skipif(not hasattr(dist, "ProcessGroupNCCL"), reason="torch is built without NCCL")

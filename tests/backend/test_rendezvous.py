@@ -29,10 +29,10 @@ def test_starts_do_not_mix(order: list[int]) -> None:
     store = dist.HashStore()
     with ThreadPoolExecutor(WORLD) as pool:
         for number in range(3):
-            found = [future.result(20) for future in start(pool, store, order)]
-            assert not any(one.check(["address/1"]) for one in found), "of an earlier start"
-            found[1].set("address/1", str(number))
-            assert [one.get("address/1") for one in found] == [str(number).encode()] * WORLD
+            results = [future.result(20) for future in start(pool, store, order)]
+            assert not any(one.check(["address/1"]) for one in results), "of an earlier start"
+            results[1].set("address/1", str(number))
+            assert [one.get("address/1") for one in results] == [str(number).encode()] * WORLD
 
 
 def test_half_a_start_leaves_nothing_behind() -> None:
@@ -42,9 +42,9 @@ def test_half_a_start_leaves_nothing_behind() -> None:
     with pytest.raises(HungError, match="rank 1, 2 did not join"):
         rendezvous(store, 0, WORLD, 0.2)
     with ThreadPoolExecutor(WORLD) as pool:
-        found = [future.result(20) for future in start(pool, store, [0, 1, 2])]
-        found[2].set("x", "y")
-        assert all(one.get("x") == b"y" for one in found)
+        results = [future.result(20) for future in start(pool, store, [0, 1, 2])]
+        results[2].set("x", "y")
+        assert all(one.get("x") == b"y" for one in results)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ def test_all_ranks_have_rank_0s_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consensus, "launcher_store", lambda *place: store)
     monkeypatch.setattr(consensus, "_CALLS", repeat(1))
     with ThreadPoolExecutor(WORLD) as pool:
-        asked = [
+        args = [
             pool.submit(
                 consensus.reduce_through_store, "plan", str(rank), "+".join, rank, WORLD, 20.0
             )
             for rank in (2, 0, 1)
         ]
-        assert {one.result(20) for one in asked} == {"0+1+2"}
+        assert {one.result(20) for one in args} == {"0+1+2"}
     assert consensus.reduce_through_store("plan", "7", "+".join, 0, 1, 20.0) == "7"

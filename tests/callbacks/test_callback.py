@@ -159,10 +159,10 @@ def _train(rank: int, world: int, overrides: Sequence[str]) -> int:
 @pytest.mark.world
 def test_a_callers_callbacks_see_the_run_and_change_nothing(tmp_path: Path) -> None:
     overrides = [*FAULTY, "train.steps=3", "train.eval_every=3", "checkpoint.every=3"]
-    words = [*QUIET, *overrides, "parallel.pipeline=2", f"run.dir={tmp_path}", "run.name=own"]
-    words.append("train.profile_steps=1")
+    arguments = [*QUIET, *overrides, "parallel.pipeline=2", f"run.dir={tmp_path}", "run.name=own"]
+    arguments.append("train.profile_steps=1")
     log = tmp_path / "log"
-    assert run_world(_train, 2, words, log=log) == [0, 0], log.read_text()
+    assert run_world(_train, 2, arguments, log=log) == [0, 0], log.read_text()
     assert log.read_text().count("callback Failing failed in on_step") == 2
     records = read(tmp_path / "own" / "metrics.jsonl")
     losses = [record["loss"] for record in records if "loss" in record]

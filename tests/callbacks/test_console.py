@@ -134,11 +134,11 @@ def test_a_resumed_run_counts_the_steps_that_are_left(caplog: pytest.LogCaptureF
 
 
 def test_summary_figures() -> None:
-    found = summary()
-    assert (found.step, found.first_loss, found.last_loss) == (4, 8.5, 5.25)
-    assert found.valid_loss == 5.5
-    assert found.tokens_per_second == 1100.0, "the median without the first step"
-    rows = dict(summary_rows(found))
+    result = summary()
+    assert (result.step, result.first_loss, result.last_loss) == (4, 8.5, 5.25)
+    assert result.valid_loss == 5.5
+    assert result.tokens_per_second == 1100.0, "the median without the first step"
+    rows = dict(summary_rows(result))
     assert rows["training loss"] == "8.5000 -> 5.2500"
     assert "below the unigram entropy 6.2500" in rows["validation loss"]
     assert rows["wall time"] == "0:01:05"
@@ -149,5 +149,5 @@ def test_summary_is_honest_about_a_model_that_learned_nothing() -> None:
 
 
 def test_summary_of_a_run_that_made_no_step() -> None:
-    found = summarise([], state="failed", wall_seconds=1.0, run_folder=Path("runs/x"))
-    assert [label for label, _ in summary_rows(found)] == ["run", "wall time", "run folder"]
+    result = summarise([], state="failed", wall_seconds=1.0, run_folder=Path("runs/x"))
+    assert [label for label, _ in summary_rows(result)] == ["run", "wall time", "run folder"]

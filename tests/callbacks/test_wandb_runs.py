@@ -88,10 +88,16 @@ def pace(folder: Path, mode: str, client: str = "", **env: str) -> tuple[list[st
     (folder / "fake").mkdir()
     (folder / "fake" / "wandb.py").write_text(CLIENT + client)
     env |= {"PYTHONPATH": str(folder / "fake"), "SEEN": str(folder / "seen")}
-    words = [*SMALL, "device=cpu", "log.console=lines", f"train.steps={STEPS}", "batch.global=2"]
-    words += [f"log.wandb={mode}", f"run.dir={folder}", "run.name=run"]
+    overrides = [
+        *SMALL,
+        "device=cpu",
+        "log.console=lines",
+        f"train.steps={STEPS}",
+        "batch.global=2",
+    ]
+    overrides += [f"log.wandb={mode}", f"run.dir={folder}", "run.name=run"]
     log, result = folder / "log", folder / "begun.json"
-    codes = run_world(paced, 1, words, env, str(result), log=log)
+    codes = run_world(paced, 1, overrides, env, str(result), log=log)
     assert codes == [0], log.read_text()
     lines = [line for line in read(folder / "run" / "metrics.jsonl") if "loss_hex" in line]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -119,10 +125,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str], floa
 def test_a_client_that_fails(
     tmp_path: Path, alone: Callable[[list[str], float], None], fault: str
 ) -> None:
-    losses, between, told = pace(tmp_path, "offline", fault)
+    losses, between, output = pace(tmp_path, "offline", fault)
     alone(losses, between)
     assert "fault" in (tmp_path / "seen").read_text().split(), "the fault never came"
-    assert "W&B: " in told
+    assert "W&B: " in output
 
 
 def test_a_server_that_does_not_answer(
@@ -138,7 +144,7 @@ def test_a_server_that_does_not_answer(
             waiting.setblocking(False)
             waiting.connect_ex(silent.getsockname())
         env = {"WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
-        losses, between, told = pace(tmp_path, "online", WANDB_API_KEY="k" * 40, **env)
+        losses, between, output = pace(tmp_path, "online", WANDB_API_KEY="k" * 40, **env)
     alone(losses, between)
-    assert "unreachable" in told
+    assert "unreachable" in output
     assert (tmp_path / "seen").read_text().split()[0] == "offline"

@@ -124,18 +124,18 @@ def test_a_rank_killed_while_it_writes(tmp_path: Path, reference: Reference) -> 
 def test_a_write_that_fails_fails_on_all_ranks(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     outcomes = late(folder, 3, "refused")
-    told = folder.with_suffix(".log").read_text()
-    assert [outcome.value[0] for outcome in outcomes] == [EXIT_CHECKPOINT] * WORLD, told
-    assert told.count("rank 1: OSError: [Errno 28] No space left on device") >= 1
-    assert "Traceback" not in told
+    output = folder.with_suffix(".log").read_text()
+    assert [outcome.value[0] for outcome in outcomes] == [EXIT_CHECKPOINT] * WORLD, output
+    assert output.count("rank 1: OSError: [Errno 28] No space left on device") >= 1
+    assert "Traceback" not in output
     assert not list((folder / "checkpoints").iterdir()), "what was written stays"
 
 
 def test_a_stop_waits_for_what_is_on_its_way(tmp_path: Path, reference: Reference) -> None:
     folder = tmp_path / "run"
     outcomes = late(folder, 3, "stopped")
-    told = folder.with_suffix(".log").read_text()
-    assert [outcome.value[0] for outcome in outcomes] == [EXIT_PREEMPTED] * WORLD, told
+    output = folder.with_suffix(".log").read_text()
+    assert [outcome.value[0] for outcome in outcomes] == [EXIT_PREEMPTED] * WORLD, output
     names = [path.name for path in committed(folder / "checkpoints")]
     assert names == ["step_00000003", "step_00000002"]
     run = train_run(folder, BESIDE, WORLD)

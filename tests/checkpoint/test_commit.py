@@ -142,15 +142,15 @@ DAMAGE = {
 def test_damage_is_found_by_name(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoil, words = DAMAGE[kind]
+    spoil, overrides = DAMAGE[kind]
     folder = write(tmp_path, 2)
     verify(folder)
     spoil(folder)
-    with pytest.raises(CheckpointError, match=words) as caught:
+    with pytest.raises(CheckpointError, match=overrides) as caught:
         verify(folder)
     assert "step_00000002" in caught.value.field
     assert cli.main(["checkpoint", "verify", str(folder)]) == EXIT_CHECKPOINT
-    assert words in capsys.readouterr().out
+    assert overrides in capsys.readouterr().out
 
 
 def test_manifest_cannot_name_files_outside(tmp_path: Path) -> None:
@@ -229,10 +229,10 @@ def test_resume_passes_over_damage_and_says_so(tmp_path: Path) -> None:
     torn.mkdir()
     flip(root / "step_00000004" / "__0_0.distcp")
     again = train_run(tmp_path / "r", [*SMALL, "train.steps=6", "checkpoint.keep=3"])
-    told = again.folder.with_suffix(".log").read_text()
+    output = again.folder.with_suffix(".log").read_text()
     assert again.codes == [0]
-    assert "skipped a damaged checkpoint" in told and "step_00000004" in told
-    assert "step_00000002 at step 2" in told
+    assert "skipped a damaged checkpoint" in output and "step_00000004" in output
+    assert "step_00000002 at step 2" in output
     # Steps 3 and 4 were repeated, bit for bit, and stand in the metrics once.
     assert again.column("step") == [1, 2, 3, 4, 5, 6]
     assert {record["step"]: record["loss_hex"] for record in again.steps[:4]} == first
@@ -244,9 +244,9 @@ def test_resume_passes_over_damage_and_says_so(tmp_path: Path) -> None:
         flip(folder / "__0_0.distcp")
     lost = train_run(tmp_path / "r", [*SMALL, "train.steps=8", "checkpoint.keep=3"])
     assert lost.codes == [EXIT_CHECKPOINT]
-    told = lost.folder.with_suffix(".log").read_text()
-    assert "all 3 checkpoints are damaged" in told and "checkpoint.resume=never" in told
-    assert "Traceback" not in told
+    output = lost.folder.with_suffix(".log").read_text()
+    assert "all 3 checkpoints are damaged" in output and "checkpoint.resume=never" in output
+    assert "Traceback" not in output
     # What the finished run said of itself still stands.
     assert json.loads((run.folder / "status.json").read_text())["state"] == "finished"
     assert lost.column("step") == [1, 2, 3, 4, 5, 6]

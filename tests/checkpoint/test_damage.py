@@ -46,16 +46,16 @@ def _resume(folder: Path) -> tuple[int, str]:
     """One more step of the run in ``folder``: exit code, and what was told."""
     from moe_train.run.main import main
 
-    told = io.StringIO()
-    words = [f"run.dir={folder.parent}", f"run.name={folder.name}", *QUIET, *SMALL]
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-        code = main([*words, "train.steps=5", "checkpoint.every=0"])
-    return code, told.getvalue()
+    output = io.StringIO()
+    overrides = [f"run.dir={folder.parent}", f"run.name={folder.name}", *QUIET, *SMALL]
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        code = main([*overrides, "train.steps=5", "checkpoint.every=0"])
+    return code, output.getvalue()
 
 
 def _damaged(rank: int, world: int, run: str, scratch: str) -> dict[str, tuple[int, str]]:
     """All cases in one process: file of the newest checkpoint x damage, and all damaged."""
-    found = {}
+    result = {}
     files = sorted(p.name for p in (Path(run) / "checkpoints/step_00000004").iterdir())
     cases = [(file, damage, ["step_00000004"]) for file in files for damage in DAMAGES]
     cases += [
@@ -67,9 +67,9 @@ def _damaged(rank: int, world: int, run: str, scratch: str) -> dict[str, tuple[i
         shutil.copytree(run, folder)
         for step in steps:
             DAMAGES[damage](folder / "checkpoints" / step / file)
-        found[f"{len(steps)} {damage} {file}"] = _resume(folder)
+        result[f"{len(steps)} {damage} {file}"] = _resume(folder)
         assert not (folder / "checkpoints/step_00000006").exists()
-    return found
+    return result
 
 
 def test_every_file_times_every_damage(tmp_path: Path) -> None:
@@ -77,30 +77,30 @@ def test_every_file_times_every_damage(tmp_path: Path) -> None:
     assert run.codes == [0]
     steps = {record["step"]: record["loss_hex"] for record in run.steps}
     (outcomes,) = run_world(_damaged, 1, str(run.folder), str(tmp_path / "cases"))
-    one = {case: told for case, told in outcomes.items() if case.startswith("1 ")}
+    one = {case: output for case, output in outcomes.items() if case.startswith("1 ")}
     assert {case.split()[2] for case in one} >= {
         "__0_0.distcp",
         "manifest.json",
         "tensors.json",
     }
     assert len(one) == 4 * len({case.split()[2] for case in one})
-    for number, (case, (code, told)) in enumerate(one.items()):
-        assert code == 0, f"{case}: {told}"
-        assert "warning: skipped a damaged checkpoint" in told, case
+    for number, (case, (code, output)) in enumerate(one.items()):
+        assert code == 0, f"{case}: {output}"
+        assert "warning: skipped a damaged checkpoint" in output, case
         _, damage, file = case.split()
         # Most of a manifest is digests: a flipped one cannot be told from a flipped block.
         blamed = (
             {file, "__0_0.distcp"} if (damage, file) == ("flipped", "manifest.json") else {file}
         )
-        assert any(f"step_00000004/{name}" in told for name in blamed), f"{case}: {told}"
-        assert "step_00000002 at step 2" in told and "Traceback" not in told, case
+        assert any(f"step_00000004/{name}" in output for name in blamed), f"{case}: {output}"
+        assert "step_00000002 at step 2" in output and "Traceback" not in output, case
         # The steps that the damage cost were repeated, bit for bit.
         again = read(tmp_path / "cases" / f"case{number}" / "metrics.jsonl")
         assert {r["step"]: r["loss_hex"] for r in again if r["step"] < 5} == steps, case
-    for case, (code, told) in outcomes.items():
+    for case, (code, output) in outcomes.items():
         if case not in one:
-            assert code == EXIT_CHECKPOINT, f"{case}: {told}"
-            assert "all 2 checkpoints are damaged" in told and "Traceback" not in told, case
+            assert code == EXIT_CHECKPOINT, f"{case}: {output}"
+            assert "all 2 checkpoints are damaged" in output and "Traceback" not in output, case
 
 
 @pytest.fixture
@@ -163,20 +163,20 @@ def _plain(rank: int, world: int, overrides: list[str]) -> int:
 )
 def test_no_room_in_the_middle_of_a_save(small_disk: Path, tmp_path: Path, alone: bool) -> None:
     log = tmp_path / "log"
-    words = [*QUIET, *TWO, f"run.dir={small_disk}", "run.name=r"]
-    codes = run_world(_fills_up, 2, [*words, "train.steps=4"], str(small_disk), alone, log=log)
-    told = log.read_text()
-    assert codes == [EXIT_CHECKPOINT] * 2, told
-    assert told.count("could not be written (rank ") == 1 and "is untouched" in told
-    assert "Traceback" not in told
-    assert "(rank 1: " in told or not alone
+    overrides = [*QUIET, *TWO, f"run.dir={small_disk}", "run.name=r"]
+    codes = run_world(_fills_up, 2, [*overrides, "train.steps=4"], str(small_disk), alone, log=log)
+    output = log.read_text()
+    assert codes == [EXIT_CHECKPOINT] * 2, output
+    assert output.count("could not be written (rank ") == 1 and "is untouched" in output
+    assert "Traceback" not in output
+    assert "(rank 1: " in output or not alone
     root = small_disk / "r/checkpoints"
     assert [path.name for path in root.iterdir()] == ["step_00000002"]
     verify(root / "step_00000002")
     (small_disk / "filler").unlink(missing_ok=True)
     # With room again it goes on as if nothing had been.
     whole = train_run(tmp_path / "whole", [*TWO, "train.steps=4"], world=2)
-    assert run_world(_plain, 2, [*words, "train.steps=4"], log=log) == [0, 0], log.read_text()
+    assert run_world(_plain, 2, [*overrides, "train.steps=4"], log=log) == [0, 0], log.read_text()
     again = [r["loss_hex"] for r in read(small_disk / "r/metrics.jsonl") if "loss_hex" in r]
     assert again == whole.column("loss_hex")
 
@@ -184,11 +184,11 @@ def test_no_room_in_the_middle_of_a_save(small_disk: Path, tmp_path: Path, alone
 def test_no_room_is_told_before_the_first_byte(small_disk: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     (small_disk / "filler").write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - 1_500_000))
-    words = [*QUIET, *TWO, f"run.dir={small_disk}", "run.name=r", "train.steps=2"]
-    codes = run_world(_plain, 2, [*words], log=log)
-    told = log.read_text()
-    assert codes == [EXIT_CHECKPOINT] * 2, told
-    assert "MiB free and this checkpoint needs" in told and "checkpoint.keep" in told
+    overrides = [*QUIET, *TWO, f"run.dir={small_disk}", "run.name=r", "train.steps=2"]
+    codes = run_world(_plain, 2, [*overrides], log=log)
+    output = log.read_text()
+    assert codes == [EXIT_CHECKPOINT] * 2, output
+    assert "MiB free and this checkpoint needs" in output and "checkpoint.keep" in output
     assert not list((small_disk / "r/checkpoints").iterdir())
     status = json.loads((small_disk / "r/status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 2)

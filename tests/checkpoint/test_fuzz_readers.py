@@ -65,11 +65,11 @@ JSON = st.recursive(
 
 def spots(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where a document can be changed."""
-    found = [path]
+    results = [path]
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()  # fmt: skip # noqa: E501
     for key, value in items:
-        found += spots(value, (*path, key))
-    return found
+        results += spots(value, (*path, key))
+    return results
 
 
 @st.composite
@@ -198,10 +198,10 @@ def test_checkpoint_index(checkpoint: Path, long: bool) -> None:
     def check(raw: bytes) -> None:
         path.write_bytes(raw)
         try:
-            found = read_index(checkpoint, manifest)
+            result = read_index(checkpoint, manifest)
         except CheckpointError:
             return
-        for place in found.storage_data.values():
+        for place in result.storage_data.values():
             assert place.relative_path == "__0_0.distcp"
             assert 0 <= place.offset <= place.offset + place.length <= 16
 
@@ -327,10 +327,10 @@ def test_claims(tmp_path: Path, long: bool) -> None:
     def check(raw: bytes) -> None:
         path.write_bytes(raw)
         try:
-            found = document.load(path)
+            result = document.load(path)
         except ConfigError:
             return
-        for each in found.claims:
+        for each in result.claims:
             each.holds(1.0)
 
     written = spoilt(sound).map(lambda value: yaml.safe_dump(value).encode("utf-8", "replace"))

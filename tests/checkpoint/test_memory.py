@@ -40,15 +40,15 @@ def small(rank: int, one: int, words: list[str], world: int, folder: str) -> dic
 )
 def test_a_save_and_a_load_add_pieces_to_the_device(tmp_path: Path, name: str) -> None:
     layout = LAYOUTS[name]
-    words = [*WIDE, *layout.overrides]
-    [found] = run_world(small, 1, words, layout.world, str(tmp_path))
-    assert found["parameter"] >= 8 * PIECE, "the bound below would say nothing"
-    assert found["state"] > 4 * found["parameter"]
+    overrides = [*WIDE, *layout.overrides]
+    [result] = run_world(small, 1, overrides, layout.world, str(tmp_path))
+    assert result["parameter"] >= 8 * PIECE, "the bound below would say nothing"
+    assert result["state"] > 4 * result["parameter"]
     for way in ("save", "beside", "load"):
         # The broadcast piece or the contiguous copy of one; random states.
-        assert found[way] <= 2 * PIECE + 32 * 2**10, (way, found)
+        assert result[way] <= 2 * PIECE + 32 * 2**10, (way, result)
     # A parameter that was brought together, an item of it, the buffer.
-    assert found["host"] <= 2 * found["parameter"] + 2 * PIECE, found
+    assert result["host"] <= 2 * result["parameter"] + 2 * PIECE, result
 
 
 def leaking(
@@ -109,10 +109,10 @@ LEAKS = {
     [leak if leak == "an item at once" else pytest.param(leak, marks=FULL) for leak in LEAKS],
 )
 def test_a_copy_of_the_state_would_be_seen(tmp_path: Path, leak: str) -> None:
-    words = [*WIDE, *LAYOUTS["precision-aware, spanning"].overrides]
-    [found] = run_world(leaking, 1, words, 2, str(tmp_path), leak)
+    overrides = [*WIDE, *LAYOUTS["precision-aware, spanning"].overrides]
+    [result] = run_world(leaking, 1, overrides, 2, str(tmp_path), leak)
     for way in LEAKS[leak]:
-        assert found[way] > 2 * PIECE + 32 * 2**10, (way, found)
+        assert result[way] > 2 * PIECE + 32 * 2**10, (way, result)
 
 
 def full_size(rank: int, one: int, words: list[str], world: int, folder: str) -> dict[str, int]:
@@ -133,9 +133,9 @@ def full_size(rank: int, one: int, words: list[str], world: int, folder: str) ->
 )
 def test_the_30b_adds_less_than_1_gb(tmp_path: Path, sizes: tuple[str, ...]) -> None:
     experiment, *rest = sizes
-    words = [f"experiment={experiment}", *(f"parallel.{s}".replace(".=", "=") for s in rest)]
-    [found] = run_world(full_size, 1, words, 8, str(tmp_path))
-    assert found["state"] > 40 * GB
+    overrides = [f"experiment={experiment}", *(f"parallel.{s}".replace(".=", "=") for s in rest)]
+    [result] = run_world(full_size, 1, overrides, 8, str(tmp_path))
+    assert result["state"] > 40 * GB
     for way in ("save", "beside", "load"):
-        assert found[way] < GB, found
-    assert found["host"] < 2 * found["parameter"] + GB, found
+        assert result[way] < GB, result
+    assert result["host"] < 2 * result["parameter"] + GB, result

@@ -69,8 +69,8 @@ def test_curve_goes_on_in_another_layout(small_runs: Runs, before: Layout, after
     run = resumed(small_runs, saved(small_runs, before), after)
     assert run.column("step") == [7, 8, 9]
     # The narrow tolerance: the first steps after a resume are all that a lost state would show.
-    found = compare(run, small_runs.get(layouts.SINGLE))
-    assert found.within(late=EARLY), f"{before.name} -> {after.name}\n{found}"
+    result = compare(run, small_runs.get(layouts.SINGLE))
+    assert result.within(late=EARLY), f"{before.name} -> {after.name}\n{result}"
 
 
 def forgetful(rank: int, world: int, overrides: list[str], name: str) -> int:
@@ -95,26 +95,26 @@ def forgetful(rank: int, world: int, overrides: list[str], name: str) -> int:
 @pytest.mark.parametrize("lost", ["exp_avg", "exp_avg_sq", "step"])
 def test_a_lost_optimizer_state_is_seen(small_runs: Runs, tmp_path: Path, lost: str) -> None:
     checkpoint = saved(small_runs, layouts.SINGLE)
-    words = [*QUIET, *SMALL, *GOES_ON, f"checkpoint.resume={checkpoint}"]
-    words += [f"run.dir={tmp_path}", "run.name=lost"]
-    assert run_world(forgetful, 1, words, lost) == [0]
+    overrides = [*QUIET, *SMALL, *GOES_ON, f"checkpoint.resume={checkpoint}"]
+    overrides += [f"run.dir={tmp_path}", "run.name=lost"]
+    assert run_world(forgetful, 1, overrides, lost) == [0]
     run = Run([0], tmp_path / "lost", read(tmp_path / "lost" / "metrics.jsonl"))
     assert run.column("step") == [7, 8, 9]
-    found = compare(run, small_runs.get(layouts.SINGLE))
-    assert not found.within(), f"losing {lost} passes unseen\n{found}"
+    result = compare(run, small_runs.get(layouts.SINGLE))
+    assert not result.within(), f"losing {lost} passes unseen\n{result}"
 
 
 def carry(root: Path, checkpoint: Path, layout: Layout, *extra: str) -> Path:
     """``checkpoint``, loaded and saved by ``layout``'s ranks."""
     target = root / layout.name.replace(" ", "_")
-    words = [*SMALL, *layout.overrides, *extra]
-    return Path(run_world(rewrite, layout.world, words, str(checkpoint), str(target))[0])
+    overrides = [*SMALL, *layout.overrides, *extra]
+    return Path(run_world(rewrite, layout.world, overrides, str(checkpoint), str(target))[0])
 
 
 def contents(*checkpoints: Path) -> list[dict[str, str]]:
     """Digests of all their tensors."""
-    found: list[dict[str, str]] = run_world(digests, 1, [str(path) for path in checkpoints])[0]
-    return found
+    result: list[dict[str, str]] = run_world(digests, 1, [str(path) for path in checkpoints])[0]
+    return result
 
 
 @pytest.mark.parametrize(
@@ -163,22 +163,22 @@ def test_bf16_and_precision_aware_state_carries_over(small_runs: Runs, tmp_path:
 
 
 def test_another_number_of_replicas_and_with_it_another_batch_is_told(tmp_path: Path) -> None:
-    words = [*FAULTY, "batch.global=null", "batch.microbatches=2", "batch.accumulation=1"]
-    first = train_run(tmp_path / "run", [*words, "train.steps=2"], 1)
+    overrides = [*FAULTY, "batch.global=null", "batch.microbatches=2", "batch.accumulation=1"]
+    first = train_run(tmp_path / "run", [*overrides, "train.steps=2"], 1)
     assert first.codes == [0]
     log = (tmp_path / "run").with_suffix(".log")
     assert "warning" not in log.read_text()
-    again = train_run(tmp_path / "run", [*words, "train.steps=3", "parallel.expert=2"], 2)
+    again = train_run(tmp_path / "run", [*overrides, "train.steps=3", "parallel.expert=2"], 2)
     assert again.codes == [0, 0]
-    [told] = [line for line in log.read_text().splitlines() if line.startswith("warning")]
-    assert "4 sequences from here on and had 2 until now" in told and "batch.global=2" in told
+    [output] = [line for line in log.read_text().splitlines() if line.startswith("warning")]
+    assert "4 sequences from here on and had 2 until now" in output and "batch.global=2" in output
 
 
 def test_other_samples_are_told(tmp_path: Path) -> None:
-    words = [*FAULTY, "batch.global=2"]
-    assert train_run(tmp_path / "run", [*words, "train.steps=2"], 1).codes == [0]
+    overrides = [*FAULTY, "batch.global=2"]
+    assert train_run(tmp_path / "run", [*overrides, "train.steps=2"], 1).codes == [0]
     more = ("train.steps=3", "data.sequence=32", "run.seed=7")
-    assert train_run(tmp_path / "run", [*words, *more], 1).codes == [0]
+    assert train_run(tmp_path / "run", [*overrides, *more], 1).codes == [0]
     lines = (tmp_path / "run").with_suffix(".log").read_text().splitlines()
-    [told] = [line for line in lines if line.startswith("warning")]
-    assert "data.sequence=32, not 16 and run.seed=7, not " in told
+    [output] = [line for line in lines if line.startswith("warning")]
+    assert "data.sequence=32, not 16 and run.seed=7, not " in output

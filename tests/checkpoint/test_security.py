@@ -96,24 +96,24 @@ def _hostile(rank: int, world: int, run: str, scratch: str) -> dict[str, tuple[i
 
     from moe_train.run.main import main
 
-    found = {}
+    result = {}
     for form in (plain_pickle, torch_archive):
         for name, place in PLACES.items():
             for agreed in (False, True):
                 case = f"{form.__name__}, {name}" + (", manifest agrees" if agreed else "")
-                folder = Path(scratch) / f"case{len(found)}"
+                folder = Path(scratch) / f"case{len(result)}"
                 shutil.copytree(run, folder)
                 checkpoint = folder / "checkpoints/step_00000002"
-                canary = Path(scratch) / f"canary{len(found)}"
+                canary = Path(scratch) / f"canary{len(result)}"
                 place(checkpoint, form(canary))
                 if agreed and name != "the manifest":
                     describe(checkpoint)
-                told = io.StringIO()
-                with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-                    words = [*QUIET, *SMALL, f"run.dir={scratch}", f"run.name={folder.name}"]
-                    code = main([*words, "train.steps=3"])
-                found[case] = (code, told.getvalue(), canary.exists())
-    return found
+                output = io.StringIO()
+                with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                    overrides = [*QUIET, *SMALL, f"run.dir={scratch}", f"run.name={folder.name}"]
+                    code = main([*overrides, "train.steps=3"])
+                result[case] = (code, output.getvalue(), canary.exists())
+    return result
 
 
 @pytest.mark.world
@@ -125,10 +125,10 @@ def test_a_pickle_in_every_place(tmp_path: Path) -> None:
     assert names == {"manifest.json", "tensors.json", "__0_0.distcp"}
     (outcomes,) = run_world(_hostile, 1, str(run.folder), str(tmp_path / "cases"))
     assert len(outcomes) == 4 * len(PLACES)
-    for case, (code, told, sang) in outcomes.items():
+    for case, (code, output, sang) in outcomes.items():
         assert not sang, f"{case}: code of the checkpoint ran"
-        assert code == EXIT_CHECKPOINT, f"{case}: {told}"
-        assert "Traceback" not in told and told.count("moe_train: ") == 1, f"{case}: {told}"
+        assert code == EXIT_CHECKPOINT, f"{case}: {output}"
+        assert "Traceback" not in output and output.count("moe_train: ") == 1, f"{case}: {output}"
 
 
 @pytest.fixture

@@ -77,13 +77,13 @@ def held(engine: Any) -> list[Any]:
     """Every tensor of the state, as its owner holds it."""
     import torch
 
-    found = [parameter.detach() for chunk in engine.chunks for parameter in chunk.parameters()]
+    results = [parameter.detach() for chunk in engine.chunks for parameter in chunk.parameters()]
     for part in engine.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups if part.optimizer else []:
             for parameter in group["params"]:
                 states = part.optimizer.state[parameter].values()
-                found += [parameter.detach(), *filter(torch.is_tensor, states)]
-    return [values for values in found if values.is_floating_point()]
+                results += [parameter.detach(), *filter(torch.is_tensor, states)]
+    return [values for values in results if values.is_floating_point()]
 
 
 def by_megatron(engine: Any, folder: Path) -> None:
@@ -167,8 +167,8 @@ def compared(rank: int, world: int, words: list[str], root: str) -> list[str]:
 )
 def test_bytes_are_those_of_megatrons_writer(tmp_path: Path, name: str) -> None:
     layout = LAYOUTS[name]
-    words = [*WORDS, *layout.overrides]
-    assert run_world(compared, layout.world, words, str(tmp_path)) == [[], []]
+    overrides = [*WORDS, *layout.overrides]
+    assert run_world(compared, layout.world, overrides, str(tmp_path)) == [[], []]
 
 
 def failing(rank: int, world: int, words: list[str], root: str) -> dict[str, str]:
@@ -183,7 +183,7 @@ def failing(rank: int, world: int, words: list[str], root: str) -> dict[str, str
     from moe_train.checkpoint.staging import Staging
     from moe_train.errors import MoeTrainError
 
-    engine, told = opened(rank, world, words), {}
+    engine, output = opened(rank, world, words), {}
     sound = save(engine, Path(root), 1)
 
     def spoil(owner: Any, name: str, fault: BaseException, victim: int, after: int) -> Any:
@@ -215,9 +215,9 @@ def failing(rank: int, world: int, words: list[str], root: str) -> dict[str, str
                     load(engine, sound)
                 else:
                     save(engine, Path(root), 2, beside=beside)
-                told[f"{name} {beside}"] = "nothing"
+                output[f"{name} {beside}"] = "nothing"
             except MoeTrainError as fault:
-                told[f"{name} {beside}"] = f"{type(fault).__name__} {fault}"
+                output[f"{name} {beside}"] = f"{type(fault).__name__} {fault}"
             dist.barrier()
             assert [path.name for path in Path(root).iterdir()] == [sound.name]
         restore()
@@ -225,20 +225,22 @@ def failing(rank: int, world: int, words: list[str], root: str) -> dict[str, str
     after = save(engine, Path(root), 2)
     assert committed(Path(root)) == [after, sound]
     assert content(after) == content(sound)
-    return told
+    return output
 
 
 def test_a_failure_in_the_middle_is_every_ranks(tmp_path: Path) -> None:
-    words = [*WORDS, *LAYOUTS["slices"].overrides]
-    one, other = run_world(failing, 2, words, str(tmp_path), timeout=120)
+    overrides = [*WORDS, *LAYOUTS["slices"].overrides]
+    one, other = run_world(failing, 2, overrides, str(tmp_path), timeout=120)
     assert one == other
     assert len(one) == 8
-    for name, told in one.items():
+    for name, output in one.items():
         if "no memory" in name:
             victim = 0 if "write" in name else 1
-            assert told.startswith(f"DeviceMemoryError rank {victim}: out of device memory"), told
+            assert output.startswith(f"DeviceMemoryError rank {victim}: out of device memory"), (
+                output
+            )
         elif "disk" in name:
-            assert "(rank 0: OSError: [Errno 28] No space left on device)" in told, told
+            assert "(rank 0: OSError: [Errno 28] No space left on device)" in output, output
         else:
-            assert told.startswith("CheckpointError"), told
-            assert "cannot be loaded (rank 1: RuntimeError: a bad record)" in told, told
+            assert output.startswith("CheckpointError"), output
+            assert "cannot be loaded (rank 1: RuntimeError: a bad record)" in output, output

@@ -180,7 +180,7 @@ def verdicts(rank: int, world: int, root: str, victim: int) -> dict[str, Any]:
 
     join(rank, world)
     newest = Path(root) / "step_00000004"
-    told: dict[str, Any] = {}
+    output: dict[str, Any] = {}
     hashed: list[tuple[int, int]] = []
     plain = manifest.hash_range
 
@@ -194,15 +194,15 @@ def verdicts(rank: int, world: int, root: str, victim: int) -> dict[str, Any]:
     def decide(name: str) -> None:
         try:
             warnings.clear()
-            found = select_checkpoint(Path(root), "auto", model={}, tokenizer="abc")
-            assert found is not None
-            told[name] = (found[0].name, [*warnings])
+            result = select_checkpoint(Path(root), "auto", model={}, tokenizer="abc")
+            assert result is not None
+            output[name] = (result[0].name, [*warnings])
         except CheckpointError as fault:
-            told[name] = str(fault)
+            output[name] = str(fault)
 
     manifest.hash_range = counted
     verify_on_all_ranks(newest)
-    told["bytes"] = sum(end - begin for begin, end in hashed)
+    output["bytes"] = sum(end - begin for begin, end in hashed)
     decide("sound")
 
     # A block of the newest that only the victim looks at.
@@ -228,15 +228,15 @@ def verdicts(rank: int, world: int, root: str, victim: int) -> dict[str, Any]:
 
     def late(folder: Path) -> Manifest:
         """An earlier content of the file, as a network file system may keep it."""
-        found = read(folder)
-        found.consumed_samples += 1
-        return found
+        result = read(folder)
+        result.consumed_samples += 1
+        return result
 
     select.read_manifest = late if rank == victim else read
     decide("another manifest")
     select.read_manifest = read
     dist.destroy_process_group()
-    return told
+    return output
 
 
 def _other(folder: Path, rank: int, world: int, victim: int) -> list[Any]:
@@ -251,19 +251,19 @@ def test_what_one_rank_sees_all_go_by(tmp_path: Path, world: int, victim: int) -
         write(tmp_path, step, [400_000, 30_000])
     size = sum(path.stat().st_size for path in (tmp_path / "step_00000004").glob("__*")) + 2
     outcomes = run_world(verdicts, world, str(tmp_path), victim)
-    assert sum(told["bytes"] for told in outcomes) == size
-    assert max(told.pop("bytes") for told in outcomes) <= 1.1 * size / world
-    assert all(told == outcomes[0] for told in outcomes), outcomes
-    (told, *_) = outcomes
-    assert told["sound"] == ("step_00000004", [])
-    found, (warning,) = told["damaged"]
-    assert found == "step_00000002" and "does not match its SHA-256 in bytes" in warning
+    assert sum(output["bytes"] for output in outcomes) == size
+    assert max(output.pop("bytes") for output in outcomes) <= 1.1 * size / world
+    assert all(output == outcomes[0] for output in outcomes), outcomes
+    (output, *_) = outcomes
+    assert output["sound"] == ("step_00000004", [])
+    result, (warning,) = output["damaged"]
+    assert result == "step_00000002" and "does not match its SHA-256 in bytes" in warning
     assert f"(seen by rank {victim})" in warning or world == 1
     # That rank can read no checkpoint at all, so that nobody may go on from one.
-    assert "all 2 checkpoints are damaged" in told["unreadable"]
-    assert "Input/output error" in told["unreadable"]
+    assert "all 2 checkpoints are damaged" in output["unreadable"]
+    assert "Input/output error" in output["unreadable"]
     if world > 1:
-        assert f"reads differently on rank {victim}" in told["another manifest"]
+        assert f"reads differently on rank {victim}" in output["another manifest"]
 
 
 QUIET = 0.55

@@ -52,12 +52,12 @@ def test_resumed_steps_equal_those_of_0_1(tmp_path: Path, layout: str) -> None:
     assert set(run.codes) == {0}, log
     assert ("written in layout TP2.EP2" in log) == (layout == "single")
     names = ("step", "loss_hex", "grad_norm_hex")
-    found = [{name: record[name] for name in names} for record in run.steps]
+    results = [{name: record[name] for name in names} for record in run.steps]
     expected = EXPECTED["steps"][layout]
     if same_machine():
-        assert found == expected
+        assert results == expected
     # Another CPU or torch sums in another order: its kernels' rounding, and nothing more.
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(results, expected, strict=True):
         assert ours["step"] == theirs["step"]
         for name, tolerance in (("loss_hex", 1e-5), ("grad_norm_hex", 1e-4)):
             value, reference = float.fromhex(ours[name]), float.fromhex(theirs[name])

@@ -65,11 +65,11 @@ def test_a_group_shows_its_commands_alone(
     argv: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(argv) == code
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     inside = {name for name in cli.COMMANDS if name.startswith(argv[0] + " ")}
-    assert all(f"moe-train {cli.COMMANDS[name].example}" in told.out for name in inside)
-    assert "experiment=" not in told.out
-    assert not told.err
+    assert all(f"moe-train {cli.COMMANDS[name].example}" in output.out for name in inside)
+    assert "experiment=" not in output.out
+    assert not output.err
 
 
 def test_no_command_lists_the_groups_one_line_a_command(
@@ -140,9 +140,9 @@ def test_plan_knows_its_world(argv: list[str], world: int, tmp_path: Path) -> No
 def test_a_refused_plan_names_every_fault(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", "parallel=tp2_pp4_ep8", "optim.lr=-1", "--world", "8"]
     assert cli.main(argv) == EXIT_CONFIG
-    told = capsys.readouterr().err
-    assert "2 config errors" in told
-    assert "parallel.tensor=2 parallel.pipeline=4 parallel.expert=2" in told
+    output = capsys.readouterr().err
+    assert "2 config errors" in output
+    assert "parallel.tensor=2 parallel.pipeline=4 parallel.expert=2" in output
 
 
 def test_config_shows_what_overrides_compose(
@@ -195,8 +195,8 @@ def test_bad_sources_are_refused_without_waiting_for_megatron(tmp_path: Path) ->
         "import sys; from moe_train.cli import main; code = main(sys.argv[1:]);"
         "sys.exit(100 if 'megatron.core' in sys.modules else code)"
     )
-    words = ["data", "prepare", str(tmp_path / "missing"), "--output", str(tmp_path / "set")]
+    overrides = ["data", "prepare", str(tmp_path / "missing"), "--output", str(tmp_path / "set")]
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, *overrides], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, list(tmp_path.iterdir())) == (EXIT_DATA, []), done.stderr

@@ -42,11 +42,11 @@ def test_every_layout_gives_the_validation_loss_of_the_run(tmp_path: Path) -> No
         target, log = tmp_path / "loss.json", tmp_path / "log"
         argv = ["device=cpu", f"run.dir={tmp_path}", *words, "--json", str(target)]
         assert run_world(_evaluate, world, argv, log=log) == [0] * world, log.read_text()
-        found: dict[str, Any] = json.loads(target.read_text())
-        assert f"{found['loss']:.4f} nats per token" in log.read_text()
+        result: dict[str, Any] = json.loads(target.read_text())
+        assert f"{result['loss']:.4f} nats per token" in log.read_text()
         target.unlink()
         log.unlink()
-        return found
+        return result
 
     # Nothing but the run's name: model, data, seed and batch are the run's.
     same = evaluated(1, "run.name=r", "parallel=single")
@@ -74,8 +74,8 @@ def test_nothing_to_evaluate(tmp_path: Path) -> None:
     log = tmp_path / "log"
     argv = ["device=cpu", f"run.dir={tmp_path}", "run.name=none", *SMALL]
     assert run_world(_evaluate, 1, argv, log=log) == [EXIT_CHECKPOINT]
-    told = log.read_text()
-    assert "has no committed checkpoint" in told and "Traceback" not in told
+    output = log.read_text()
+    assert "has no committed checkpoint" in output and "Traceback" not in output
     assert not (tmp_path / "none").exists()
 
 
@@ -98,9 +98,9 @@ def test_inherited_settings_survive_the_grammar_of_overrides() -> None:
         "model.router.pre_softmax": True,
     }
     wanted = to_mapping(with_values(compose(["experiment=single"]), values))
-    words = [w for key in ("model", "data") for w in evaluation._as_overrides(key, wanted[key])]
-    found = to_mapping(compose(["experiment=twin", "recompute=none", *words]))
-    assert (found["model"], found["data"]) == (wanted["model"], wanted["data"])
+    overrides = [w for key in ("model", "data") for w in evaluation._as_overrides(key, wanted[key])]
+    result = to_mapping(compose(["experiment=twin", "recompute=none", *overrides]))
+    assert (result["model"], result["data"]) == (wanted["model"], wanted["data"])
 
 
 def test_jobs_of_a_sweep_have_names_of_their_own() -> None:

@@ -193,8 +193,8 @@ def beyond_vocabulary(prefix: Path, folder: Path) -> list[str]:
 
 
 def other_tokenizer(prefix: Path, folder: Path) -> list[str]:
-    words = prepared(folder, "words", "bpe:300")
-    return [f"data.train=[{words}]", "data.tokenizer=byte"]
+    overrides = prepared(folder, "words", "bpe:300")
+    return [f"data.train=[{overrides}]", "data.tokenizer=byte"]
 
 
 def empty(prefix: Path, folder: Path) -> list[str]:
@@ -272,12 +272,12 @@ def test_ids_that_appear_while_the_run_trains(bytes_data: Path, tmp_path: Path) 
     """The model would look up rows that it does not have."""
     mine = copy_of(bytes_data, tmp_path)
     log = tmp_path / "log"
-    words = [
+    overrides = [
         *("device=cpu", "log.wandb=disabled", f"run.dir={tmp_path / 'runs'}", "run.name=r"),
         *(*SMALL, f"data.cache={tmp_path}/cache", f"data.train=[{mine}]", "train.steps=20"),
     ]
     tokens = str(mine.with_name(mine.name + ".bin"))
-    codes = run_world(_damaged_meanwhile, 2, words, tokens, timeout=120.0, log=log)
+    codes = run_world(_damaged_meanwhile, 2, overrides, tokens, timeout=120.0, log=log)
     output = log.read_text()
     assert EXIT_DATA in codes and 0 not in codes, output
     assert output.count("moe_train: ") == 1 and "Traceback" not in output, output

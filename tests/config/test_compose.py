@@ -128,10 +128,10 @@ def test_a_command_line_override_beats_the_experiment() -> None:
 
 
 def test_faults_of_every_stage_come_together() -> None:
-    found = fixes(["model=foo", "train.steps=[", "nope", "modle.layers=3", "optim.lr=-1"])
-    assert set(found) == {"model", "train.steps", "nope", "modle", "optim.lr"}
-    assert "moe_30b" in found["model"] and "twin" in found["model"]
-    assert "key=value" in found["nope"]
+    result = fixes(["model=foo", "train.steps=[", "nope", "modle.layers=3", "optim.lr=-1"])
+    assert set(result) == {"model", "train.steps", "nope", "modle", "optim.lr"}
+    assert "moe_30b" in result["model"] and "twin" in result["model"]
+    assert "key=value" in result["nope"]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,6 @@ def test_multirun() -> None:
 
 
 def test_collect_hands_faults_back() -> None:
-    config, found = collect(["model.layer=3", "train.steps=9"])
+    config, result = collect(["model.layer=3", "train.steps=9"])
     assert config.train.steps == 9
-    assert [f.field for f in found] == ["model.layer"]
+    assert [f.field for f in result] == ["model.layer"]

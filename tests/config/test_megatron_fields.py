@@ -94,7 +94,7 @@ def test_nothing_heavy_is_imported() -> None:
         "compose(['megatron.transformer.qk_layernorm=true']);"
         "print([m for m in sys.modules if m in ('torch', 'megatron.core')])"
     )
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
-    assert found.stdout.strip() == "[]"
+    assert result.stdout.strip() == "[]"

@@ -187,9 +187,15 @@ def _with_key(rank: int, world: int, overrides: list[str], url: str) -> int:
 def test_secrets_do_not_enter_a_run_folder(tmp_path: Path) -> None:
     """A run with a key, whose W&B cannot reach its server and so has much to log."""
     log = tmp_path / "log"
-    words = ["device=cpu", "log.console=lines", *SMALL, f"run.dir={tmp_path}/runs", "run.name=r"]
+    overrides = [
+        "device=cpu",
+        "log.console=lines",
+        *SMALL,
+        f"run.dir={tmp_path}/runs",
+        "run.name=r",
+    ]
     url = "http://127.0.0.1:9"
-    codes = run_world(_with_key, 1, [*words, "log.wandb=online"], url, log=log)
+    codes = run_world(_with_key, 1, [*overrides, "log.wandb=online"], url, log=log)
     assert codes == [0], log.read_text()
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
     names = {path.name for path in files}
@@ -273,15 +279,15 @@ def test_two_jobs_in_one_run_folder(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     held = lock_run_folder(folder)
     log = tmp_path / "log"
-    words = [*QUIET, *SMALL, f"run.dir={tmp_path}/runs", "run.name=r", "parallel.expert=2"]
+    overrides = [*QUIET, *SMALL, f"run.dir={tmp_path}/runs", "run.name=r", "parallel.expert=2"]
     begun = time.monotonic()
-    assert run_world(_plain, 2, words, log=log) == [EXIT_CONFIG] * 2
+    assert run_world(_plain, 2, overrides, log=log) == [EXIT_CONFIG] * 2
     output = log.read_text()
     assert output.count(f"another job trains in {folder}: process {os.getpid()} on") == 1
     assert "Traceback" not in output and time.monotonic() - begun < 200
     assert not (folder / "status.json").exists() and not (folder / "metrics.jsonl").exists()
     held.release()
-    assert run_world(_plain, 2, words, log=log) == [0, 0], log.read_text()
+    assert run_world(_plain, 2, overrides, log=log) == [0, 0], log.read_text()
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
 
 

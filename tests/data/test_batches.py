@@ -42,10 +42,10 @@ def test_ranks_together_take_every_sample_once(
     total = micro * size * microbatches
     ranks = [BatchSource(Numbers(), total, micro, r, size, consumed) for r in range(size)]
     for step in range(steps):
-        found = [taken(rank) for rank in ranks]
-        assert all(len(rank) == microbatches for rank in found)
+        results = [taken(rank) for rank in ranks]
+        assert all(len(rank) == microbatches for rank in results)
         # Micro-batch by micro-batch over the ranks is the dataset's own order.
-        flat = [i for m in range(microbatches) for rank in found for i in rank[m]]
+        flat = [i for m in range(microbatches) for rank in results for i in rank[m]]
         start = consumed + step * total
         assert flat == list(range(start, start + total))
         assert {rank.consumed for rank in ranks} == {start + total}
@@ -57,8 +57,8 @@ def test_continued_in_another_layout(before: int, size: int, later: int) -> None
     for _ in range(before):
         first.next_step()
     ranks = [BatchSource(Numbers(), 8, 2, r, later, first.consumed) for r in range(later)]
-    found = sorted(i for rank in ranks for batch in taken(rank) for i in batch)
-    assert found == list(range(8 * before, 8 * before + 8))
+    result = sorted(i for rank in ranks for batch in taken(rank) for i in batch)
+    assert result == list(range(8 * before, 8 * before + 8))
 
 
 def test_shapes_and_iteration() -> None:

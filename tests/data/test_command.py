@@ -35,9 +35,9 @@ def test_prepare_then_inspect(
     shown = capsys.readouterr()
     assert "story 0" in shown.out
     assert "story 29" in shown.out
-    found = json.loads(report.read_text())
-    assert (found["documents"], found["vocab_size"], found["longest"]) == (30, 257, 9)
-    assert [sample["text"] for sample in found["samples"]] == ["story 0", "story 29"]
+    result = json.loads(report.read_text())
+    assert (result["documents"], result["vocab_size"], result["longest"]) == (30, 257, 9)
+    assert [sample["text"] for sample in result["samples"]] == ["story 0", "story 29"]
 
 
 def test_faults_are_exit_code_3(

@@ -168,8 +168,8 @@ def _rank(rank: int, folder: str, train: list[str]) -> None:
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     data = DataConfig(train=train, cache=f"{folder}/cache", split="80,20,0")
-    found = build_datasets(data, sequence=SEQUENCE, seed=7, train_samples=60, valid_samples=5)
-    orders = [firsts(found.train, 60), firsts(found.valid, 5)]
+    result = build_datasets(data, sequence=SEQUENCE, seed=7, train_samples=60, valid_samples=5)
+    orders = [firsts(result.train, 60), firsts(result.valid, 5)]
     Path(f"{folder}/order{rank}").write_text(repr(orders))
     torch.distributed.destroy_process_group()
 

@@ -101,8 +101,8 @@ def test_a_flip_is_placed_in_its_block(
     for module in (manifest, verify):
         monkeypatch.setattr(module, "BLOCK", 4096)
     other = made(tmp_path / "blocks")
-    told = read_manifest(other)
-    assert told is not None and len(told.bin_blocks) == -(-told.bin_bytes // 4096) > 2
+    output = read_manifest(other)
+    assert output is not None and len(output.bin_blocks) == -(-output.bin_bytes // 4096) > 2
     flip(dataset_file(other, ".bin"), 5000)
     with pytest.raises(DataError, match="between offsets 4096 and 8192"):
         opened(other, tmp_path / "cache")
@@ -206,24 +206,30 @@ def _hostile(rank: int, world: int, scratch: str) -> dict[str, tuple[int, str, b
 
     home = Path(scratch)
     prefix, cache = made(home / "data", "bpe:300"), home / "cache"
-    words = [*QUIET, *SMALL, f"run.dir={scratch}", f"data.train=[{prefix}]", f"data.cache={cache}"]
-    assert main([*words, "run.name=first"]) == 0
-    found = {}
+    overrides = [
+        *QUIET,
+        *SMALL,
+        f"run.dir={scratch}",
+        f"data.train=[{prefix}]",
+        f"data.cache={cache}",
+    ]
+    assert main([*overrides, "run.name=first"]) == 0
+    result = {}
     for form in (as_pickle, as_array):
         for path in _places(prefix, cache):
-            canary = home / f"canary{len(found)}"
+            canary = home / f"canary{len(result)}"
             whole = path.read_bytes()
             path.write_bytes(form(canary))
-            told = io.StringIO()
-            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-                code = main([*words, f"run.name=r{len(found)}"])
-            found[f"{form.__name__} {path.relative_to(home)}"] = (
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                code = main([*overrides, f"run.name=r{len(result)}"])
+            result[f"{form.__name__} {path.relative_to(home)}"] = (
                 code,
-                told.getvalue(),
+                output.getvalue(),
                 canary.exists(),
             )
             path.write_bytes(whole)
-    return found
+    return result
 
 
 @pytest.mark.world
@@ -232,15 +238,15 @@ def test_a_pickle_in_every_place(tmp_path: Path) -> None:
     arrays = [case for case in outcomes if case.endswith(".npy")]
     # Document, sample and shuffle index, each in both forms.
     assert len(arrays) >= 6 and len(outcomes) > 14
-    for case, (code, told, sang) in outcomes.items():
+    for case, (code, output, sang) in outcomes.items():
         assert not sang, f"{case}: code of the data ran"
         # What the cache says of files is rebuilt where it is not readable.
         again = case.split()[1].startswith("cache/") and case.endswith(".json")
-        assert code == (0 if again else EXIT_DATA), f"{case}: {told}"
-        assert "Traceback" not in told, f"{case}: {told}"
+        assert code == (0 if again else EXIT_DATA), f"{case}: {output}"
+        assert "Traceback" not in output, f"{case}: {output}"
         if not again:
             name = case.rpartition("/")[2]
-            assert told.count("moe_train: ") == 1 and name in told, f"{case}: {told}"
+            assert output.count("moe_train: ") == 1 and name in output, f"{case}: {output}"
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -257,13 +263,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.world
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_one_message_for_all_ranks(kind: str, prefix: Path, tmp_path: Path) -> None:
-    spoil, words = DAMAGE[kind]
+    spoil, arguments = DAMAGE[kind]
     spoil(dataset_file(prefix, ".bin"))
     overrides = [*SMALL, "parallel.expert=2", f"data.train=[{prefix}]"]
     run = train_run(tmp_path / "r", [*overrides, f"data.cache={tmp_path}/cache"], world=2)
-    told = (tmp_path / "r.log").read_text()
-    assert run.codes == [EXIT_DATA] * 2, told
-    assert told.count(words) == 1 and "Traceback" not in told, told
+    output = (tmp_path / "r.log").read_text()
+    assert run.codes == [EXIT_DATA] * 2, output
+    assert output.count(arguments) == 1 and "Traceback" not in output, output
 
 
 @pytest.mark.parametrize("spoil", ["bin", "idx", "done"])

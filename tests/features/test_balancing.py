@@ -26,8 +26,8 @@ def test_descriptor_is_complete(one: Balancing) -> None:
 
 @pytest.mark.parametrize("name", BALANCING)
 def test_descriptor_is_legal_and_its_groups_are_counted(name: str) -> None:
-    config, found = collect(["experiment=twin", f"model.router.balancing={name}"])
-    assert not found and not check(config, 8)
+    config, result = collect(["experiment=twin", f"model.router.balancing={name}"])
+    assert not result and not check(config, 8)
     groups = {each.group for each in BALANCING[name].collectives}
     assert groups <= set(used_kinds(config, layout_of(config, 8)))
 
@@ -41,6 +41,6 @@ def test_a_loss_without_weight_is_not_in_effect() -> None:
 
 def test_what_a_method_excludes_is_refused_by_name() -> None:
     for name, value in (("capacity_factor", "1.0"), ("groups", "2"), ("expert_bias", "true")):
-        words = [f"model.router.{name}={value}", "model.router.balancing=sinkhorn"]
-        config, _ = collect(["experiment=twin", "model.router.score=sigmoid", *words])
+        overrides = [f"model.router.{name}={value}", "model.router.balancing=sinkhorn"]
+        config, _ = collect(["experiment=twin", "model.router.score=sigmoid", *overrides])
         assert f"model.router.{name}" in [fault.field for fault in check(config, 8)]

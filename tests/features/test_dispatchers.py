@@ -33,8 +33,8 @@ def test_descriptor_is_complete(one: Dispatcher) -> None:
 @pytest.mark.parametrize("name", DISPATCHERS)
 def test_descriptor_is_legal_and_planned(name: str) -> None:
     expert = ["parallel.expert=2", f"parallel.dispatcher={name}"]
-    config, found = collect(["experiment=moe_30b_8x64gb", "parallel.placement=stage", *expert])
-    assert not found and not check(config, 8)
+    config, result = collect(["experiment=moe_30b_8x64gb", "parallel.placement=stage", *expert])
+    assert not result and not check(config, 8)
     layout = layout_of(config, 8)
     free = dataclasses.replace(layout, expert=1)
     with_exchange, without = (
@@ -56,5 +56,5 @@ def test_descriptor_is_legal_and_planned(name: str) -> None:
 def test_curve_is_that_of_all_to_all(small_runs: Runs, name: str) -> None:
     two = ("train.steps=2", "optim.decay_steps=20")
     run = small_runs.get(layouts.TP2_EP2, f"parallel.dispatcher={name}", *two)
-    found = compare(run, small_runs.get(layouts.SINGLE))
-    assert found.within(), f"{name}\n{found}"
+    result = compare(run, small_runs.get(layouts.SINGLE))
+    assert result.within(), f"{name}\n{result}"

@@ -14,14 +14,14 @@ from moe_train.testing.layouts import Runs
 
 
 def faults(*overrides: str) -> list[str]:
-    config, found = collect(["experiment=twin", "parallel=single", *overrides])
-    return [fault.field for fault in [*found, *check(config, 1)]]
+    config, result = collect(["experiment=twin", "parallel=single", *overrides])
+    return [fault.field for fault in [*result, *check(config, 1)]]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_descriptor_is_legal_and_planned(name: str) -> None:
-    config, found = collect(["experiment=twin", f"optim.name={name}", "dtype=bf16"])
-    assert not found
+    config, result = collect(["experiment=twin", f"optim.name={name}", "dtype=bf16"])
+    assert not result
     states = len(OPTIMIZERS[name].state_names)
     # bf16 weights, fp32 gradients and master copy, fp32 state.
     assert bytes_per_parameter("bf16", config.optim).total == 2 + 4 + 4 + 4 * states
@@ -47,5 +47,5 @@ def test_momentum_goes_on_in_another_layout(small_runs: Runs) -> None:
     )
     assert moved.column("step") == [4, 5]
     # Without its momentum the norm of step 5 is 4 % off.
-    found = compare(moved, single)
-    assert found.within(), str(found)
+    result = compare(moved, single)
+    assert result.within(), str(result)

@@ -22,9 +22,9 @@ from tests.support.schedules import record_step
 
 def small(one: PipelineSchedule, *overrides: str) -> tuple[Config, list[str]]:
     """PP2 of the twin in the settings that a schedule needs, and the refused fields."""
-    words = one.needs.split(" with ")[0].split(" and ")
+    arguments = one.needs.split(" with ")[0].split(" and ")
     sizes = ("parallel.pipeline=2", "parallel.expert=null")
-    config, faults = collect(["experiment=twin", "parallel=single", *sizes, *words, *overrides])
+    config, faults = collect(["experiment=twin", "parallel=single", *sizes, *arguments, *overrides])
     return config, [fault.field for fault in [*faults, *check(config, 2)]]
 
 
@@ -70,8 +70,8 @@ def test_memory_follows_the_schedule() -> None:
 @pytest.mark.world
 def test_gpipe_holds_all_and_computes_the_same(small_runs: Runs) -> None:
     name = "parallel.schedule=gpipe"
-    words = [*SMALL, "parallel.pipeline=2", "batch.global=4", name]
-    for record in run_world(record_step, 2, words):
+    overrides = [*SMALL, "parallel.pipeline=2", "batch.global=4", name]
+    for record in run_world(record_step, 2, overrides):
         sizes = Pipeline(2, 4)
         order = SCHEDULES["gpipe"].order
         assert order is not None

@@ -84,18 +84,18 @@ def names(checks: list[Check]) -> list[str]:
     ("gpus", "most", "out"), [(1, 1, "tp2"), (2, 2, "span4"), (4, 4, "30b-span"), (8, 8, None)]
 )
 def test_checks_follow_the_number_of_gpus(gpus: int, most: int, out: str | None) -> None:
-    found = command.runnable(CHECKS, named=False, gpus=gpus, on_cpu=False)
-    assert max(check.gpus for check in found) == most and found[0].name == "environment"
+    result = command.runnable(CHECKS, named=False, gpus=gpus, on_cpu=False)
+    assert max(check.gpus for check in result) == most and result[0].name == "environment"
     if out is not None:
-        assert out not in names(found)
+        assert out not in names(result)
         with pytest.raises(ConfigError, match=f"{out} need more than the {gpus} GPU"):
             command.runnable(command.select([out]), named=True, gpus=gpus, on_cpu=False)
 
 
 def test_one_check_brings_the_environment_along_and_order_is_the_suites() -> None:
-    found = command.runnable(command.select(["speed", "curve-fp32"]), named=True, gpus=1,
+    result = command.runnable(command.select(["speed", "curve-fp32"]), named=True, gpus=1,
                              on_cpu=False)  # fmt: skip
-    assert names(found) == ["environment", "curve-fp32", "speed"]
+    assert names(result) == ["environment", "curve-fp32", "speed"]
 
 
 def test_a_driver_is_seen_by_its_device_files(
@@ -113,8 +113,8 @@ def test_make_needs_no_set_up(tmp_path: Path) -> None:
     make = ["make", "--no-print-directory", "gpu-check"]
     dry = subprocess.run([*make, "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "setup" not in dry.stdout
-    words = [*make, "CHECKS=speed,tp2", "ARGS=--list", f"OUT={tmp_path}"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True,
+    overrides = [*make, "CHECKS=speed,tp2", "ARGS=--list", f"OUT={tmp_path}"]
+    done = subprocess.run(overrides, cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHON": sys.executable})  # fmt: skip
     assert done.returncode == 0, done.stderr
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
@@ -334,13 +334,13 @@ def test_a_profile_counts_waits_copies_and_idle_time() -> None:
         event("Memcpy HtoD (Pageable -> Device)", 9000, 9500),
         event("nccl:all_to_all", 0, 20000, annotation=True),
     ]  # fmt: skip
-    found = profile.summary(events, True, 3)
-    assert found["host_waits"] == {"cudaStreamSynchronize": 2}
-    assert found["host_reads"] == {"aten::item": 1}
-    assert found["copies_to_host"] == 1 and found["kernels"] == 2
-    assert found["device_busy_ms"] == pytest.approx(6.0)
-    assert found["device_idle_share"] == pytest.approx(0.4)
-    assert found["longest"][0]["name"] == "void gemm(int)" or found["longest"][0]["calls"] == 1
+    result = profile.summary(events, True, 3)
+    assert result["host_waits"] == {"cudaStreamSynchronize": 2}
+    assert result["host_reads"] == {"aten::item": 1}
+    assert result["copies_to_host"] == 1 and result["kernels"] == 2
+    assert result["device_busy_ms"] == pytest.approx(6.0)
+    assert result["device_idle_share"] == pytest.approx(0.4)
+    assert result["longest"][0]["name"] == "void gemm(int)" or result["longest"][0]["calls"] == 1
 
 
 def test_every_task_has_its_function() -> None:
@@ -352,9 +352,9 @@ def test_every_task_has_its_function() -> None:
 def test_everything_that_runs_on_a_cpu_passes(tmp_path: Path) -> None:
     """Kills, checkpoints that change sides, layouts of two ranks under torchrun."""
     cpu = ",".join(check.name for check in CHECKS if check.cpu and check.gpus <= 2)
-    words = ["--device", "cpu", "--out", str(tmp_path), "--checks", cpu]
-    words += ["--seconds", "1800", "--patience", "4"]
-    done = subprocess.run([sys.executable, "-m", "moe_train.gpu_check", *words], cwd=ROOT)
+    overrides = ["--device", "cpu", "--out", str(tmp_path), "--checks", cpu]
+    overrides += ["--seconds", "1800", "--patience", "4"]
+    done = subprocess.run([sys.executable, "-m", "moe_train.gpu_check", *overrides], cwd=ROOT)
     assert done.returncode == 0, (tmp_path / "gpu-report.md").read_text()
 
 
@@ -387,9 +387,9 @@ def test_the_gpu_side_runs_on_rehearsed_devices(tmp_path: Path) -> None:
     build(tmp_path / "library")
     variables = environment(tmp_path / "library", devices=2, memory_gb=16.0)
     variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
-    words = ["--out", str(tmp_path / "out"), "--seconds", "1800", "--patience", "8"]
-    words += ["--checks", "initial,curve-bf16,checkpoint,alltoall"]
-    done = subprocess.run([sys.executable, "-m", "moe_train.gpu_check", *words], cwd=ROOT,
+    overrides = ["--out", str(tmp_path / "out"), "--seconds", "1800", "--patience", "8"]
+    overrides += ["--checks", "initial,curve-bf16,checkpoint,alltoall"]
+    done = subprocess.run([sys.executable, "-m", "moe_train.gpu_check", *overrides], cwd=ROOT,
                           env=variables)  # fmt: skip
     assert done.returncode == 0, (tmp_path / "out" / "gpu-report.md").read_text()
     report = json.loads((tmp_path / "out" / "gpu-report.json").read_text())

@@ -21,8 +21,8 @@ OF_CUDA = re.compile(r"^(nvidia-|cuda-|torch$|triton$|transformer-engine-cu1)")
 
 def pins(cuda: str) -> dict[str, str]:
     lines = SETS[cuda].read_text().splitlines()
-    found = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    return {canonicalize_name(name): version for name, version in found.items()}
+    result = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in result.items()}
 
 
 @pytest.mark.parametrize("cuda", SETS)
@@ -31,11 +31,11 @@ def test_a_set_has_all_that_pyproject_asks_for_within_its_bounds(cuda: str) -> N
     extras = project["optional-dependencies"]
     gpu = extras["gpu" if cuda == "13" else "gpu-cu12"]
     own = canonicalize_name(project["name"])
-    found = pins(cuda)
+    result = pins(cuda)
     for text in [*project["dependencies"], *extras["dev"], *extras["hf"], *gpu]:
         need = Requirement(text)
         if canonicalize_name(need.name) != own:
-            assert need.specifier.contains(found[canonicalize_name(need.name)]), text
+            assert need.specifier.contains(result[canonicalize_name(need.name)]), text
     assert [need for need in map(Requirement, gpu) if f"core_cu{cuda}" in need.extras]
 
 
@@ -56,14 +56,14 @@ def test_the_installed_torch_asks_for_the_pins_of_its_set() -> None:
 
     if not torch.version.cuda:
         pytest.skip("torch is built without CUDA")
-    found = pins(torch.version.cuda.split(".")[0])
-    if found["torch"] != torch.__version__.partition("+")[0]:
+    result = pins(torch.version.cuda.split(".")[0])
+    if result["torch"] != torch.__version__.partition("+")[0]:
         pytest.skip("another torch than the pinned one")
     checked = 0
     for text in importlib.metadata.requires("torch") or []:
         need = Requirement(text)
         if OF_CUDA.match(need.name) and need.specifier:
-            assert need.specifier.contains(found[canonicalize_name(need.name)]), text
+            assert need.specifier.contains(result[canonicalize_name(need.name)]), text
             checked += 1
     assert checked >= 3
 
@@ -148,8 +148,8 @@ def test_setup_installs_the_chosen_set(tmp_path: Path, cuda: str, name: str, cur
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"versions of {name}" in done.stdout and f"CUDA={cuda}" in done.stderr
-    asked = (tmp_path / "asked").read_text().splitlines()
-    installs = [line for line in asked if "install" in line]
+    args = (tmp_path / "asked").read_text().splitlines()
+    installs = [line for line in args if "install" in line]
     assert len(installs) == 3 and all(f"--constraint {name} " in line for line in installs)
     assert f"transformer-engine[core_cu{cuda},pytorch] {curand} " in installs[2]
     assert (tmp_path / ".venv" / ".cuda").read_text() == f"{cuda}\n"

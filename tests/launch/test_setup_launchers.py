@@ -198,8 +198,8 @@ class Batch:
 
     def start(self, srun: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run it; ``srun`` is what happens in place of the step."""
-        asked = f'printf "%s\\n" "$@" >"{self.folder}/srun"; env >"{self.folder}/env"'
-        script(self.folder / "bin" / "srun", f"{asked}; run={self.run}; {srun}")
+        args = f'printf "%s\\n" "$@" >"{self.folder}/srun"; env >"{self.folder}/env"'
+        script(self.folder / "bin" / "srun", f"{args}; run={self.run}; {srun}")
         path = f"{self.folder}/bin:{os.environ['PATH']}"
         facts = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(self.folder), "PATH": path}
         return subprocess.run(

@@ -54,12 +54,18 @@ def start(rank: int, world: int, words: list[str], count: int, stop_at: int) -> 
 @pytest.mark.world
 @pytest.mark.parametrize("named", [True, False])
 def test_a_preempted_run_is_left_alone_by_restarts(tmp_path: Path, named: bool) -> None:
-    words = [*QUIET, *SMALL, "parallel.expert=2", "checkpoint.every=1000", f"run.dir={tmp_path}"]
-    words += ["run.name=mine"] if named else []
+    overrides = [
+        *QUIET,
+        *SMALL,
+        "parallel.expert=2",
+        "checkpoint.every=1000",
+        f"run.dir={tmp_path}",
+    ]
+    overrides += ["run.name=mine"] if named else []
     log = tmp_path / "log"
 
     def world(count: int, *more: str, stop_at: int = 0) -> list[int]:
-        codes: list[int] = run_world(start, 2, [*words, *more], count, stop_at, log=log)
+        codes: list[int] = run_world(start, 2, [*overrides, *more], count, stop_at, log=log)
         return codes
 
     assert world(0, stop_at=3) == [EXIT_PREEMPTED] * 2, log.read_text()

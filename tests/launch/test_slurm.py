@@ -130,12 +130,12 @@ class Slurm:
         while not condition():
             ended = [d.args for d in self._daemons if d.poll() is not None]
             if ended or time.monotonic() > until:
-                told = "".join(
+                output = "".join(
                     path.read_text(errors="replace")[-1500:]
                     for path in sorted(self.folder.glob("*.out"))
                     + sorted(self.folder.glob("*.log"))
                 )
-                raise AssertionError(f"{what} did not start; ended: {ended}\n{told}")
+                raise AssertionError(f"{what} did not start; ended: {ended}\n{output}")
             time.sleep(0.1)
 
     def _idle(self) -> str:
@@ -156,8 +156,8 @@ class Slurm:
         """`sbatch launch/slurm.sbatch`; returns the job's number."""
         output = f"--output={self.folder}/job-%j.out"
         script = str(ROOT / "launch" / "slurm.sbatch")
-        told = self.call("sbatch", "--parsable", output, *options, script, *words, **env)
-        return int(told.strip())
+        message = self.call("sbatch", "--parsable", output, *options, script, *words, **env)
+        return int(message.strip())
 
     def facts(self, job: int) -> dict[str, str]:
         """`scontrol show job` as a mapping."""
@@ -218,13 +218,13 @@ def free_ports(count: int) -> list[int]:
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     if missing := [name for name in PROGRAMS if program(name) is None]:
         pytest.skip(f"no Slurm here: {', '.join(missing)} missing (Debian: slurm-wlm, munge)")
-    found = Slurm(tmp_path_factory.mktemp("slurm"), nodes=2)
+    result = Slurm(tmp_path_factory.mktemp("slurm"), nodes=2)
     try:
         # One that is installed and does not start is a failure, and says why.
-        found.start()
-        yield found
+        result.start()
+        yield result
     finally:
-        found.stop()
+        result.stop()
 
 
 def steps(folder: Path) -> list[dict[str, object]]:
@@ -235,19 +235,19 @@ def steps(folder: Path) -> list[dict[str, object]]:
 
 def ranks(name: str) -> list[psutil.Process]:
     """The ranks of a run, without torchrun's agents."""
-    found = []
+    results = []
     for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if f"run.name={name}" in words and "train.py" in words and "-m" not in words:
-            found.append(process)
-    return found
+        overrides = process.info["cmdline"] or []
+        if f"run.name={name}" in overrides and "train.py" in overrides and "-m" not in overrides:
+            results.append(process)
+    return results
 
 
 @pytest.fixture(scope="module")
 def whole(slurm: Slurm) -> Path:
     """The run folder of a job that nothing disturbed: one node, two ranks."""
-    words = [*TWIN, f"run.dir={slurm.folder}", "run.name=whole"]
-    job = slurm.submit(["--nodes=1", "--time=10"], words, NPROC="2")
+    overrides = [*TWIN, f"run.dir={slurm.folder}", "run.name=whole"]
+    job = slurm.submit(["--nodes=1", "--time=10"], overrides, NPROC="2")
     assert slurm.finished(job) == "COMPLETED", slurm.output(job)
     return slurm.folder / "whole"
 
@@ -261,10 +261,10 @@ def test_a_job_runs_to_its_end(slurm: Slurm, whole: Path) -> None:
 def test_a_time_limit_is_survived_bitwise_on_two_nodes(slurm: Slurm, whole: Path) -> None:
     """Three minutes a start, told 90 to 120 seconds before; the ranks pause until they are told."""
     run = slurm.folder / "limited"
-    words = [*TWIN, f"run.dir={slurm.folder}", "run.name=limited"]
+    overrides = [*TWIN, f"run.dir={slurm.folder}", "run.name=limited"]
     job = slurm.submit(
         ["--nodes=2", "--time=3", "--signal=B:USR1@90"],
-        words,
+        overrides,
         NPROC="1",
         MASTER_ADDR="127.0.0.1",
         MAX_RESTARTS="1",
@@ -275,30 +275,30 @@ def test_a_time_limit_is_survived_bitwise_on_two_nodes(slurm: Slurm, whole: Path
     for process in paused:
         process.suspend()
     assert len(steps(run)) < 12, "it was over before it could be interrupted"
-    asked = "sending the ranks a stop signal"
-    slurm.wait(job, lambda: asked in slurm.output(job), 120, "Slurm gave no signal")
+    args = "sending the ranks a stop signal"
+    slurm.wait(job, lambda: args in slurm.output(job), 120, "Slurm gave no signal")
     for process in paused:
         process.resume()
     slurm.wait(job, lambda: "requeued" in slurm.output(job), 60, "not queued again")
     stopped = read_status(run / "status.json")
     assert stopped is not None and 3 <= stopped.step < 12
     assert slurm.finished(job) == "COMPLETED", slurm.output(job)
-    told = slurm.output(job)
+    output = slurm.output(job)
     assert int(slurm.facts(job)["Restarts"]) >= 1
-    assert f"resumed {run}/checkpoints/step_{stopped.step:08d} at step {stopped.step}" in told
+    assert f"resumed {run}/checkpoints/step_{stopped.step:08d} at step {stopped.step}" in output
     # torchrun starts preempted ranks again: they end at once and leave the run as it is.
-    assert "is not taken up by a restart of its ranks" in told
+    assert "is not taken up by a restart of its ranks" in output
     straight, survived = steps(whole), steps(run)
     for name in ("step", "loss_hex", "grad_norm_hex", "consumed_samples"):
         assert [r[name] for r in survived] == [r[name] for r in straight]
-    print(told)
+    print(output)
 
 
 def test_a_job_that_saves_nothing_is_not_queued_for_ever(slurm: Slurm) -> None:
     run = slurm.folder / "idle"
-    words = [*TWIN, "train.steps=100000", "checkpoint.every=0"]
-    words += [f"run.dir={slurm.folder}", "run.name=idle"]
-    job = slurm.submit(["--nodes=1", "--time=10"], words, NPROC="2", MAX_REQUEUES="0")
+    overrides = [*TWIN, "train.steps=100000", "checkpoint.every=0"]
+    overrides += [f"run.dir={slurm.folder}", "run.name=idle"]
+    job = slurm.submit(["--nodes=1", "--time=10"], overrides, NPROC="2", MAX_REQUEUES="0")
     slurm.wait(job, lambda: bool(steps(run)), 100, "no step")
     slurm.call("scancel", "--batch", "--signal=USR1", str(job))
     assert slurm.finished(job, 60) == "FAILED"
@@ -308,8 +308,8 @@ def test_a_job_that_saves_nothing_is_not_queued_for_ever(slurm: Slurm) -> None:
 
 def test_ranks_that_are_told_to_stop_save_and_end_the_job(slurm: Slurm) -> None:
     run = slurm.folder / "ended"
-    words = [*TWIN, "train.steps=100000", f"run.dir={slurm.folder}", "run.name=ended"]
-    job = slurm.submit(["--nodes=1", "--time=10"], words, NPROC="2")
+    overrides = [*TWIN, "train.steps=100000", f"run.dir={slurm.folder}", "run.name=ended"]
+    job = slurm.submit(["--nodes=1", "--time=10"], overrides, NPROC="2")
     slurm.wait(job, lambda: bool(steps(run)), 100, "no step")
     slurm.call("scancel", "--signal=USR1", str(job))
     assert slurm.finished(job, 60) == "FAILED"

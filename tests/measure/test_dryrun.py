@@ -124,11 +124,11 @@ def test_peak_equals_a_real_ranks_at_the_twins_size(layout: Layout) -> None:
 )
 def test_state_is_planned_to_the_byte(layout: Layout) -> None:
     for name, optimizer in OPTIMIZERS.items():
-        words = [*LONG, *layout.overrides, *optimizer]
+        overrides = [*LONG, *layout.overrides, *optimizer]
         # The first and the last: another stage, and another part of each padded buffer.
         ends = [0, layout.world - 1]
-        [built] = run_world(fake_ranks, 1, words, layout.world, ends)
-        run = resolve_run(words, layout.world)
+        [built] = run_world(fake_ranks, 1, overrides, layout.world, ends)
+        run = resolve_run(overrides, layout.world)
         config, sizes = run.config, run.layout
         for rank, one in zip(ends, built, strict=True):
             state = rank_state(config, sizes, rank)
@@ -145,19 +145,19 @@ def rank_state(config: Any, layout: Any, rank: int) -> tuple[int, int, int]:
 @pytest.mark.world
 @pytest.mark.full
 def test_peers_are_alike_and_a_steady_schedule_repeats_itself() -> None:
-    words = [*LONG, *TP2_PP2_EP2.overrides, "dtype=bf16", "batch.global=8"]
-    [whole] = run_world(fake_ranks, 1, words, 4)
+    overrides = [*LONG, *TP2_PP2_EP2.overrides, "dtype=bf16", "batch.global=8"]
+    [whole] = run_world(fake_ranks, 1, overrides, 4)
     for one, peer in ((0, 1), (2, 3)):
         assert whole[one][:3] == whole[peer][:3]
         assert whole[one][3] == pytest.approx(whole[peer][3], abs=SCALARS)
     assert abs(whole[0][3] - whole[2][3]) > SCALARS
 
-    enough = enough_microbatches(resolve_run(words, 4).layout)
-    [short] = run_world(short_ranks, 1, words, 4, enough)
+    enough = enough_microbatches(resolve_run(overrides, 4).layout)
+    [short] = run_world(short_ranks, 1, overrides, 4, enough)
     for few, many in zip(short, whole, strict=True):
         assert few[:3] == many[:3]
         assert few[3] == pytest.approx(many[3], abs=SCALARS)
-    [shorter] = run_world(short_ranks, 1, words, 4, 1)
+    [shorter] = run_world(short_ranks, 1, overrides, 4, 1)
     assert shorter[0][3] < whole[0][3] - SCALARS
 
 
@@ -185,7 +185,7 @@ def updates(rank: int, one: int) -> list[list[int]]:
         before = tracker.live
         return int(watched_update(engine, tracker).bytes - before)
 
-    found = []
+    results = []
     for placement in PLACEMENTS:
         run = resolve_run(["experiment=moe_30b_8x64gb", *placement], 8)
         backend = cpu_backend(run.config)
@@ -198,8 +198,8 @@ def updates(rank: int, one: int) -> list[list[int]]:
                 sizes.append(added(tracker, engine))
             with mock.patch.object(gradient_norm, "PIECE", 1 << 60):
                 sizes.append(added(tracker, engine))
-            found.append(sizes)
-    return found
+            results.append(sizes)
+    return results
 
 
 @pytest.mark.world
@@ -219,11 +219,11 @@ def test_the_update_of_the_30b_adds_less_than_a_gigabyte() -> None:
 @pytest.mark.world
 def test_gradients_that_are_copied_whole_are_the_peak() -> None:
     """16-bit gradients without the precision-aware optimizer: Megatron makes fp32 copies."""
-    words = [*LONG, "optim.distributed=true", "optim.grad_dtype=bf16", "dtype=bf16",
+    overrides = [*LONG, "optim.distributed=true", "optim.grad_dtype=bf16", "dtype=bf16",
              "recompute=all", "model.hidden=512", "data.sequence=64"]  # fmt: skip
-    [[rank]] = run_world(fake_ranks, 1, words, 1)
+    [[rank]] = run_world(fake_ranks, 1, overrides, 1)
     assert rank[4] == "optimizer update"
-    run = resolve_run(words, 1)
+    run = resolve_run(overrides, 1)
     config, layout = run.config, run.layout
     plan = stage_memory(
         Plan(config, layout, VOCAB, assumptions=Assumptions(fused=False, fragmentation=0.0)), 0
@@ -241,15 +241,15 @@ def run_command(rank: int, one: int, argv: list[str]) -> int:
 @pytest.mark.world
 def test_command_reports_every_rank(tmp_path: Path) -> None:
     file = tmp_path / "dryrun.json"
-    asked = ["--ranks", "all", "--recompute", "none,all", "--json", str(file)]
-    words = [*LONG, *PP2_EP2_SPAN.overrides]
+    args = ["--ranks", "all", "--recompute", "none,all", "--json", str(file)]
+    overrides = [*LONG, *PP2_EP2_SPAN.overrides]
     busy = tmp_path / "busy.json"
     more = ["--ranks", "1", "--recompute", "none", "--imbalance", "1.5", "--device-like"]
     log = tmp_path / "log"
-    [code] = run_world(run_command, 1, ["dryrun", *words, *asked], log=log)
+    [code] = run_world(run_command, 1, ["dryrun", *overrides, *args], log=log)
     assert code == 0
     assert "micro-batch" in log.read_text()
-    [code] = run_world(run_command, 1, ["dryrun", *words, *more, "--json", str(busy)])
+    [code] = run_world(run_command, 1, ["dryrun", *overrides, *more, "--json", str(busy)])
     assert code == 0
     report = json.loads(file.read_text())
     assert [(one["rank"], one["recompute"]) for one in report["ranks"]] == [
@@ -270,8 +270,8 @@ def test_command_reports_every_rank(tmp_path: Path) -> None:
 def test_overlap_is_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
     from moe_train.cli import main
 
-    words = [*SMALL, *PP2_EP2_SPAN.overrides, "parallel.overlap_expert_comm=true"]
-    assert main(["dryrun", *words, "--world", "2"]) == 2
+    overrides = [*SMALL, *PP2_EP2_SPAN.overrides, "parallel.overlap_expert_comm=true"]
+    assert main(["dryrun", *overrides, "--world", "2"]) == 2
     assert "parallel.overlap_expert_comm" in capsys.readouterr().err
 
 
@@ -287,8 +287,8 @@ def test_senseless_questions_are_refused(
 ) -> None:
     from moe_train.cli import main
 
-    asked = [f"{words[0]}={words[1]}"]
-    assert main(["dryrun", *SMALL, "--world", "1", *asked]) == 2
+    args = [f"{words[0]}={words[1]}"]
+    assert main(["dryrun", *SMALL, "--world", "1", *args]) == 2
     assert words[0] in capsys.readouterr().err
 
 

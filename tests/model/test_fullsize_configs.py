@@ -44,9 +44,9 @@ MACHINE = {
 
 def cuda_process(experiment: str) -> Configs:
     """In a process of its own: the CPU backend's patches would answer for CUDA."""
-    words, world, _ = EXPERIMENTS[experiment]
+    overrides, world, _ = EXPERIMENTS[experiment]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.cuda_configs", str(world), *words],
+        [sys.executable, "-m", "tests.support.cuda_configs", str(world), *overrides],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -126,8 +126,8 @@ def test_the_mission_is_what_cuda_would_run(built: tuple[str, Configs]) -> None:
 
 def test_host_and_cuda_differ_in_kernels_only(built: tuple[str, Configs]) -> None:
     experiment, cuda = built
-    words, world, _ = EXPERIMENTS[experiment]
-    [host] = run_world(host_configs, 1, words, world)
+    overrides, world, _ = EXPERIMENTS[experiment]
+    [host] = run_world(host_configs, 1, overrides, world)
     for name, allowed in MACHINE.items():
         differing = {
             key: (value, host[name][key])

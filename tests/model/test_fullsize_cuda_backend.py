@@ -92,9 +92,9 @@ def test_torch_is_asked_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch)
     """So that CUDA has not started here before its environment is written."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(probe, "cuda_facts", lambda: pytest.fail("asked here"))
-    found = resolution._complete(Devices(complete=False, problem="nvidia-smi failed: x"))
-    assert not found.gpus and found.complete
-    assert found.problem.startswith("nvidia-smi failed: x; ")
+    result = resolution._complete(Devices(complete=False, problem="nvidia-smi failed: x"))
+    assert not result.gpus and result.complete
+    assert result.problem.startswith("nvidia-smi failed: x; ")
     monkeypatch.setattr(probe.sys, "executable", "/nowhere/python")
     assert "torch cannot list" in probe.torch_devices().problem
 

@@ -54,8 +54,8 @@ def count_ranks(
 @pytest.mark.world
 @pytest.mark.parametrize("reading", READINGS)
 def test_every_rank_is_built_as_planned(reading: str) -> None:
-    words, world = overrides(reading)
-    [(tag, total, counts)] = run_world(count_ranks, 1, words, world)
+    arguments, world = overrides(reading)
+    [(tag, total, counts)] = run_world(count_ranks, 1, arguments, world)
     assert tag == reading
     assert total == TOTAL
     assert len(counts) == world
@@ -65,6 +65,6 @@ def test_every_rank_is_built_as_planned(reading: str) -> None:
 
 @pytest.mark.world
 def test_rank_0_of_the_mission() -> None:
-    words, world = overrides("TP2.PP4.EP2")
-    [(_, _, counts)] = run_world(count_ranks, 1, words, world)
+    arguments, world = overrides("TP2.PP4.EP2")
+    [(_, _, counts)] = run_world(count_ranks, 1, arguments, world)
     assert counts[0][0] == 3_816_493_056

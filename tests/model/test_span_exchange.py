@@ -82,9 +82,9 @@ def test_a_lost_peer_is_named_with_tick_and_layer(
 ) -> None:
     with pytest.raises(HungError) as raised:
         all_to_all(failure, where, monkeypatch)
-    told = str(raised.value)
+    output = str(raised.value)
     for word in ("rank 5", "local layer 3", "tick 7, forward slot"):
-        assert word in told, told
+        assert word in output, output
     assert raised.value.__cause__ is failure
 
 

@@ -221,8 +221,8 @@ def test_the_missions_layout(reference: Any, sequences: int, recompute: list[str
     """TP2 x PP4 x EP8 on 8 ranks, with fewer, as many and more micro-batches than stages."""
     size = ["model.layers=8", "model.experts=16"]
     layout = ["parallel.placement=span", "parallel.tensor=2", "parallel.pipeline=4"]
-    words = [*size, *layout, "parallel.expert=8", *recompute]
-    steps = run_world(one_step, 8, words, sequences)
+    overrides = [*size, *layout, "parallel.expert=8", *recompute]
+    steps = run_world(one_step, 8, overrides, sequences)
     hold(steps, reference(sequences, *size))
     for rank, step in enumerate(steps):
         assert step.counts.forward_slots == step.counts.backward_slots == sequences + 3
@@ -267,9 +267,9 @@ def test_sixteen_bit_is_as_near_as_one_process_is() -> None:
     errors = []
     for world, layout in ((1, []), (4, TP2_PP2_EP4)):
         steps = run_world(one_step, world, [*layout, "dtype=bf16"], 4)
-        found = assemble([step.gradients for step in steps])
+        result = assemble([step.gradients for step in steps])
         errors.append({
-            key: float(np.linalg.norm(found[key] - exact[key]) / np.linalg.norm(exact[key]))
+            key: float(np.linalg.norm(result[key] - exact[key]) / np.linalg.norm(exact[key]))
             for key in exact
         })  # fmt: skip
     single, span = errors

@@ -51,8 +51,8 @@ def one_step(rank: int, world: int, words: list[str], apart: bool) -> tuple[Any,
     names = [name for name, _ in engine.chunks[0].named_parameters() if "linear_fc1" in name]
     tokens = np.random.default_rng(5).integers(0, 128, (4, 33))
     result = train_step(engine, micro_batches(engine, tokens), 1)
-    found = {(s.key, s.offset): s.data for s in gradient_shards(engine)}
-    return result.loss.hex(), found, matrices(engine.chunks), names
+    results = {(s.key, s.offset): s.data for s in gradient_shards(engine)}
+    return result.loss.hex(), results, matrices(engine.chunks), names
 
 
 @pytest.mark.world
@@ -291,5 +291,5 @@ def test_transformer_engine_takes_experts_without_rows(counts: list[int]) -> Non
     pytest.importorskip("transformer_engine.pytorch")
     from moe_train.gpu_check.tasks.te import zero_rows
 
-    found = zero_rows(256, 512, counts)
-    assert max(found.values()) < 0.02, found
+    result = zero_rows(256, 512, counts)
+    assert max(result.values()) < 0.02, result

@@ -47,10 +47,10 @@ class DeviceModule(threading.local):
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> DeviceModule:
     """A stand-in for ``torch.cuda`` whose device and stream are a thread's own, as there."""
-    found = DeviceModule()
-    found.log.clear()
-    monkeypatch.setattr(threads.torch, "get_device_module", lambda device: found)
-    return found
+    result = DeviceModule()
+    result.log.clear()
+    monkeypatch.setattr(threads.torch, "get_device_module", lambda device: result)
+    return result
 
 
 def test_the_second_half_runs_on_the_ranks_device(module: DeviceModule) -> None:

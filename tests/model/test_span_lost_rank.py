@@ -54,13 +54,13 @@ def dies_in_exchange(rank: int, world: int, words: list[str]) -> int:
 
 
 def test_the_others_end_and_name_rank_tick_and_layer(tmp_path: Path) -> None:
-    words = [*QUIET, f"run.dir={tmp_path}", "run.name=run", *SMALL]
+    overrides = [*QUIET, f"run.dir={tmp_path}", "run.name=run", *SMALL]
     log = tmp_path / "ranks.log"
-    alive, dead = run_world(dies_in_exchange, 2, words, log=log, tolerate=True)
+    alive, dead = run_world(dies_in_exchange, 2, overrides, log=log, tolerate=True)
     assert dead.failure and alive.value == EXIT_HUNG
-    told = log.read_text()
+    output = log.read_text()
     for word in ("rank 0", "all-to-all of local layer", "tick", "backward slot"):
-        assert word in told, told
-    assert "Traceback" not in told
+        assert word in output, output
+    assert "Traceback" not in output
     status = read_status(tmp_path / "run" / "status.json")
     assert status is not None and status.state == "failed" and "tick" in status.reason

@@ -257,28 +257,28 @@ def expected(case: Case) -> tuple[list[list[float]], torch.Tensor, torch.Tensor]
 def check(case: Case) -> None:
     wire = Wire()
     with simulated(wire):
-        found = run_ranks(
+        result = run_ranks(
             case.world, lambda rank: rank_program(case, wire, rank, case.microbatches), wire
         )
     for replica in range(case.data):
         ranks = [rank for rank in range(case.world) if rank % case.block // case.tensor == replica]
         ours = [wire.log[rank] for rank in ranks]
         assert all(log == ours[0] for log in ours)
-        walks = [found[rank]["log"] for rank in ranks]
+        walks = [result[rank]["log"] for rank in ranks]
         assert all(walk == walks[0] for walk in walks)
         slots = case.microbatches + case.stages - 1
         back = 0 if case.forward_only else slots
         assert len(ours[0]) == (3 * slots + 2 * back) * case.local_layers
-        assert all(found[rank]["slots"] == (slots, back) for rank in ranks)
+        assert all(result[rank]["slots"] == (slots, back) for rank in ranks)
     losses, dense, factors = expected(case)
     last = (case.stages - 1) * case.block
     for column in range(case.block):
-        assert found[last + column]["losses"] == pytest.approx(losses[column], rel=1e-5)
+        assert result[last + column]["losses"] == pytest.approx(losses[column], rel=1e-5)
     if case.forward_only:
         return
     for stage in range(case.stages):
         ranks = range(stage * case.block, (stage + 1) * case.block)
-        summed = sum(found[rank]["dense"] for rank in ranks)
+        summed = sum(result[rank]["dense"] for rank in ranks)
         low = stage * case.local_layers
         torch.testing.assert_close(
             summed, dense[low : low + case.local_layers], rtol=1e-4, atol=1e-5
@@ -291,7 +291,7 @@ def check(case: Case) -> None:
         first = (stage * case.tensor + inside) * case.per_rank
         for local in range(case.local_layers):
             for served in range(case.stages):
-                total = sum(found[copy]["experts"][local][served] for copy in copies)
+                total = sum(result[copy]["experts"][local][served] for copy in copies)
                 whole = factors[served * case.local_layers + local]
                 torch.testing.assert_close(
                     total, whole[first : first + case.per_rank], rtol=1e-4, atol=1e-5

@@ -72,12 +72,12 @@ def assert_same_checkpoint(
     interpreter: str, kernels: str, words: list[str], world: int
 ) -> list[set[Matrix]]:
     """Every rank of the CUDA backend writes what the host's writes; returns the former."""
-    told = ask(interpreter, "cuda_model", [*words, f"backend.kernels={kernels}"], world)
+    output = ask(interpreter, "cuda_model", [*words, f"backend.kernels={kernels}"], world)
     [host] = run_world(host_ranks, 1, words, world)
-    assert len(told) == len(host) == world
+    assert len(output) == len(host) == world
     cuda = []
     for rank, here in enumerate(host):
-        rows = [matrix(row) for row in told[rank]["matrices"]]
+        rows = [matrix(row) for row in output[rank]["matrices"]]
         doubled = [row for row, times in Counter(rows).items() if times > 1]
         assert not doubled, f"rank {rank} writes twice: {doubled[:3]}"
         there = set(rows)
@@ -86,7 +86,7 @@ def assert_same_checkpoint(
             f"rank {rank}: only on CUDA {sorted(there - here)[:3]}, "
             f"only on the host {sorted(here - there)[:3]}"
         )
-        assert told[rank]["parameters"] == sum(m.cells for m in there)
+        assert output[rank]["parameters"] == sum(m.cells for m in there)
         cuda.append(there)
     return cuda
 
@@ -96,21 +96,21 @@ def assert_same_checkpoint(
 @pytest.mark.timeout(BUILD_SECONDS + 1200)
 @pytest.mark.parametrize("reading", READINGS)
 def test_transformer_engine_writes_the_same_checkpoint(interpreter: str, reading: str) -> None:
-    words, world = overrides(reading)
-    assert whole_model(assert_same_checkpoint(interpreter, "te", words, world)) == TOTAL
+    arguments, world = overrides(reading)
+    assert whole_model(assert_same_checkpoint(interpreter, "te", arguments, world)) == TOTAL
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("reading", READINGS)
 def test_torch_kernels_write_the_same_checkpoint(reading: str) -> None:
-    words, world = overrides(reading)
-    assert whole_model(assert_same_checkpoint(sys.executable, "torch", words, world)) == TOTAL
+    arguments, world = overrides(reading)
+    assert whole_model(assert_same_checkpoint(sys.executable, "torch", arguments, world)) == TOTAL
 
 
 def test_torch_kernels_of_a_small_model_write_the_same_checkpoint() -> None:
-    words = ["experiment=single", "model.experts=4", "parallel.tensor=2", "parallel.expert=2"]
-    words += ["model.vocab=256", "model.layers=2", "model.shared_expert_hidden=32"]
-    whole_model(assert_same_checkpoint(sys.executable, "torch", words, 2))
+    arguments = ["experiment=single", "model.experts=4", "parallel.tensor=2", "parallel.expert=2"]
+    arguments += ["model.vocab=256", "model.layers=2", "model.shared_expert_hidden=32"]
+    whole_model(assert_same_checkpoint(sys.executable, "torch", arguments, 2))
 
 
 @pytest.mark.full
@@ -121,6 +121,6 @@ def test_the_real_engine_answers_as_the_default_suite_assumes(
     interpreter: str, experiment: str
 ) -> None:
     """Configs are checked without TransformerEngine elsewhere; here it is asked itself."""
-    words, world, _ = EXPERIMENTS[experiment]
-    real = ask(interpreter, "cuda_configs", words, world)
+    arguments, world, _ = EXPERIMENTS[experiment]
+    real = ask(interpreter, "cuda_configs", arguments, world)
     assert real == cuda_process(experiment)

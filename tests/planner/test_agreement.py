@@ -92,20 +92,20 @@ LONG = [
 @pytest.mark.parametrize(("device", "seed", "number"), [*BATCHES, *LONG])
 def test_megatron_accepts_and_refuses_the_same(device: str, seed: int, number: int) -> None:
     chance, start = random.Random(f"{device}{seed}"), base(device)
-    asked: list[tuple[dict[str, Any], int]] = []
+    args: list[tuple[dict[str, Any], int]] = []
     planner: list[list[ConfigError]] = []
     for _ in range(number):
         config, world, _ = draw(chance, start, "stage")
         config = resolve(config, world)
-        asked.append((to_mapping(config), world))
+        args.append((to_mapping(config), world))
         planner.append(check(config, world))
-    [megatron] = run_world(refusals, 1, asked, timeout=500)
+    [megatron] = run_world(refusals, 1, args, timeout=500)
     tally: Counter[tuple[bool, bool]] = Counter()
-    for (config_, world), faults, said in zip(asked, planner, megatron, strict=True):
-        tally[(not faults, not said)] += 1
+    for (config_, world), faults, lines in zip(args, planner, megatron, strict=True):
+        tally[(not faults, not lines)] += 1
         if not faults:
-            assert not said, f"accepted on {world} ranks, but Megatron says {said}: {config_}"
-        elif not said:
+            assert not lines, f"accepted on {world} ranks, but Megatron says {lines}: {config_}"
+        elif not lines:
             strict = [fault for fault in faults if not on_purpose(fault)]
             assert not strict, f"Megatron accepts on {world} ranks: {strict}, {config_}"
     agreed = tally[(True, True)], tally[(False, False)]

@@ -120,8 +120,8 @@ def test_solved_conditions_hold_at_their_edges_and_not_beyond(
     judged: tuple[Estimate, dict[str, Verdict]], document: Document, name: str
 ) -> None:
     verdict = judged[1][name]
-    words = verdict.condition.replace(",", "").split()
-    low, high = int(words[2]), int(words[4])
+    arguments = verdict.condition.replace(",", "").split()
+    low, high = int(arguments[2]), int(arguments[4])
     assert low < high < 4096
     for sequence, holds in ((low, True), (high, True), (low - 2, False), (high + 2, False)):
         micro = max(round(4096 / sequence), 1) if verdict.claim.hold_tokens else 1
@@ -160,9 +160,9 @@ def test_the_faster_layout_is_named_and_is_faster(
     judged: tuple[Estimate, dict[str, Verdict]], document: Document
 ) -> None:
     subject, by_id = judged
-    words = by_id["8.6"].reason.partition("(")[2].partition(")")[0].split()
-    assert len(words) == 5
-    run = resolve_run([*document.overrides, *words], 8)
+    overrides = by_id["8.6"].reason.partition("(")[2].partition(")")[0].split()
+    assert len(overrides) == 5
+    run = resolve_run([*document.overrides, *overrides], 8)
     faster = Estimate.of(run, subject.assumptions)
     assert faster.worst.total <= 64e9
     assert faster.time.sequences == subject.time.sequences
@@ -182,10 +182,10 @@ def test_a_solved_condition_fits_the_device(judged: tuple[Estimate, dict[str, Ve
 
 def test_another_machine_gives_other_verdicts(document: Document) -> None:
     _, verdicts = open_plan(document, ["hardware=h200_141gb"], 8, Assumptions())
-    found = {verdict.claim.id: verdict for verdict in verdicts}
-    assert found["5.7"].kind == CONFIRMED  # 8 devices a node
-    assert found["1.4"].kind == REFUTED  # 8 x 141 GB
-    assert found["6.4"].kind != CONFIRMED
+    result = {verdict.claim.id: verdict for verdict in verdicts}
+    assert result["5.7"].kind == CONFIRMED  # 8 devices a node
+    assert result["1.4"].kind == REFUTED  # 8 x 141 GB
+    assert result["6.4"].kind != CONFIRMED
 
 
 def test_every_figure_and_tick_has_a_row(document: Document) -> None:
@@ -212,13 +212,13 @@ def test_solver_finds_the_range_of_a_monotone_quantity(
     def value(x: int) -> float:
         return scale * (x if slope > 0 else 1e6 / x)
 
-    found = solve(claim, value, unit)
+    result = solve(claim, value, unit)
     lowest, highest = max(16 // unit, 1) * unit, 131072
     hits = _candidates(claim, slope, scale, unit, lowest, highest)
     if not hits:
-        assert found.low is None
+        assert result.low is None
         return
-    assert (found.low, found.high) == (hits[0], hits[-1])
+    assert (result.low, result.high) == (hits[0], hits[-1])
 
 
 def _candidates(
@@ -307,8 +307,16 @@ def test_reports_have_the_documents_sections(
 
 def test_command_writes_both_reports(tmp_path: Path) -> None:
     markdown, data = tmp_path / "c.md", tmp_path / "c.json"
-    words = ["plan", "--claims", "source_document", "--report", str(markdown), "--json", str(data)]
-    assert main(words) == 0
+    overrides = [
+        "plan",
+        "--claims",
+        "source_document",
+        "--report",
+        str(markdown),
+        "--json",
+        str(data),
+    ]
+    assert main(overrides) == 0
     assert markdown.read_text().startswith("# Parallel strategy verification")
     assert json.loads(data.read_text())["world"] == 8
 

@@ -29,15 +29,15 @@ RANKS = range(1, 17)
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("gpus", GPUS)
 def test_one_node(gpus: int, ranks: int) -> None:
-    found = outcome(tables((ranks, node(gpus))))
+    result = outcome(tables((ranks, node(gpus))))
     if 0 < gpus < ranks:
-        assert isinstance(found, str)
-        assert f"has {gpus} GPU" in found and f"for {ranks} ranks" in found
-        assert f"--nproc-per-node {gpus}" in found and "device=cpu" in found
+        assert isinstance(result, str)
+        assert f"has {gpus} GPU" in result and f"for {ranks} ranks" in result
+        assert f"--nproc-per-node {gpus}" in result and "device=cpu" in result
         return
-    assert isinstance(found, ResolvedRun), found
-    sensible(found, ranks, "cuda" if gpus else "cpu")
-    config = found.config
+    assert isinstance(result, ResolvedRun), result
+    sensible(result, ranks, "cuda" if gpus else "cpu")
+    config = result.config
     if not gpus:
         assert (config.experiment, config.hardware.name) == ("twin", "cpu")
         return
@@ -55,8 +55,8 @@ def test_a_cpu_is_had_by_asking_on_any_machine(ranks: int) -> None:
 
 
 def test_cuda_by_name_is_refused_without_a_gpu_on_any_node() -> None:
-    found = outcome(tables((2, ())), "device=cuda")
-    assert isinstance(found, str) and "shows no usable GPU" in found
+    result = outcome(tables((2, ())), "device=cuda")
+    assert isinstance(result, str) and "shows no usable GPU" in result
     assert isinstance(outcome(tables((2, node(2)), (2, ())), "device=cuda"), str)
     sensible(resolve_on_devices(["device=cuda"], tables((2, node(2)))), 2, "cuda")
 
@@ -65,29 +65,29 @@ def test_cuda_by_name_is_refused_without_a_gpu_on_any_node() -> None:
 @pytest.mark.parametrize("second", GPUS)
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_two_nodes(first: int, second: int, ranks: int) -> None:
-    found = outcome(tables((ranks, node(first)), (ranks, node(second, name="b"))))
+    result = outcome(tables((ranks, node(first)), (ranks, node(second, name="b"))))
     if first == second == 0:
-        assert isinstance(found, ResolvedRun)
-        sensible(found, 2 * ranks, "cpu")
+        assert isinstance(result, ResolvedRun)
+        sensible(result, 2 * ranks, "cpu")
     elif min(first, second) >= ranks:
-        assert isinstance(found, ResolvedRun), found
-        sensible(found, 2 * ranks, "cuda")
-        assert found.config.hardware.devices_per_node == ranks
+        assert isinstance(result, ResolvedRun), result
+        sensible(result, 2 * ranks, "cuda")
+        assert result.config.hardware.devices_per_node == ranks
     else:
-        assert isinstance(found, str)
+        assert isinstance(result, str)
         for number, gpus in enumerate((first, second)):
-            assert (f"node {number} " in found) == (gpus < ranks)
-        assert "device=cpu" in found
+            assert (f"node {number} " in result) == (gpus < ranks)
+        assert "device=cpu" in result
 
 
 def test_nodes_of_different_kinds_go_by_the_weaker() -> None:
     for order in ((H100, A100), (A100, H100)):
         seen = tables((4, node(4, order[0])), (4, node(4, order[1], "b")))
-        found = resolve_on_devices([], seen)
-        hardware = found.config.hardware
+        result = resolve_on_devices([], seen)
+        hardware = result.config.hardware
         assert (hardware.name, hardware.memory_gb) == ("a100_64gb", A100[1])
-        assert any("different kinds" in note for note in found.notes)
-        assert any("68.2 to 85.5 GB" in note for note in found.notes)
+        assert any("different kinds" in note for note in result.notes)
+        assert any("68.2 to 85.5 GB" in note for note in result.notes)
     # One of them unknown: nothing is known of the run.
     seen = tables((4, node(4)), (4, node(4, ("NVIDIA Z9", 90.0), "b")))
     assert resolve_on_devices([], seen).config.hardware.name == UNKNOWN
@@ -107,11 +107,11 @@ def test_ranks_that_the_launcher_shows_one_gpu_each() -> None:
     seen = [replace(table, gpus=(gpus[n],)) for n, table in enumerate(tables((4, gpus)))]
     sensible(resolve_on_devices([], seen), 4, "cuda")
     seen[3] = replace(seen[3], gpus=(gpus[0],))
-    found = outcome(seen)
-    assert isinstance(found, str) and "different GPUs" in found
+    result = outcome(seen)
+    assert isinstance(result, str) and "different GPUs" in result
     seen[3] = replace(seen[3], gpus=())
-    found = outcome(seen)
-    assert isinstance(found, str) and "0 to rank 3" in found
+    result = outcome(seen)
+    assert isinstance(result, str) and "0 to rank 3" in result
 
 
 def test_idle_gpus_and_doubts_are_told() -> None:
@@ -200,9 +200,9 @@ LINES = "\n".join(f"{n}, GPU-{n}, {H100[0]}, 81559" for n in range(4))
 
 def test_the_driver_s_table(tmp_path: Path) -> None:
     shown = smi(tmp_path / "four", f"cat <<END\n{LINES}\nEND")
-    found = read_devices(shown, tmp_path)
-    assert [gpu.uuid for gpu in found.gpus] == ["GPU-0", "GPU-1", "GPU-2", "GPU-3"]
-    assert found.gpus[0].memory_gb == pytest.approx(85.5, abs=0.1)
+    result = read_devices(shown, tmp_path)
+    assert [gpu.uuid for gpu in result.gpus] == ["GPU-0", "GPU-1", "GPU-2", "GPU-3"]
+    assert result.gpus[0].memory_gb == pytest.approx(85.5, abs=0.1)
     chosen = read_devices({**shown, "CUDA_VISIBLE_DEVICES": "GPU-3,GPU-1"}, tmp_path)
     assert [gpu.uuid for gpu in chosen.gpus] == ["GPU-3", "GPU-1"]
     assert not read_devices({**shown, "CUDA_VISIBLE_DEVICES": ""}, tmp_path).gpus
@@ -227,11 +227,11 @@ def test_entries_that_name_no_gpu_are_reported(
     tmp_path: Path, wanted: str, shown: int, said: str
 ) -> None:
     machine = smi(tmp_path / "four", f"cat <<END\n{LINES}\nEND")
-    found = read_devices({**machine, "CUDA_VISIBLE_DEVICES": wanted}, tmp_path)
-    assert found.complete and len(found.gpus) == shown
-    assert said in found.problem and bool(said) == bool(found.problem)
+    result = read_devices({**machine, "CUDA_VISIBLE_DEVICES": wanted}, tmp_path)
+    assert result.complete and len(result.gpus) == shown
+    assert said in result.problem and bool(said) == bool(result.problem)
     if shown and said:
-        seen = [replace(table, problem=found.problem) for table in tables((1, found.gpus))]
+        seen = [replace(table, problem=result.problem) for table in tables((1, result.gpus))]
         assert any(said in note for note in resolve_on_devices([], seen).notes)
 
 
@@ -248,8 +248,8 @@ def test_torch_has_to_see_what_the_plan_was_made_from(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory)
     )
     listed = Devices(tuple(parse_table(LINES)))
-    found = disagreement(torch.device("cuda", 3), listed)
-    assert said in found and bool(said) == bool(found)
+    result = disagreement(torch.device("cuda", 3), listed)
+    assert said in result and bool(said) == bool(result)
 
 
 def test_a_gpu_that_cannot_be_taken_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,8 +272,8 @@ def test_a_plan_prices_the_kernels_that_would_run(monkeypatch: pytest.MonkeyPatc
     need = {}
     for kernels, installed in (("te", False), ("torch", True), ("auto", True), ("auto", False)):
         monkeypatch.setattr(kernel_sets, "transformer_engine_installed", lambda i=installed: i)
-        words = ["experiment=gpu_3b", f"backend.kernels={kernels}"]
-        run = resolve_on_devices(words, seen)
+        overrides = ["experiment=gpu_3b", f"backend.kernels={kernels}"]
+        run = resolve_on_devices(overrides, seen)
         report = estimate(run).report()
         need[kernels, installed] = max(s["total_bytes"] for s in report["memory"]["stages"])
         taken = {"auto": "te" if installed else "torch"}.get(kernels, kernels)
@@ -283,8 +283,8 @@ def test_a_plan_prices_the_kernels_that_would_run(monkeypatch: pytest.MonkeyPatc
 
 def test_what_nvidia_smi_does_not_say(tmp_path: Path) -> None:
     failing = smi(tmp_path / "failing", "echo 'Driver/library version mismatch'; exit 18")
-    found = read_devices(failing, tmp_path)
-    assert not found.complete and "version mismatch" in found.problem
+    result = read_devices(failing, tmp_path)
+    assert not result.complete and "version mismatch" in result.problem
     garbled = smi(tmp_path / "garbled", "echo a, b")
     assert not read_devices(garbled, tmp_path).complete
     without = read_devices(smi(tmp_path / "na", "echo 0, GPU-0, NVIDIA GB10, [N/A]"), tmp_path)

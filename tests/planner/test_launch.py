@@ -89,29 +89,29 @@ def test_the_twin_fits_a_small_gpu() -> None:
 
 @pytest.mark.parametrize("word", ["dtype=fp8", "parallel.context=2", "parallel.dispatcher=flex"])
 def test_a_machine_without_gpus_refuses_what_only_gpus_do(word: str) -> None:
-    words = ["experiment=single", word]
-    for asked in (words, [*words, "device=cpu"]):
+    overrides = ["experiment=single", word]
+    for args in (overrides, [*overrides, "device=cpu"]):
         with pytest.raises(ConfigFaults) as refused:
-            resolve_on_devices(asked, seen(2, 0.0))
+            resolve_on_devices(args, seen(2, 0.0))
         assert word.partition("=")[0] in {fault.field for fault in refused.value.faults}
 
 
 def test_the_plan_says_what_a_parameter_costs(capsys: pytest.CaptureFixture[str]) -> None:
     """So that a reader sees where 18, 12 and the figure without an optimizer come from."""
     assert main(["plan", *PRECISION]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "2 weight + 4 gradient + 4 master + 8 moments = 18" in told
-    assert "2 weight + 2 gradient + 4 master + 4 moments = 12" in told
-    assert "without an optimizer are weights, gradients and activations" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "2 weight + 4 gradient + 4 master + 8 moments = 18" in output
+    assert "2 weight + 2 gradient + 4 master + 4 moments = 12" in output
+    assert "without an optimizer are weights, gradients and activations" in output
 
 
 def test_a_plan_for_hardware_without_the_dtype_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [*PRECISION, "parallel.placement=stage", "dtype=fp8"]
-    assert main(["plan", *words]) == EXIT_CONFIG
+    overrides = [*PRECISION, "parallel.placement=stage", "dtype=fp8"]
+    assert main(["plan", *overrides]) == EXIT_CONFIG
     assert "a100_64gb has no fp8" in capsys.readouterr().err
-    assert main(["plan", *words, "hardware=h100_64gb"]) == 0
+    assert main(["plan", *overrides, "hardware=h100_64gb"]) == 0
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -120,22 +120,22 @@ def test_a_run_plans_with_the_kernels_that_are_here(
 ) -> None:
     """fp8 is TransformerEngine's: without it a run is refused before anything is started."""
     monkeypatch.setattr(kernels, "transformer_engine_installed", lambda: installed)
-    words = ["experiment=twin", "dtype=fp8", "model.expert_hidden=64", "parallel=single"]
-    words += ["model.hidden=64", "data.sequence=128"]
+    overrides = ["experiment=twin", "dtype=fp8", "model.expert_hidden=64", "parallel=single"]
+    overrides += ["model.hidden=64", "data.sequence=128"]
     if installed:
-        resolve_on_devices(words, seen(1, 64.0))
+        resolve_on_devices(overrides, seen(1, 64.0))
         return
     with pytest.raises(ConfigFaults, match="fp8 needs TransformerEngine"):
-        resolve_on_devices(words, seen(1, 64.0))
+        resolve_on_devices(overrides, seen(1, 64.0))
 
 
 def test_the_plan_shows_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "plan.json"
-    words = ["experiment=moe_30b_8x64gb", "--json", str(target)]
-    assert main(["plan", *words, "backend.kernels=torch"]) == 0
+    overrides = ["experiment=moe_30b_8x64gb", "--json", str(target)]
+    assert main(["plan", *overrides, "backend.kernels=torch"]) == 0
     assert "Kernels: torch (backend.kernels=torch)" in capsys.readouterr().out
     ours = json.loads(target.read_text())["kernels"]
-    assert main(["plan", *words, "backend.kernels=te"]) == 0
+    assert main(["plan", *overrides, "backend.kernels=te"]) == 0
     theirs = json.loads(target.read_text())["kernels"]
     assert (ours["name"], theirs["name"]) == ("torch", "te")
     assert ours["settings"]["moe_permute_fusion"]["value"] is False

@@ -116,24 +116,24 @@ def faults(overrides: list[str], world: int) -> dict[str, str]:
     ],
 )  # fmt: skip
 def test_a_violated_rule_is_named(overrides: list[str], world: int, field: str, word: str) -> None:
-    found = faults(overrides, world)
-    assert field in found, found
-    assert word in found[field]
+    result = faults(overrides, world)
+    assert field in result, result
+    assert word in result[field]
 
 
 def test_faults_of_form_value_and_layout_come_together() -> None:
-    found = faults(["model.layer=3", "optim.lr=-1", "parallel=tp2_pp4_ep8", "batch.global=3"], 8)
-    assert {"model.layer", "optim.lr", "world size"} <= set(found)
+    result = faults(["model.layer=3", "optim.lr=-1", "parallel=tp2_pp4_ep8", "batch.global=3"], 8)
+    assert {"model.layer", "optim.lr", "world size"} <= set(result)
 
 
 def test_a_refused_value_does_not_bring_faults_of_its_default() -> None:
-    found = faults(['model.experts="64"', "parallel.expert=2"], 2)
-    assert set(found) == {"model.experts"}
+    result = faults(['model.experts="64"', "parallel.expert=2"], 2)
+    assert set(result) == {"model.experts"}
 
 
 def test_named_layouts_are_legal_when_pasted() -> None:
-    found = faults(["parallel=tp2_pp4_ep8"], 8)
-    lines = [line.split() for line in found["world size"].splitlines()[1:]]
+    result = faults(["parallel=tp2_pp4_ep8"], 8)
+    lines = [line.split() for line in result["world size"].splitlines()[1:]]
     assert lines
     for line in lines:
         layout = resolve_run(line, 8).layout
@@ -186,10 +186,10 @@ def test_interleaved_overlap_is_legal_when_its_conditions_hold() -> None:
 
 def test_search_yields_legal_layouts_only_and_keeps_what_is_set() -> None:
     config = compose(["parallel.tensor=2"])
-    found = legal_layouts(config, 16)
-    assert found
-    assert {one.tensor for one in found} == {2}
-    for one in found:
+    result = legal_layouts(config, 16)
+    assert result
+    assert {one.tensor for one in result} == {2}
+    for one in result:
         pasted = compose(["parallel=auto", *one.overrides()])
         assert check(resolve(pasted, 16), 16) == []
         assert layout_of(resolve(pasted, 16), 16) == one

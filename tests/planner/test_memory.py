@@ -57,8 +57,8 @@ def test_bytes_of_a_parameter(name: str, each: int) -> None:
 
 def test_variants_are_what_their_overrides_compose() -> None:
     config = resolve_run(REFERENCE, 8).config
-    for changed, words in variants(config).values():
-        pasted = compose([*REFERENCE, *words.split()]).optim
+    for changed, overrides in variants(config).values():
+        pasted = compose([*REFERENCE, *overrides.split()]).optim
         kept = ("distributed", "precision_aware", "moment_dtype", "offload")
         assert {k: getattr(pasted, k) for k in kept} == {k: getattr(changed.optim, k) for k in kept}
 
@@ -91,10 +91,10 @@ def test_distribution_divides_dense_and_expert_state_by_their_own_replicas() -> 
 @pytest.mark.parametrize("name", READINGS)
 @pytest.mark.parametrize("fused", [True, False])
 def test_recomputation_orders_memory(name: str, fused: bool) -> None:
-    words, world = READINGS[name]
+    overrides, world = READINGS[name]
     needs: list[list[StageMemory]] = []
     for layers in ("none", "2-15", "all"):
-        run = resolve_run([*words, f"recompute.layers={layers}"], world)
+        run = resolve_run([*overrides, f"recompute.layers={layers}"], world)
         config, layout = run.config, run.layout
         needs.append(plan_memory(Plan(config, layout, VOCAB, assumptions=Assumptions(fused=fused))))
     for stages in zip(*needs, strict=True):
@@ -172,8 +172,8 @@ def test_a_plan_that_does_not_fit_is_refused(
     words: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", *REFERENCE, *words]) == code
-    told = capsys.readouterr().err
-    assert ("optim=precision_aware" in told) == (code == 2)
+    output = capsys.readouterr().err
+    assert ("optim=precision_aware" in output) == (code == 2)
 
 
 def test_named_remedies_fit_when_pasted() -> None:
@@ -181,9 +181,9 @@ def test_named_remedies_fit_when_pasted() -> None:
     fault = memory_fault(Plan.of(run))
     assert fault is not None and fault.exit_code == 2
     for line in fault.fix.split("\n"):
-        words = line.strip().removeprefix("or ").partition(" (")[0].split()
-        run = resolve_run([*REFERENCE, "optim=adam", *words], 8)
-        assert memory_fault(Plan.of(run)) is None, words
+        overrides = line.strip().removeprefix("or ").partition(" (")[0].split()
+        run = resolve_run([*REFERENCE, "optim=adam", *overrides], 8)
+        assert memory_fault(Plan.of(run)) is None, overrides
 
 
 def test_a_cpu_is_only_warned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,9 +72,9 @@ def test_bubble_of_interleaved_stages(stages: int, rounds: int, chunks: int, rat
     """With micro-batches in whole groups of P, as Megatron asks for."""
     batches = rounds * stages
     graph = piped_graph(uniform(stages, batches, chunks, 1.0, ratio), "interleaved", "stage")
-    found = time_graph(graph).bubble
-    assert found == pytest.approx((stages - 1) / (chunks * batches + stages - 1))
-    assert found == pytest.approx(bubble(stages, batches, chunks))
+    result = time_graph(graph).bubble
+    assert result == pytest.approx((stages - 1) / (chunks * batches + stages - 1))
+    assert result == pytest.approx(bubble(stages, batches, chunks))
 
 
 @settings(deadline=None, max_examples=50)
@@ -84,10 +84,10 @@ def test_bubble_of_spanning_stages(
 ) -> None:
     """Dense work waits as in 1F1B; experts never do."""
     work = spanning(stages, batches, layers, dense, experts)
-    found = time_graph(span_graph(work, "stage")).bubble
-    assert found == pytest.approx(span_bubble(stages, batches, 3 * dense, 3 * experts), abs=1e-9)
+    result = time_graph(span_graph(work, "stage")).bubble
+    assert result == pytest.approx(span_bubble(stages, batches, 3 * dense, 3 * experts), abs=1e-9)
     layered = time_graph(span_graph(work, "layer")).bubble
-    assert layered == pytest.approx(found, abs=1e-9)
+    assert layered == pytest.approx(result, abs=1e-9)
     pure = time_graph(span_graph(spanning(stages, batches, layers, 1.0, 0.0), "layer")).bubble
     assert pure == pytest.approx(bubble(stages, batches))
     assert time_graph(span_graph(spanning(stages, batches, layers, 0.0, 1.0), "layer")).bubble == (

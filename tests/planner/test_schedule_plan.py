@@ -82,8 +82,8 @@ def test_pieces_add_up_to_the_planners_layer(words: list[str]) -> None:
 @pytest.mark.parametrize("words", [STAGE, MISSION, V2])
 def test_the_longest_path_agrees_with_the_planners_formula(words: list[str]) -> None:
     """Formulas know no uneven stages in the middle: a few per cent, not a bound."""
-    found = built(*words, detail="layer")
-    assert found.timing.step == pytest.approx(found.predicted.step, rel=0.05)
+    result = built(*words, detail="layer")
+    assert result.timing.step == pytest.approx(result.predicted.step, rel=0.05)
 
 
 @pytest.mark.parametrize("detail", ["stage", "layer"])
@@ -198,9 +198,9 @@ def test_pictures_of_the_docs_are_drawn_by_their_commands(tmp_path: Path) -> Non
     assert sorted(name for _, name in commands) == sorted(
         path.name for path in (docs / "pictures").iterdir()
     )
-    words, name = commands[0]
+    overrides, name = commands[0]
     target = tmp_path / name
-    assert cli.main(["schedule", *shared.split(), *words.split(), "--figure", str(target)]) == 0
+    assert cli.main(["schedule", *shared.split(), *overrides.split(), "--figure", str(target)]) == 0
     assert b"<svg" in target.read_bytes()
     used = {
         name

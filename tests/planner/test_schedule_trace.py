@@ -29,10 +29,10 @@ DEALT = [*SHORT, "parallel.pipeline=2", "parallel.virtual_pipeline=2", "recomput
 
 def spans(trace: dict[str, Any], *categories: str) -> list[dict[str, Any]]:
     """Spans of some categories by time; of all without any."""
-    found = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    results = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     if categories:
-        found = [event for event in found if event["cat"] in categories]
-    return sorted(found, key=lambda event: event["ts"])
+        results = [event for event in results if event["cat"] in categories]
+    return sorted(results, key=lambda event: event["ts"])
 
 
 def assert_nested(trace: dict[str, Any]) -> None:
@@ -108,8 +108,8 @@ def test_measured_span_shows_every_half(span_run: Run) -> None:
 @pytest.mark.world
 def test_measured_turns_have_tracks_of_their_own(tmp_path: Path) -> None:
     """Halves that take turns overlap in time: the second one has a track for itself."""
-    words = [*SPAN, "train.trace=true", "parallel.overlap_expert_comm=true"]
-    run = train_run(tmp_path / "run", words, 2)
+    overrides = [*SPAN, "train.trace=true", "parallel.overlap_expert_comm=true"]
+    run = train_run(tmp_path / "run", overrides, 2)
     assert run.codes == [0, 0]
     trace = json.loads((run.folder / "trace.json").read_text())
     assert check_trace(trace) == []
@@ -208,7 +208,11 @@ def test_half_an_arrow_and_no_list_are_found() -> None:
 
 
 def test_combined_passes_cannot_be_told_apart() -> None:
-    words = ["train.trace=true", "parallel.overlap_expert_comm=true", "parallel.placement=stage"]
+    overrides = [
+        "train.trace=true",
+        "parallel.overlap_expert_comm=true",
+        "parallel.placement=stage",
+    ]
     with pytest.raises(ConfigFaults, match="train.trace"):
-        compose(words)
-    assert compose([*words[:2], "parallel.placement=span"]).train.trace
+        compose(overrides)
+    assert compose([*overrides[:2], "parallel.placement=span"]).train.trace

@@ -54,6 +54,6 @@ def test_never_faster_than_alone_or_than_the_cores(
 
 def test_regular_times_queue_for_less() -> None:
     least, most = 2.0, shared_seconds(4, 2, 0.6, 2.0, variation=1.0)
-    found = [shared_seconds(4, 2, 0.6, 2.0, variation) for variation in (0.0, 0.25, 0.5, 1.0)]
-    assert found == sorted(found) and found[-1] == most
-    assert (found[0] - least) / (most - least) == pytest.approx(0.5)
+    results = [shared_seconds(4, 2, 0.6, 2.0, variation) for variation in (0.0, 0.25, 0.5, 1.0)]
+    assert results == sorted(results) and results[-1] == most
+    assert (results[0] - least) / (most - least) == pytest.approx(0.5)

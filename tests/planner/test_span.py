@@ -40,24 +40,24 @@ def seconds(machine: str, words: list[str], sequences: int) -> float:
 
 def table() -> tuple[str, dict[tuple[str, str, int], float]]:
     """The Markdown table, and its numbers."""
-    found = {
-        (machine, name, count): seconds(machine, words, count)
+    result = {
+        (machine, name, count): seconds(machine, overrides, count)
         for machine in MACHINES
-        for name, words in LAYOUTS.items()
+        for name, overrides in LAYOUTS.items()
         for count in COUNTS
     }
     text = "| machine | layout | " + " | ".join(f"{n} sequences" for n in COUNTS) + " |\n"
     text += "|" + "---|" * (2 + len(COUNTS)) + "\n"
-    for machine, said in MACHINES.items():
-        best = [min(found[machine, name, n] for name in LAYOUTS) for n in COUNTS]
+    for machine, lines in MACHINES.items():
+        best = [min(result[machine, name, n] for name in LAYOUTS) for n in COUNTS]
         for name in LAYOUTS:
-            times = [found[machine, name, n] for n in COUNTS]
+            times = [result[machine, name, n] for n in COUNTS]
             cells = [
                 f"**{t:.2f} s**" if t == least else f"{t:.2f} s"
                 for t, least in zip(times, best, strict=True)
             ]
-            text += f"| {said} | {name} | " + " | ".join(cells) + " |\n"
-    return text, found
+            text += f"| {lines} | {name} | " + " | ".join(cells) + " |\n"
+    return text, result
 
 
 def test_the_documents_table_is_the_planners() -> None:
@@ -72,10 +72,10 @@ def test_the_documents_table_is_the_planners() -> None:
 
 
 def test_overlap_never_costs_and_span_wins_where_it_should() -> None:
-    _, found = table()
-    for (machine, name, count), time in found.items():
+    _, result = table()
+    for (machine, name, count), time in result.items():
         if name == "span":
-            assert found[machine, "span, overlapped", count] <= time
+            assert result[machine, "span, overlapped", count] <= time
     # Few micro-batches and fast links favour span over plain 1F1B; slow links favour stage.
-    assert found["h100_80gb", "span", 8] < found["h100_80gb", "stage EP2, 1F1B", 8]
-    assert found["a100_64gb", "span", 32] > found["a100_64gb", "stage EP2, 1F1B", 32]
+    assert result["h100_80gb", "span", 8] < result["h100_80gb", "stage EP2, 1F1B", 8]
+    assert result["a100_64gb", "span", 32] > result["a100_64gb", "stage EP2, 1F1B", 32]

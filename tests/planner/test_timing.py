@@ -235,14 +235,16 @@ def test_the_traffic_reports_seconds_are_the_step_times(words: list[str]) -> Non
 def test_backward_moves_the_weights_gradients() -> None:
     """Bytes of an infinitely fast device whose only limit is memory, counted tensor by tensor."""
     fast = {"fp32": 1e12, "bf16": 1e12}
-    for words, kind, moved in (
+    for overrides, kind, moved in (
         # fp32 on the host: W for inputs' gradients; dW written; dW and buffer read, buffer written
         (["dtype=fp32"], "cpu", 4 + 4 + 4 + 4 + 4),
         # bf16 with fp32 buffers, fused: W; the buffer read and written
         (["dtype=bf16", "optim.precision_aware=false", "optim.grad_dtype=fp32"],
          "accelerator", 2 + 4 + 4),
     ):  # fmt: skip
-        config, layout = plan("experiment=twin", "parallel=single", "device=cpu", *words, world=1)
+        config, layout = plan(
+            "experiment=twin", "parallel=single", "device=cpu", *overrides, world=1
+        )
         hardware = HardwareConfig(
             kind=kind, peak_tflops=fast, memory_gbps=1.0, memory_efficiency=1.0
         )
@@ -296,8 +298,8 @@ def test_ranking_puts_what_fits_first_and_then_the_fastest() -> None:
 def test_automatic_layouts_of_large_worlds_fit(world: int) -> None:
     from moe_train.planner.memory.fit import memory_fault
 
-    words = ["experiment=moe_30b_8x64gb", "parallel=auto", "parallel.placement=stage"]
-    run = resolve_run(words, world)
+    overrides = ["experiment=moe_30b_8x64gb", "parallel=auto", "parallel.placement=stage"]
+    run = resolve_run(overrides, world)
     config, layout = run.config, run.layout
     assert layout.world == world
     assert memory_fault(Plan(config, layout, VOCAB, assumptions=assumptions_of(config))) is None
@@ -322,10 +324,10 @@ def test_softmax_of_small_heads() -> None:
 
 def test_calls_of_a_spanning_step() -> None:
     """As torch's profiler counts them: 8 micro-batches, 2 stages of 2 layers, 5 calls a layer."""
-    words = ["experiment=twin", "parallel=single", "device=cpu", "recompute=none",
+    overrides = ["experiment=twin", "parallel=single", "device=cpu", "recompute=none",
              "parallel.pipeline=2", "parallel.expert=2", "parallel.placement=span",
              "model.layers=4"]  # fmt: skip
-    config, layout = plan(*words, world=2)
+    config, layout = plan(*overrides, world=2)
     z = shapes(config, layout, VOCAB, assumptions_of(config))
     traffic = step_traffic(of(config, layout), 0)
     assert sum(one.calls for one in traffic if one.kind == "ep") == 9 * 2 * 5
@@ -335,8 +337,8 @@ def test_calls_of_a_spanning_step() -> None:
 
 def test_gradients_hide_on_spare_cores_alone() -> None:
     """On the host a collective needs a core; without one to spare it is waited for."""
-    words = ["experiment=twin", "parallel=single", "device=cpu", "hardware.cores=3"]
-    config, layout = plan(*words, world=2)
+    overrides = ["experiment=twin", "parallel=single", "device=cpu", "hardware.cores=3"]
+    config, layout = plan(*overrides, world=2)
     assert config.parallel.overlap_grad_reduce and layout.data == 2
     spare = step_time(of(config, layout))
     full = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, cores=2))

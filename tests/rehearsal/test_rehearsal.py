@@ -83,9 +83,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reports(folder: Path) -> dict[str, list[RankReport]]:
     """Reports of all ranks by case, from one server."""
-    asked = cases(folder)
+    args = cases(folder)
     with (folder / "log").open("w") as log:
-        return dict(zip(asked, rehearse(list(asked.values()), log), strict=True))
+        return dict(zip(args, rehearse(list(args.values()), log), strict=True))
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -176,8 +176,10 @@ def test_memory_that_runs_out_ends_as_such(reports: Any) -> None:
 
 @pytest.mark.full
 def test_a_thread_with_another_device_is_found(tmp_path: Path) -> None:
-    words = (*BASE, *ONE, *PP2_EP2_SPAN.overrides, OVERLAP, f"run.dir={tmp_path}")
-    sound, planted = rehearse([Case(words, 2), Case(words, 2, plant=f"{FAULTS}wrong_device")])
+    overrides = (*BASE, *ONE, *PP2_EP2_SPAN.overrides, OVERLAP, f"run.dir={tmp_path}")
+    sound, planted = rehearse(
+        [Case(overrides, 2), Case(overrides, 2, plant=f"{FAULTS}wrong_device")]
+    )
     assert all(rank.sound for rank in sound), sound
     assert not planted[0].findings
     assert any("cuda:0 is current" in one["kind"] for one in planted[1].findings)
@@ -185,6 +187,6 @@ def test_a_thread_with_another_device_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_group_of_four_trains_and_saves(tmp_path: Path) -> None:
-    words = (*BASE, *SAVED, *TP2_PP2_EP2.overrides, f"run.dir={tmp_path}")
-    [ranks] = rehearse([Case(words, 4)])
+    overrides = (*BASE, *SAVED, *TP2_PP2_EP2.overrides, f"run.dir={tmp_path}")
+    [ranks] = rehearse([Case(overrides, 4)])
     assert all(rank.sound for rank in ranks), ranks

@@ -95,10 +95,10 @@ def nodes(path: str, *shown: str) -> list[dict[str, str]]:
 def test_a_node_that_differs_is_refused_on_all_ranks(
     tmp_path: Path, shown: tuple[str, str], told: str
 ) -> None:
-    codes, said = start(tmp_path, nodes(driver(tmp_path, 4), *shown))
-    assert codes == [EXIT_CONFIG] * 4, said
-    assert said.count("moe_train: ") == 1 and told in said, said
-    assert "device=cpu" in said and "Traceback" not in said
+    codes, lines = start(tmp_path, nodes(driver(tmp_path, 4), *shown))
+    assert codes == [EXIT_CONFIG] * 4, lines
+    assert lines.count("moe_train: ") == 1 and told in lines, lines
+    assert "device=cpu" in lines and "Traceback" not in lines
 
 
 def test_gpus_that_torch_cannot_use_are_refused_and_not_replaced(tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_gpus_that_torch_cannot_use_are_refused_and_not_replaced(tmp_path: Path)
 
     if torch.cuda.is_available():
         pytest.skip("torch can use a GPU here")
-    codes, said = start(tmp_path, nodes(driver(tmp_path, 4), "0,1", "2,3"))
-    assert codes == [EXIT_CONFIG] * 4, said
-    assert said.count("torch shows 0 usable GPU(s): ") == 1, said
+    codes, lines = start(tmp_path, nodes(driver(tmp_path, 4), "0,1", "2,3"))
+    assert codes == [EXIT_CONFIG] * 4, lines
+    assert lines.count("torch shows 0 usable GPU(s): ") == 1, lines
 
 
 def test_a_rank_with_another_config_file_is_refused_by_key(tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_a_rank_with_another_config_file_is_refused_by_key(tmp_path: Path) -> No
     file = tmp_path / "older" / "experiment" / "single.yaml"
     file.write_text(file.read_text().replace("lr: 3e-3", "lr: 4e-3"))
     variables: list[dict[str, str]] = [{}, {}, {}]
-    codes, said = start(tmp_path, variables, "device=cpu", configs={2: tmp_path / "older"})
-    assert codes == [EXIT_CONFIG] * 3, said
-    assert said.count("moe_train: ") == 1 and "rank 2: its config differs" in said, said
-    assert said.count("optim.lr is 0.004 there and 0.003 on rank 0") == 1, said
+    codes, lines = start(tmp_path, variables, "device=cpu", configs={2: tmp_path / "older"})
+    assert codes == [EXIT_CONFIG] * 3, lines
+    assert lines.count("moe_train: ") == 1 and "rank 2: its config differs" in lines, lines
+    assert lines.count("optim.lr is 0.004 there and 0.003 on rank 0") == 1, lines
 
 
 def test_digests_differ_exactly_where_the_runs_do() -> None:
@@ -149,8 +149,8 @@ def test_faults_of_one_rank_name_it_and_shared_ones_do_not() -> None:
 def test_cpus_agree_and_train(tmp_path: Path) -> None:
     """Two nodes, neither of which has a GPU, though both have a driver."""
     (tmp_path / "bin").mkdir()
-    codes, said = start(tmp_path, nodes(driver(tmp_path / "bin", 0), "", ""))
-    assert codes == [EXIT_FINISHED] * 4, said
+    codes, lines = start(tmp_path, nodes(driver(tmp_path / "bin", 0), "", ""))
+    assert codes == [EXIT_FINISHED] * 4, lines
 
 
 def test_a_rank_that_never_comes_is_waited_for_no_longer_than_said(tmp_path: Path) -> None:

@@ -119,8 +119,8 @@ def _main(rank: int, world: int, argv: list[str]) -> int:
 @pytest.mark.world
 def test_a_finished_run_leaves_no_model_behind(tmp_path: Path) -> None:
     """On a GPU the next job of a sweep would find its memory taken."""
-    words = [*QUIET, "train.steps=2", f"run.dir={tmp_path}", "run.name=s"]
-    assert run_world(_models_left, 1, words, log=tmp_path / "log") == [0]
+    overrides = [*QUIET, "train.steps=2", f"run.dir={tmp_path}", "run.name=s"]
+    assert run_world(_models_left, 1, overrides, log=tmp_path / "log") == [0]
 
 
 def _models_left(rank: int, world: int, argv: list[str]) -> int:
@@ -168,12 +168,12 @@ def _told_to_stop(rank: int, world: int, argv: list[str], metrics: str) -> int:
 
 @pytest.mark.world
 def test_sigterm_saves_on_all_ranks_and_the_run_goes_on_bitwise(tmp_path: Path) -> None:
-    words = [*SMALL, "parallel.expert=2", "train.steps=30", "train.eval_every=0"]
-    words += ["checkpoint.every=100", "checkpoint.keep=1"]
-    straight = train_run(tmp_path / "straight", words, world=2)
+    overrides = [*SMALL, "parallel.expert=2", "train.steps=30", "train.eval_every=0"]
+    overrides += ["checkpoint.every=100", "checkpoint.keep=1"]
+    straight = train_run(tmp_path / "straight", overrides, world=2)
     assert straight.codes == [0, 0]
     folder = tmp_path / "stopped"
-    argv = ["device=cpu", "log.console=none", f"run.dir={tmp_path}", "run.name=stopped", *words]
+    argv = ["device=cpu", "log.console=none", f"run.dir={tmp_path}", "run.name=stopped", *overrides]
     log = tmp_path / "stopped.log"
     codes = run_world(_told_to_stop, 2, argv, str(folder / "metrics.jsonl"), log=log)
     assert codes == [EXIT_PREEMPTED] * 2
@@ -183,7 +183,7 @@ def test_sigterm_saves_on_all_ranks_and_the_run_goes_on_bitwise(tmp_path: Path) 
     assert "Traceback" not in log.read_text()
     saved = [path.name for path in (folder / "checkpoints").iterdir()]
     assert saved == [f"step_{status['step']:08d}"]
-    resumed = train_run(folder, words, world=2)
+    resumed = train_run(folder, overrides, world=2)
     assert resumed.codes == [0, 0]
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     assert resumed.column("step") == list(range(1, 31))
@@ -237,11 +237,11 @@ def test_the_run_that_prepares_the_corpus_is_no_other_than_the_next(tmp_path: Pa
         "import sys; from moe_train.run.main import main; code = main(sys.argv[1:]); "
         "sys.exit(code or 10 * bool({'torch._dynamo', 'torch._inductor'} & set(sys.modules)))"
     )
-    words = [*SMALL, "device=cpu", "train.steps=3", "train.eval_every=0", "data.tokenizer=byte"]
-    words += [f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path}", "log.console=none"]
+    overrides = [*SMALL, "device=cpu", "train.steps=3", "train.eval_every=0", "data.tokenizer=byte"]
+    overrides += [f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path}", "log.console=none"]
     for name in ("first", "second"):
         done = subprocess.run(
-            [sys.executable, "-c", code, *words, f"run.name={name}"],
+            [sys.executable, "-c", code, *overrides, f"run.name={name}"],
             capture_output=True,
             text=True,
             timeout=120,

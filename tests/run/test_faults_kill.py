@@ -72,14 +72,14 @@ def test_a_killed_rank_costs_nothing_but_time(
     layout, folder = LAYOUTS[kind], tmp_path / "run"
     step = step_of(kind, rank, point)
     outcomes = hit(folder, words(layout), layout.world, [Fault(point, step, rank)])
-    told = folder.with_suffix(".log").read_text()
-    assert done(notes(folder)) == 1, f"step {step} was never {point}\n{told}"
+    output = folder.with_suffix(".log").read_text()
+    assert done(notes(folder)) == 1, f"step {step} was never {point}\n{output}"
     assert outcomes[rank].failure == "died without a result"
     alive = [outcome for number, outcome in enumerate(outcomes) if number != rank]
-    assert [outcome.value for outcome in alive] == [EXIT_HUNG] * 3, told
-    assert "Traceback" not in told and told.count("moe_train: ") == 1, told
-    for found in committed(folder / "checkpoints")[:1]:
-        verify(found)
+    assert [outcome.value for outcome in alive] == [EXIT_HUNG] * 3, output
+    assert "Traceback" not in output and output.count("moe_train: ") == 1, output
+    for result in committed(folder / "checkpoints")[:1]:
+        verify(result)
     assert all(record["step"] <= step for record in read(folder / "metrics.jsonl"))
 
     again = train_run(folder, words(layout), layout.world)
@@ -96,8 +96,8 @@ def test_torchrun_restarts_by_itself(
 ) -> None:
     layout, folder = LAYOUTS[kind], tmp_path / "run"
     fault = Fault(point, step_of(kind, rank, point), rank)
-    told = launch(folder, words(layout), layout.world, [fault], "--max-restarts=1")
-    assert told.returncode == 0, told.stdout + told.stderr
+    output = launch(folder, words(layout), layout.world, [fault], "--max-restarts=1")
+    assert output.returncode == 0, output.stdout + output.stderr
     assert done(notes(folder)) == 1
     status = read_status(folder / "status.json")
     assert status is not None and (status.state, status.step) == ("finished", STEPS)

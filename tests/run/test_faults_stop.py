@@ -90,10 +90,10 @@ def goes_on(folder: Path, reference: Reference) -> None:
 def test_all_ranks_stop_at_one_step(case: str, tmp_path: Path, reference: Reference) -> None:
     (faults, step, _), folder = STOPS[case], tmp_path / "run"
     outcomes = hit(folder, WORDS, WORLD, faults)
-    told = folder.with_suffix(".log").read_text()
-    assert [outcome.value for outcome in outcomes] == [EXIT_PREEMPTED] * WORLD, told
-    assert done(notes(folder)) == len(faults), told
-    assert "Traceback" not in told and told.count("moe_train: ") == 1, told
+    output = folder.with_suffix(".log").read_text()
+    assert [outcome.value for outcome in outcomes] == [EXIT_PREEMPTED] * WORLD, output
+    assert done(notes(folder)) == len(faults), output
+    assert "Traceback" not in output and output.count("moe_train: ") == 1, output
     assert stopped_at(folder) == step
     goes_on(folder, reference)
 
@@ -104,10 +104,10 @@ def test_a_launched_run_stops_within_the_grace(
     case: str, tmp_path: Path, reference: Reference
 ) -> None:
     (faults, step), folder = LAUNCHES[case], tmp_path / "run"
-    told = launch(folder, WORDS, WORLD, faults)
-    assert told.returncode != 0
-    assert "SIGKILL" not in told.stderr
-    assert codes(notes(folder)) == [EXIT_PREEMPTED] * WORLD, told.stdout + told.stderr
+    output = launch(folder, WORDS, WORLD, faults)
+    assert output.returncode != 0
+    assert "SIGKILL" not in output.stderr
+    assert codes(notes(folder)) == [EXIT_PREEMPTED] * WORLD, output.stdout + output.stderr
     assert stopped_at(folder) == step
     assert done(notes(folder)) == len(faults)
     goes_on(folder, reference)
@@ -121,23 +121,23 @@ def short_of_time(rank: int, world: int, words: list[str]) -> int:
 
 
 def test_a_run_whose_saves_take_too_long_says_so_beforehand(tmp_path: Path) -> None:
-    words = [*FAULTY, "train.steps=4", "checkpoint.every=1", "device=cpu", "log.wandb=disabled"]
-    words += ["log.console=lines", f"run.dir={tmp_path}", "run.name=run"]
+    overrides = [*FAULTY, "train.steps=4", "checkpoint.every=1", "device=cpu", "log.wandb=disabled"]
+    overrides += ["log.console=lines", f"run.dir={tmp_path}", "run.name=run"]
     log = tmp_path / "log"
-    assert run_world(short_of_time, 1, words, log=log) == [0], log.read_text()
-    told = log.read_text()
+    assert run_world(short_of_time, 1, overrides, log=log) == [0], log.read_text()
+    output = log.read_text()
     assert (
-        told.count("warning: a checkpoint cannot finish") == 1
-        and "the 0 s that the launcher" in told
+        output.count("warning: a checkpoint cannot finish") == 1
+        and "the 0 s that the launcher" in output
     )
-    assert told.index("warning: a checkpoint") < told.index("step 2/4")
+    assert output.index("warning: a checkpoint") < output.index("step 2/4")
 
 
 def test_a_save_that_outlasts_the_grace_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     clock = [0.0]
     monkeypatch.setattr("moe_train.run.shutdown_budget.time.monotonic", lambda: clock[0])
-    budget = ShutdownBudget(30.0, said.append)
+    budget = ShutdownBudget(30.0, lines.append)
 
     def spend(name: str, seconds: float) -> None:
         with budget.measure(name):
@@ -147,12 +147,12 @@ def test_a_save_that_outlasts_the_grace_is_told_once(monkeypatch: pytest.MonkeyP
     spend("training step", 3.0)
     spend("validation", 9.0)
     budget.check(20.0)
-    assert not said, "the slow first step is over"
+    assert not lines, "the slow first step is over"
     budget.check(22.0)
-    assert len(said) == 1
-    assert "31.0 s (validation 9.0 s, then the checkpoint 22.0 s)" in said[0]
+    assert len(lines) == 1
+    assert "31.0 s (validation 9.0 s, then the checkpoint 22.0 s)" in lines[0]
     budget.check(50.0)
-    assert len(said) == 1
+    assert len(lines) == 1
 
 
 def test_the_grace_is_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:

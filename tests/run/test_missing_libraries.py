@@ -36,9 +36,11 @@ def absent(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def test_training_does_without_them_and_says_one_line(tmp_path: Path) -> None:
-    words = [*FAULTY, "device=cpu", "train.steps=1", "checkpoint.every=0", f"run.dir={tmp_path}",
-             "run.name=bare", "log.console=lines"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", TRAIN, *words], capture_output=True, text=True)
+    overrides = [
+        *(*FAULTY, "device=cpu", "train.steps=1", "checkpoint.every=0"),
+        *(f"run.dir={tmp_path}", "run.name=bare", "log.console=lines"),
+    ]
+    done = subprocess.run([sys.executable, "-c", TRAIN, *overrides], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "bare" / "status.json").read_text())["state"] == "finished"
     [line] = [line for line in done.stdout.splitlines() if "wandb" in line or "W&B" in line]

@@ -110,12 +110,14 @@ def test_other_errors_are_no_memory(error: Exception) -> None:
 def test_the_plan_of_the_ranks_own_stage_and_what_needs_less() -> None:
     run = resolve_run(["experiment=moe_30b_8x64gb", "batch.micro=2", "recompute=none"], 8)
     fault = DeviceMemoryError("rank 6", "out of device memory: asked for 1.00 GB", "x")
-    told = explain(fault, run)
-    assert "for stage 3 at its peak" in told.problem and "weights, gradients" in told.problem
-    sizes = [float(size) for size in re.findall(r"planned: ([\d.]+) GB", told.fix)]
-    assert len(sizes) >= 3 and sizes == sorted(sizes), told.fix
-    assert all(words in told.fix for words in ("batch.micro=1", "recompute=all", "more ranks"))
-    assert explain(told, run) is told
+    output = explain(fault, run)
+    assert "for stage 3 at its peak" in output.problem and "weights, gradients" in output.problem
+    sizes = [float(size) for size in re.findall(r"planned: ([\d.]+) GB", output.fix)]
+    assert len(sizes) >= 3 and sizes == sorted(sizes), output.fix
+    assert all(
+        overrides in output.fix for overrides in ("batch.micro=1", "recompute=all", "more ranks")
+    )
+    assert explain(output, run) is output
     host = HostMemoryError("rank 0", "out of host memory", "x")
     assert explain(host, run) is host
 
@@ -141,11 +143,11 @@ LONG = {"backward", "update", "validation"}
 def test_it_ends_as_such_wherever_it_happens(tmp_path: Path, place: str, victim: int) -> None:
     folder, log = tmp_path / "run", tmp_path / "ranks.log"
     step, kept = PLACES[place]
-    words = [*WORDS, *(["train.eval_every=2"] if place == "validation" else [])]
+    overrides = [*WORDS, *(["train.eval_every=2"] if place == "validation" else [])]
     outcomes = run_world(
         faulty,
         2,
-        named(folder, words),
+        named(folder, overrides),
         str(notes(folder)),
         [Fault(place, step, victim, text=TORCH)],
         log=log,
@@ -153,13 +155,16 @@ def test_it_ends_as_such_wherever_it_happens(tmp_path: Path, place: str, victim:
         # The run's own limit is 60 s: nobody waits for it.
         timeout=45,
     )
-    codes, told = [one.value for one in outcomes], log.read_text()
-    assert codes[victim] == EXIT_MEMORY, told
+    codes, output = [one.value for one in outcomes], log.read_text()
+    assert codes[victim] == EXIT_MEMORY, output
     # In a save all ranks agree on what happened; elsewhere the other one misses its peer.
     assert codes[1 - victim] == (EXIT_MEMORY if place == "before shards" else EXIT_HUNG)
-    assert told.count("moe_train: rank") == 1 and f"moe_train: rank {victim}: out of device" in told
-    assert TOLD in told and "the plan has" in told and "recompute=all" in told
-    assert "lost a peer" not in told and "Traceback" not in told
+    assert (
+        output.count("moe_train: rank") == 1
+        and f"moe_train: rank {victim}: out of device" in output
+    )
+    assert TOLD in output and "the plan has" in output and "recompute=all" in output
+    assert "lost a peer" not in output and "Traceback" not in output
     status = read_status(folder / "status.json")
     assert status is not None and status.state == "failed"
     assert TOLD in status.reason and f"rank {victim}" in status.reason
@@ -174,8 +179,8 @@ def test_a_load_that_runs_out_says_so_and_the_run_can_be_resumed(tmp_path: Path)
     folder, log = tmp_path / "run", tmp_path / "ranks.log"
 
     def start(*faults: Fault) -> list[Any]:
-        words = named(folder, WORDS)
-        return run_world(faulty, 2, words, str(notes(folder)), faults, log=log, tolerate=True)
+        overrides = named(folder, WORDS)
+        return run_world(faulty, 2, overrides, str(notes(folder)), faults, log=log, tolerate=True)
 
     assert start(Fault("forward", 2, 1, text=TORCH))[1].value == EXIT_MEMORY
     (tmp_path / "run.faults").joinpath("done_0").unlink()
@@ -215,14 +220,14 @@ def fails_and_lingers(rank: int, world: int, words: list[str], folder: str) -> i
 @pytest.mark.world
 def test_a_peer_that_nobody_tells_is_ended_by_its_watchdog(tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "ranks.log"
-    words = named(folder, WORDS)
+    overrides = named(folder, WORDS)
     outcomes = run_world(
-        fails_and_lingers, 2, words, str(notes(folder)), log=log, tolerate=True, timeout=240
+        fails_and_lingers, 2, overrides, str(notes(folder)), log=log, tolerate=True, timeout=240
     )
     assert (notes(folder) / "peer_ended").read_text() == str(EXIT_HUNG)
     assert outcomes[1].value == EXIT_MEMORY
-    told = log.read_text()
-    assert told.count("moe_train: ") == 1 and TOLD in told
+    output = log.read_text()
+    assert output.count("moe_train: ") == 1 and TOLD in output
     status = read_status(folder / "status.json")
     assert status is not None and TOLD in status.reason
 

@@ -43,12 +43,12 @@ def stops(rank: int, world: int, words: list[str], mute: int) -> int:
 @pytest.mark.world
 @pytest.mark.parametrize("mute", [pytest.param(0, marks=pytest.mark.full), 3])
 def test_a_stopped_rank_is_named_and_ends_the_others(tmp_path: Path, mute: int) -> None:
-    words = [*QUIET, *SMALL, f"run.dir={tmp_path}", "run.name=run"]
+    overrides = [*QUIET, *SMALL, f"run.dir={tmp_path}", "run.name=run"]
     log, folder = tmp_path / "ranks.log", tmp_path / "run"
-    outcomes = run_world(stops, 4, words, mute, log=log, tolerate=True, unawaited=[mute])
-    told = log.read_text()
-    assert told.count(f"rank {mute}: heartbeat stale for") == 1, told
-    assert "step 2, training step" in told and "Traceback" not in told
+    outcomes = run_world(stops, 4, overrides, mute, log=log, tolerate=True, unawaited=[mute])
+    output = log.read_text()
+    assert output.count(f"rank {mute}: heartbeat stale for") == 1, output
+    assert "step 2, training step" in output and "Traceback" not in output
     codes = [outcome.value for rank, outcome in enumerate(outcomes) if rank != mute]
     assert set(codes) <= {EXIT_HUNG, None}
     status = read_status(folder / "status.json")
@@ -58,30 +58,33 @@ def test_a_stopped_rank_is_named_and_ends_the_others(tmp_path: Path, mute: int) 
 
 
 def test_progress_keeps_it_quiet_and_a_standstill_does_not(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     beat = tmp_path / "rank_0.beat"
-    with Watchdog(tmp_path, 0, 1, 0.4, said.append) as watchdog:
+    with Watchdog(tmp_path, 0, 1, 0.4, lines.append) as watchdog:
         inode = beat.stat().st_ino
         for step in range(12):
             with watchdog.phase("training step", step):
                 time.sleep(0.05)
-        assert not said
+        assert not lines
         # Overwritten in place: a rename each time is what shared file systems are slow at.
         assert beat.stat().st_ino == inode
         with watchdog.phase("validation", 12):
             deadline = time.monotonic() + 20
-            while not said and time.monotonic() < deadline:
+            while not lines and time.monotonic() < deadline:
                 time.sleep(0.05)
-    assert len(said) == 1 and "step 12, validation" in said[0]
+    assert len(lines) == 1 and "step 12, validation" in lines[0]
     assert not list(tmp_path.glob("*.beat"))
 
 
 def test_the_one_behind_is_named(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     (tmp_path / "rank_1.beat").write_text('{"step": 3, "phase": "data", "count": 0}')
-    with Watchdog(tmp_path, 0, 2, 0.3, said.append) as watchdog, watchdog.phase("training step", 4):
+    with (
+        Watchdog(tmp_path, 0, 2, 0.3, lines.append) as watchdog,
+        watchdog.phase("training step", 4),
+    ):
         deadline = time.monotonic() + 20
-        while not said and time.monotonic() < deadline:
+        while not lines and time.monotonic() < deadline:
             (tmp_path / "rank_1.beat").touch()
             time.sleep(0.05)
-    assert "rank 1 is behind, at step 3, data" in said[0]
+    assert "rank 1 is behind, at step 3, data" in lines[0]

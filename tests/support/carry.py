@@ -46,16 +46,16 @@ def digests(rank: int, world: int, folders: Sequence[str]) -> list[dict[str, str
     from moe_train.checkpoint.load import reader
     from moe_train.checkpoint.manifest import read_manifest
 
-    found = []
+    results = []
     for folder in map(Path, folders):
         state: dict[str, torch.Tensor] = {}
         with reader(folder, read_manifest(folder)) as opened:
             _load_state_dict(state, opened, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-        found.append(
+        results.append(
             {
                 key: f"{value.dtype} {hashlib.sha256(value.view(torch.uint8).numpy()).hexdigest()}"
                 for key, value in sorted(state.items())
                 if isinstance(value, torch.Tensor) and key != "rng"
             }
         )
-    return found
+    return results

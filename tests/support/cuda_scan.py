@@ -44,8 +44,8 @@ def uses(module: str, source: str) -> Iterator[Use]:
         tree = ast.parse(source)
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
-        found = _classify(node, parents)
-        for kind, name in found:
+        result = _classify(node, parents)
+        for kind, name in result:
             yield Use(module, node.lineno, _scope(node, parents), kind, name)  # type: ignore[attr-defined]
 
 

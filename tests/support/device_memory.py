@@ -100,15 +100,15 @@ def alone() -> Iterator[None]:
 def _ranges(shard: FlatShard) -> list[tuple[int, int] | None]:
     """This rank's range, and the rest before and after it in the hands of peers."""
     ranks, rank, whole = shard.group.size(), shard.group.rank(), shard.tensor.numel()
-    found: list[tuple[int, int] | None] = [None] * ranks
+    result: list[tuple[int, int] | None] = [None] * ranks
     begin, end = shard.range or (whole, whole)
     peers = [peer for peer in range(ranks) if peer != rank]
     if begin > 0:
-        found[peers[0]] = (0, begin)
-    found[rank] = shard.range
+        result[peers[0]] = (0, begin)
+    result[rank] = shard.range
     if end < whole:
-        found[peers[-1]] = (end, whole)
-    return found
+        result[peers[-1]] = (end, whole)
+    return result
 
 
 def save_added(tracker: DeviceTracker, engine: Engine, folder: Path, *, beside: bool) -> int:
@@ -241,9 +241,9 @@ def added(
     with fake_world(rank, world), DeviceTracker() as tracker:
         engine = fake_engine(run, backend)
         initialise_state(engine.optimizer)
-        found = {"state": tracker.live, "parameter": largest(engine)}
-        found["save"] = save_added(tracker, engine, folder, beside=False)
-        found["host"] = tracker.host_peak
-        found["beside"] = save_added(tracker, engine, folder, beside=True)
-        found["load"] = load_added(tracker, engine)
-        return found
+        result = {"state": tracker.live, "parameter": largest(engine)}
+        result["save"] = save_added(tracker, engine, folder, beside=False)
+        result["host"] = tracker.host_peak
+        result["beside"] = save_added(tracker, engine, folder, beside=True)
+        result["load"] = load_added(tracker, engine)
+        return result

@@ -34,8 +34,8 @@ def document(
     rows[key] = list(row)
     sections[section] = (f"{conditions} {versions()}", rows)
     text = preface or _PREFACE
-    for name, (said, table) in sections.items():
-        text += f"\n## {name}\n\n{said}\n\n"
+    for name, (lines, table) in sections.items():
+        text += f"\n## {name}\n\n{lines}\n\n"
         for number, (first, cells) in enumerate(table.items()):
             text += "| " + " | ".join([first, *cells]) + " |\n"
             if number == 0:
@@ -53,7 +53,7 @@ def versions() -> str:
 
 
 def _sections(text: str) -> dict[str, tuple[str, dict[str, list[str]]]]:
-    found: dict[str, tuple[str, dict[str, list[str]]]] = {}
+    result: dict[str, tuple[str, dict[str, list[str]]]] = {}
     for block in text.split("\n## ")[1:]:
         name, _, body = block.partition("\n")
         rows: dict[str, list[str]] = {}
@@ -61,9 +61,9 @@ def _sections(text: str) -> dict[str, tuple[str, dict[str, list[str]]]]:
             if line.startswith("| "):
                 key, *cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
                 rows[key] = cells
-        said = next((line for line in body.splitlines() if line.strip()), "")
-        found[name] = (said, rows)
-    return found
+        lines = next((line for line in body.splitlines() if line.strip()), "")
+        result[name] = (lines, rows)
+    return result
 
 
 _PREFACE = """# Parity

@@ -178,11 +178,11 @@ def refusals(rank: int, one: int, drawn: list[tuple[dict[str, Any], int]]) -> li
     from moe_train.backend.cpu.backend import CpuBackend
     from moe_train.parallel.sizes import layout_of
 
-    said: list[str] = []
+    lines: list[str] = []
     for mapping, world in drawn:
         config, faults = from_mapping(Config, mapping)
         assert not faults
-        if not said:
+        if not lines:
             CpuBackend(config.backend).prepare()
-        said.append(refusal(config, layout_of(config, world)))
-    return said
+        lines.append(refusal(config, layout_of(config, world)))
+    return lines

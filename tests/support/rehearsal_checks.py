@@ -341,9 +341,9 @@ def groups_without_communicators(rank: int) -> None:
 
 def listing(rank: int) -> None:
     """``nvidia-smi`` lists the devices that CUDA has."""
-    asked = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total"]
+    args = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total"]
     done = subprocess.run(
-        [*asked, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
+        [*args, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
     )
     lines = [line.split(", ") for line in done.stdout.splitlines()]
     assert len(lines) == torch.cuda.device_count()

@@ -46,14 +46,14 @@ def matrices(chunks: Iterable[torch.nn.Module]) -> set[Matrix]:
     the axes of a vector are (layer, width): Megatron prepends them without giving them a
     place in the local tensor.
     """
-    found: set[Matrix] = set()
+    result: set[Matrix] = set()
     for chunk in chunks:
         state: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
         apply_factories(state)
         for tensor in nested_values(state):
             if isinstance(tensor, ShardedTensor):
-                found.update(_split(tensor))
-    return found
+                result.update(_split(tensor))
+    return result
 
 
 def _split(tensor: ShardedTensor) -> Iterable[Matrix]:

@@ -36,8 +36,8 @@ def refer(folder: Path, overrides: Sequence[str], world: int) -> Reference:
 def final_state(folder: Path) -> dict[str, str]:
     """Digests of the newest checkpoint of a run folder."""
     newest = committed(folder / "checkpoints")[0]
-    [[found]] = run_world(digests, 1, [str(newest)])
-    state: dict[str, str] = found
+    [[result]] = run_world(digests, 1, [str(newest)])
+    state: dict[str, str] = result
     return state
 
 

@@ -63,14 +63,14 @@ def _rates(rank: int, world: int, optim: OptimConfig, steps: list[int], total: i
 
     groups = Groups()
     scheduler = build_scheduler(groups, optim, total)
-    found = []
+    results = []
     for step in steps:
         rate = set_step(scheduler, step)
         assert all(group["lr"] == rate for group in groups.param_groups)
         decays = [group["weight_decay"] for group in groups.param_groups]
         assert decays == [optim.weight_decay, 0.0]
-        found.append(rate)
-    return found
+        results.append(rate)
+    return results
 
 
 def rates(steps: list[int], total: int = DECAY, **fields: Any) -> list[float]:
@@ -84,10 +84,10 @@ STEPS = [1, 2, 9, 10, 11, 37, 55, 74, 75, 76, 80, 99, 100, 101, 500]
 
 @pytest.mark.parametrize("schedule", FORMS)
 def test_closed_form(schedule: str) -> None:
-    found = rates(STEPS, schedule=schedule, decay_steps=DECAY, wsd_decay_steps=TAIL, total=7)
+    result = rates(STEPS, schedule=schedule, decay_steps=DECAY, wsd_decay_steps=TAIL, total=7)
     wanted = [warm(step) if step <= WARM else FORMS[schedule](step) for step in STEPS]
-    assert found == pytest.approx(wanted, rel=1e-9)
-    assert found[3] == pytest.approx(LR)
+    assert result == pytest.approx(wanted, rel=1e-9)
+    assert result[3] == pytest.approx(LR)
 
 
 def test_the_decay_lasts_as_long_as_the_run_by_default() -> None:

@@ -137,9 +137,9 @@ def test_a_skipped_step_is_counted_and_changes_no_weight(tmp_path: Path) -> None
 
 @pytest.mark.world
 def test_rolling_back_gives_the_undisturbed_curve(tmp_path: Path) -> None:
-    words = [*QUIET, *SMALL, *SIX, f"run.dir={tmp_path}", "train.non_finite=rollback"]
+    overrides = [*QUIET, *SMALL, *SIX, f"run.dir={tmp_path}", "train.non_finite=rollback"]
     for name, times in (("calm", 0), ("back", 1)):
-        ranks = run_world(_program, 2, [*words, f"run.name={name}"], 4, times)
+        ranks = run_world(_program, 2, [*overrides, f"run.name={name}"], 4, times)
         assert [code for code, _ in ranks] == [0, 0]
     calm, back = _lines(tmp_path / "calm"), _lines(tmp_path / "back")
     assert [line["step"] for line in back] == [1, 2, 3, 4, 5, 6]
@@ -150,9 +150,9 @@ def test_rolling_back_gives_the_undisturbed_curve(tmp_path: Path) -> None:
 @pytest.mark.world
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_too_many_are_too_many(tmp_path: Path, policy: str) -> None:
-    words = [f"run.dir={tmp_path}", "run.name=many", f"train.non_finite={policy}"]
-    words += ["train.non_finite_limit=2"]
-    ranks = run_world(_program, 2, [*QUIET, *SMALL, *SIX, *words], 3)
+    overrides = [f"run.dir={tmp_path}", "run.name=many", f"train.non_finite={policy}"]
+    overrides += ["train.non_finite_limit=2"]
+    ranks = run_world(_program, 2, [*QUIET, *SMALL, *SIX, *overrides], 3)
     assert [code for code, _ in ranks] == [EXIT_NON_FINITE, EXIT_NON_FINITE]
     status = json.loads((tmp_path / "many" / "status.json").read_text())
     assert status["state"] == "failed" and status["step"] == (4 if policy == "skip" else 2)
@@ -161,8 +161,8 @@ def test_too_many_are_too_many(tmp_path: Path, policy: str) -> None:
 
 @pytest.mark.world
 def test_rolling_back_needs_a_checkpoint(tmp_path: Path) -> None:
-    words = [f"run.dir={tmp_path}", "run.name=none", "train.non_finite=rollback"]
-    ranks = run_world(_program, 2, [*QUIET, *SMALL, *SIX, *words], 1)
+    overrides = [f"run.dir={tmp_path}", "run.name=none", "train.non_finite=rollback"]
+    ranks = run_world(_program, 2, [*QUIET, *SMALL, *SIX, *overrides], 1)
     assert [code for code, _ in ranks] == [EXIT_NON_FINITE, EXIT_NON_FINITE]
     status = json.loads((tmp_path / "none" / "status.json").read_text())
     assert "no checkpoint yet" in status["reason"]

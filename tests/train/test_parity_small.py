@@ -55,11 +55,11 @@ SMALL_GRID = [
 
 @pytest.mark.parametrize("layout", SMALL_GRID)
 def test_curve_equals_single_process(small_runs: Runs, layout: Layout) -> None:
-    found = compare(small_runs.get(layout), small_runs.get(layouts.SINGLE))
-    assert len(found.steps) == 20
+    result = compare(small_runs.get(layout), small_runs.get(layouts.SINGLE))
+    assert len(result.steps) == 20
     document(DOCS, "A small model", CONDITIONS, "layout", HEAD)
-    document(DOCS, "A small model", CONDITIONS, layout.name, row(layout, found))
-    assert found.within(), f"{layout.name}\n{found}"
+    document(DOCS, "A small model", CONDITIONS, layout.name, row(layout, result))
+    assert result.within(), f"{layout.name}\n{result}"
 
 
 def test_loss_falls_so_that_curves_say_something(small_runs: Runs) -> None:
@@ -81,9 +81,9 @@ def test_recompute_changes_no_bit(small_runs: Runs, layout: Layout) -> None:
 
 def test_another_seed_is_far_outside_the_tolerance(small_runs: Runs) -> None:
     other = small_runs.get(layouts.SINGLE, "run.seed=7", "train.steps=2", "optim.decay_steps=20")
-    found = compare(other, small_runs.get(layouts.SINGLE))
-    assert not found.within()
-    assert found.worst("grad_norm", early=True) > 100 * EARLY[1]
+    result = compare(other, small_runs.get(layouts.SINGLE))
+    assert not result.within()
+    assert result.worst("grad_norm", early=True) > 100 * EARLY[1]
 
 
 OVERLAP = Layout(
@@ -117,7 +117,7 @@ def plans_built(rank: int, world: int, overrides: list[str]) -> int:
 
 
 def test_overlap_really_takes_the_combined_schedule() -> None:
-    words = [*SMALL, *OVERLAP.overrides, "train.steps=1"]
+    overrides = [*SMALL, *OVERLAP.overrides, "train.steps=1"]
     # 2 micro-batches a replica, on 2 chunks.
-    assert run_world(plans_built, 4, [*words, "parallel.overlap_expert_comm=true"]) == [4] * 4
-    assert run_world(plans_built, 4, words) == [0] * 4
+    assert run_world(plans_built, 4, [*overrides, "parallel.overlap_expert_comm=true"]) == [4] * 4
+    assert run_world(plans_built, 4, overrides) == [0] * 4

@@ -26,11 +26,11 @@ def twin_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.mark.parametrize("layout", layouts.GRID, ids=lambda layout: layout.name)
 def test_curve_equals_single_process(twin_runs: Runs, layout: Layout) -> None:
-    found = compare(twin_runs.get(layout), twin_runs.get(layouts.SINGLE))
-    assert len(found.steps) == 20
+    result = compare(twin_runs.get(layout), twin_runs.get(layouts.SINGLE))
+    assert len(result.steps) == 20
     document(DOCS, "The twin", CONDITIONS, "layout", HEAD)
-    document(DOCS, "The twin", CONDITIONS, layout.name, row(layout, found))
-    assert found.within(), f"{layout.name}\n{found}"
+    document(DOCS, "The twin", CONDITIONS, layout.name, row(layout, result))
+    assert result.within(), f"{layout.name}\n{result}"
 
 
 @pytest.mark.parametrize("recompute", ["reference", "all"])

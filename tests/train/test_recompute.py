@@ -39,8 +39,8 @@ def test_recompute_2_15_saves_at_least_forty_percent_on_the_twin() -> None:
     sizes = {}
     losses = set()
     for choice in ("none", "2-15", "all"):
-        words = [*TWIN, f"recompute.layers={choice}", "batch.global=1"]
-        peak, left, loss = run_world(peak_saved_bytes, 1, words)[0]
+        overrides = [*TWIN, f"recompute.layers={choice}", "batch.global=1"]
+        peak, left, loss = run_world(peak_saved_bytes, 1, overrides)[0]
         assert left == 0, f"{left} bytes outlive the step"
         sizes[choice] = peak
         losses.add(loss)
