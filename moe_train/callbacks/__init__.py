@@ -1,1 +1,1 @@
-"""What watches a run: metrics, console, W&B, summary."""
+"""Built-in callbacks: metrics, status, expert counts, console, W&B, traces, summary, collector."""

@@ -1,4 +1,4 @@
-"""Keys of the configuration: from nested mappings to dataclasses and back, and their description.
+"""Conversion and validation of config mappings, key listing, key names of 0.1.
 
 pydantic checks names, types and ranges. Its errors are collected and reported in our form: the
 dotted key, what was expected, and the nearest legal value.

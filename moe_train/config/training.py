@@ -29,7 +29,7 @@ class RunConfig:
     dir: Text = "runs"
     """Parent folder of all runs."""
     seed: NonNegativeInteger = 1234
-    """Seed of weights, data order and dropout, whatever the layout."""
+    """Seed of initial weights and data order, in any layout."""
 
 
 @dataclass(frozen=True)

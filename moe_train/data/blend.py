@@ -1,4 +1,4 @@
-"""Opens the datasets that a run names, and checks that they fit together."""
+"""Blends: parse ``data.train`` (weights and prefixes), open and check the datasets."""
 
 from __future__ import annotations
 

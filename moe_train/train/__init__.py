@@ -1,1 +1,1 @@
-"""Training: the loop says when, the step says what, callbacks listen."""
+"""Training: engine, loop, step, learning rate, callback protocol, router statistics."""

@@ -50,6 +50,7 @@ def train_step(engine: Engine, batches: Sequence[MicroBatch], step: int) -> Step
     engine.routing.clear()
     losses = engine.forward_backward(**schedule_arguments(engine, batches))
     engine.optimizer.prepare_grads()
+    # With torch's kernels this is backend/torch_kernels/gradient_norm.py, comparable over layouts.
     grad_norm = float(engine.optimizer.get_grad_norm())
     loss, routing = reduce_step_stats(engine, losses, len(batches))
     lr = set_step(engine.scheduler, step)

@@ -1,4 +1,4 @@
-"""docs/dryrun.md: the planner's closed form against dry runs of the 30B reference config."""
+"""Write docs/dryrun.md: the planner's closed form against dry runs of the 30B config."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Seconds: arithmetic, links, collectives, the step."""
+"""Cost model: seconds of compute, links, collectives, pipeline and step."""

@@ -38,7 +38,8 @@ class StepTime:
     """Exposed part of gradient reduction and weight gather."""
     optimizer: float
     bubble: float
-    """Share of the pipeline's time in which a stage waits, by the formula for uniform stages."""
+    """Share of the pipeline's time in which a stage waits, by the formula for uniform stages
+    (``features/schedules.py``)."""
     microbatches: int
     sequences: int
     tokens: int

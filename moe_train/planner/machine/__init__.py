@@ -1,1 +1,1 @@
-"""What a run makes of the machines that it is started on: device, profile, experiment."""
+"""Choices from the machine: device, hardware profile, experiment."""

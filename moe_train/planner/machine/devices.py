@@ -111,9 +111,11 @@ class _Node:
             return ""
         where = f"node {self.number} ({self.ranks})"
         if not self.shared:
-            views = ", ".join(
-                f"{len(table.gpus)} to rank {table.place.rank}" for table in self.tables[:8]
-            )
+            names = {
+                table.place.rank: ", ".join(gpu.uuid for gpu in table.gpus) or "none"
+                for table in self.tables[:8]
+            }
+            views = "; ".join(f"rank {rank} sees {seen}" for rank, seen in names.items())
             return f"{where} shows its ranks different GPUs: {views}"
         count = len(self.gpus)
         each = f"{count} GPU{'s' * (count != 1)} for {len(self.tables)} ranks"

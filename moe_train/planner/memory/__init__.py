@@ -1,1 +1,1 @@
-"""Bytes on a rank: weights, state, activations, and whether they fit."""
+"""Memory model: bytes of weights, optimizer state and activations on a rank."""

@@ -1,1 +1,1 @@
-"""What a plan tells: the whole of it, and its tables."""
+"""``plan.json`` and the terminal tables of a plan."""

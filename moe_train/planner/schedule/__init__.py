@@ -1,1 +1,1 @@
-"""The optimizer step as a graph: who does what after whom, how long it takes, and its pictures."""
+"""Schedule graph of an optimizer step: operations, dependencies, times, exports."""
