@@ -63,7 +63,7 @@ def lock_run_folder(folder: Path, timeout: float = RESTART_SECONDS) -> FileLock:
         LOGGER.warning(
             "run.dir: this file system has no locks (%s); do not start a second job in this run "
             "folder",
-            error,
+            getattr(error, "strerror", None) or error,
         )
         return lock
     begun = time.strftime("%Y-%m-%d %H:%M:%S %z")

@@ -55,6 +55,7 @@ def test_selection_skips_what_is_no_text(tmp_path: Path) -> None:
         room.select(tmp_path / "test" / "nothing")
 
 
+@pytest.mark.full
 def test_two_processes_at_once_prepare_once(tmp_path: Path, small: None) -> None:
     context = multiprocessing.get_context("spawn")
     marks = [tmp_path / f"mark{i}" for i in range(2)]

@@ -105,9 +105,13 @@ def single() -> dict[str, Any]:
     return answers
 
 
+LONG = ("sigmoid", "aux", "none", "pre_softmax", "top1", "scaling")
+"""Options of the long grid: others in the default suite contain what they change."""
+
+
 @cache
-def spread(layout: tuple[str, ...]) -> dict[str, Any]:
-    cases = {name: overrides for name, (overrides, _) in OPTIONS.items()}
+def spread(layout: tuple[str, ...], long: bool = False) -> dict[str, Any]:
+    cases = {name: case for name, (case, _) in OPTIONS.items() if (name in LONG) == long}
     if layout == EP2:
         # TP2.EP2 has the rest, and EP2 in it.
         cases = {name: case for name, case in cases.items() if OPTIONS[name][1] != BOTH}
@@ -135,13 +139,18 @@ def test_option_trains(option: str) -> None:
 @pytest.mark.parametrize(
     ("option", "layout"),
     [
-        pytest.param(name, layout, id=f"{name}-{'tp2ep2' if layout is TP2EP2 else 'ep2'}")
+        pytest.param(
+            name,
+            layout,
+            id=f"{name}-{'tp2ep2' if layout is TP2EP2 else 'ep2'}",
+            marks=[pytest.mark.full] if name in LONG else [],
+        )
         for name, (_, layouts) in OPTIONS.items()
         for layout in (layouts if TP2EP2 not in layouts else (TP2EP2,))
     ],
 )
 def test_option_is_the_same_in_layouts(option: str, layout: tuple[str, ...]) -> None:
-    here, there = single()[option], spread(layout)[option]
+    here, there = single()[option], spread(layout, option in LONG)[option]
     assert not isinstance(there, str), there
     for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("aux", 1e-5), ("z", 1e-5)):
         wanted = pytest.approx(column(here, name), rel=tolerance, abs=1e-9)
