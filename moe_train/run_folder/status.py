@@ -6,13 +6,16 @@ torchrun returns 1 for any failure, so the reason is read from this file.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
 from moe_train.errors import ConfigError
 from moe_train.files import write_atomically
 
+LOGGER = logging.getLogger(__name__)
 State = Literal["running", "finished", "preempted", "failed"]
 
 
@@ -44,17 +47,22 @@ def write_status(
 
 
 def read_status(path: Path) -> Status | None:
-    """The status of a run, or None where there is no such file yet.
+    """The status of a run, or None where there is no such file yet or it was lost in a crash.
+
+    The updates of a running run do not wait for the disk: after a crash of the node some file
+    systems show an empty file, or one of zeros.
 
     Raises:
-        ConfigError: the file is not one that write_status wrote.
+        ConfigError: the file is JSON that write_status did not write.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError:
+        _warn_lost(path)
+        return None
     try:
-        result = json.loads(text)
         status = Status(result["state"], int(result["step"]), str(result.get("reason", "")))
         if status.state not in get_args(State):
             raise ValueError(status.state)
@@ -63,3 +71,11 @@ def read_status(path: Path) -> Status | None:
             str(path), "is not a status file", "remove it, or choose another run.name"
         ) from error
     return status
+
+
+@cache
+def _warn_lost(path: Path) -> None:
+    """Warn once for each file: a start of a run reads it more than once."""
+    LOGGER.warning(
+        "%s is empty or damaged, as after a crash of the node: the run counts as not finished", path
+    )

@@ -32,9 +32,18 @@ def test_status_round_trip_and_file_format(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"state": "sleeping", "step": 1}', '{"state": "failed"}']
-)
+@pytest.mark.parametrize("content", [b"", b"\0" * 60, b'{"state": "run', b"\xff"])
+def test_a_status_file_lost_in_a_crash_counts_as_missing(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = create(tmp_path)
+    folder.status.write_bytes(content)
+    assert read_status(folder.status) is None
+    assert create(tmp_path) == folder
+    assert caplog.text.count("is empty or damaged") == 1
+
+
+@pytest.mark.parametrize("text", ["[]", '{"state": "sleeping", "step": 1}', '{"state": "failed"}'])
 def test_a_foreign_status_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "status.json"
     path.write_text(text)
