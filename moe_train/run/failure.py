@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_train.errors import EXIT_HUNG, EXIT_MEMORY, EXIT_PREEMPTED, MoeTrainError
+from moe_train.errors import EXIT_HUNG, EXIT_MEMORY, EXIT_PREEMPTED, HungError, MoeTrainError
 from moe_train.run.logs import FILE_ONLY
 from moe_train.run.memory import explain
 from moe_train.run.torchelastic import write_error_file
+from moe_train.run.watchdog import exit_after
 from moe_train.run_folder.folder import RunFolder
 from moe_train.run_folder.status import State, read_status, write_status
 
@@ -23,6 +25,8 @@ FIRST_FAILURE = "cause"
 """File in the logs: the rank that failed first, and its error."""
 STOPPED = "stopped"
 """File in the logs of a run that was preempted under a torchrun that may restart its ranks."""
+LOG_SECONDS = 5.0
+"""How long a hung rank may take to log why it ends."""
 
 
 def report_once(logs: Path | None, text: str) -> bool:
@@ -104,12 +108,35 @@ def end_run(error: MoeTrainError, state: RunState) -> int:
     return report_error(error, state)
 
 
-def write_final_status(state: RunState, final: State, reason: str) -> None:
-    """Write the final status into the run folder, if it is this run's (rank 0)."""
+def write_final_status(state: RunState, final: State, reason: str = "") -> None:
+    """Write the final status into the run folder, if it is this run's (rank 0).
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     if state.folder is not None and state.owns_folder:
         write_status(state.folder.status, final, state.step, reason)
         if final == "preempted":
             (state.folder.logs / STOPPED).touch()
+
+
+def exit_hung(folder: RunFolder, state: RunState, problem: str) -> None:
+    """End this process, from the watchdog's thread: the main thread waits for ever.
+
+    Logging comes last and its time is limited: the main thread may be blocked inside a handler (a
+    full pipe, a stalled file system), whose lock it then holds.
+    """
+    fault = HungError(_rank(), problem, f"see {folder.logs}/*.stacks")
+    write_error_file(str(fault))
+    first = True
+    # A full disk must not keep the process alive: the log line has the reason as well.
+    with suppress(OSError):
+        first = report_once(folder.logs, str(fault))
+        if first:
+            write_status(folder.status, "failed", state.step, str(fault))
+    exit_after(LOG_SECONDS)
+    LOGGER.error("%s", fault, extra=None if first else FILE_ONLY)
+    os._exit(EXIT_HUNG)
 
 
 def report_error(error: MoeTrainError, state: RunState | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,20 +18,17 @@ from moe_train.config.schema import to_mapping
 from moe_train.data.batches import BatchSource
 from moe_train.data.datasets import build_datasets
 from moe_train.data.statistics import dataset_entropy
-from moe_train.errors import HungError, NonFiniteError
+from moe_train.errors import NonFiniteError
 from moe_train.parallel.flops import flops_per_token
-from moe_train.run.failure import peer_failure, report_once
-from moe_train.run.logs import FILE_ONLY
+from moe_train.run.failure import exit_hung, peer_failure
 from moe_train.run.opening import Session
 from moe_train.run.restore import restore
 from moe_train.run.saving import Saver
 from moe_train.run.shutdown_budget import ShutdownBudget, grace_seconds
 from moe_train.run.signals import SignalHandler
 from moe_train.run.state import RunState
-from moe_train.run.torchelastic import write_error_file
 from moe_train.run.watchdog import Watchdog
 from moe_train.run_folder.folder import RunFolder
-from moe_train.run_folder.status import write_status
 from moe_train.train.callback import Callback, CallbackList, StartEvent
 from moe_train.train.loop import Intervals, NonFinitePolicy, run_loop
 from moe_train.train.metrics import StepWork, device_peak
@@ -92,7 +88,7 @@ def training_loop(
         session.rank,
         session.layout.world,
         config.backend.timeout_seconds,
-        partial(_hung, folder, state),
+        partial(exit_hung, folder, state),
         partial(peer_failure, folder.logs),
     )
     return partial(
@@ -147,17 +143,6 @@ def build_callbacks(
             ),
         ]
     return [*callbacks, GarbageCollection(config.train.gc_every)]
-
-
-def _hung(folder: RunFolder, state: RunState, problem: str) -> None:
-    """End this process, from the watchdog's thread: the main thread waits for ever."""
-    fault = HungError(f"rank {os.environ.get('RANK', '0')}", problem, f"see {folder.logs}/*.stacks")
-    write_error_file(str(fault))
-    first = report_once(folder.logs, str(fault))
-    LOGGER.error("%s", fault, extra=None if first else FILE_ONLY)
-    if first:
-        write_status(folder.status, "failed", state.step, str(fault))
-    os._exit(fault.exit_code)
 
 
 def _roll_back(session: Session, source: BatchSource) -> int:

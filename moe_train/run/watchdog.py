@@ -20,12 +20,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+from moe_train.errors import EXIT_HUNG
+
 HEARTBEAT_SECONDS = 10.0
 """Longest time between two heartbeats; the run folder may be on a shared file system."""
 STALE_HEARTBEATS = 4
 """A heartbeat that missed so many intervals comes from a process that does not run."""
 PEER_EXIT_SECONDS = 10.0
 """How long a rank may take to end by itself after another rank reported a failure."""
+HANG_REPORT_SECONDS = 30.0
+"""How long a hung rank may take to write its stacks, its error and the run's status."""
 _LINE = 120
 """Bytes of a heartbeat file: overwritten in place, so a reader never finds it empty."""
 
@@ -97,11 +101,17 @@ class Watchdog:
             if (failure := self._peer_failure()) is not None:
                 failed = failed or now
                 if now - failed > PEER_EXIT_SECONDS:
-                    self._on_hang(f"waited for a rank that has failed: {failure}")
+                    self._end(lambda: f"waited for a rank that has failed: {failure}")
                     return
-            if now - self._since > self._limit:
-                self._on_hang(self._diagnose(now - self._since))
+            if (seconds := now - self._since) > self._limit:
+                self._end(lambda: self._diagnose(seconds))
                 return
+
+    def _end(self, diagnose: Callable[[], str]) -> None:
+        # The run folder may be what the main thread waits for: writing there may never return.
+        timer = exit_after(HANG_REPORT_SECONDS)
+        self._on_hang(diagnose())
+        timer.cancel()
 
     def _diagnose(self, seconds: float) -> str:
         function = waiting_in(sys._current_frames().get(self._watched or 0))
@@ -151,6 +161,14 @@ class Watchdog:
 
     def _heartbeat(self, rank: int) -> Path:
         return self._logs / f"rank_{rank}.beat"
+
+
+def exit_after(seconds: float) -> threading.Timer:
+    """Start a daemon thread that ends this process with EXIT_HUNG, unless it is cancelled."""
+    timer = threading.Timer(seconds, os._exit, [EXIT_HUNG])
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def waiting_in(frame: FrameType | None) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,47 @@ def test_progress_keeps_it_quiet_and_a_standstill_does_not(tmp_path: Path) -> No
                 time.sleep(0.05)
     assert len(lines) == 1 and "step 12, validation" in lines[0]
     assert not list(tmp_path.glob("*.beat"))
+
+
+BLOCKED = """
+import logging, os, sys
+from functools import partial
+from pathlib import Path
+from moe_train.run import failure, watchdog
+from moe_train.run.state import RunState
+from moe_train.run_folder.folder import RunFolder
+
+class Pipe(logging.Handler):
+    def emit(self, record):
+        os.read(os.pipe()[0], 1)  # never written to: returns never
+
+logging.getLogger().addHandler(Pipe())
+folder, where = RunFolder(Path(sys.argv[1])), sys.argv[2]
+if where == "logging":
+    failure.LOG_SECONDS = 0.2
+else:
+    watchdog.HANG_REPORT_SECONDS = 0.2
+    failure.write_status = lambda *args: os.read(os.pipe()[0], 1)
+end = partial(failure.exit_hung, folder, RunState(step=3))
+with watchdog.Watchdog(folder.logs, 0, 1, 0.2, end):
+    logging.error("the main thread waits here and holds the handler's lock")
+"""
+
+
+@pytest.mark.parametrize("where", ["logging", "status"])
+def test_a_rank_blocked_in_a_log_handler_or_by_its_file_system_exits(
+    tmp_path: Path, where: str
+) -> None:
+    (tmp_path / "logs").mkdir()
+    command = [sys.executable, "-c", BLOCKED, str(tmp_path), where]
+    assert subprocess.run(command, timeout=60).returncode == EXIT_HUNG
+    status = read_status(tmp_path / "status.json")
+    if where == "status":
+        assert status is None
+    else:
+        assert status is not None and (status.state, status.step) == ("failed", 3)
+        assert "no progress for" in status.reason
+    assert "no progress for" in (tmp_path / "logs" / "cause").read_text()
 
 
 def test_the_one_behind_is_named(tmp_path: Path) -> None:
