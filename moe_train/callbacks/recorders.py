@@ -97,7 +97,9 @@ class ExpertLoad(StepRecorder):
 
 
 class StatusWriter(Callback):
-    """The running and finished states of status.json; other ends are the runtime's to write.
+    """The step in status.json while the run goes on; its end is the runtime's to write.
+
+    It is not ``required``: a run does not fail with an update that the next one replaces.
 
     Args:
         clock: seconds, for the time between two updates.
@@ -108,16 +110,10 @@ class StatusWriter(Callback):
 
     def on_start(self, event: StartEvent) -> None:
         """The run's description has written the state already."""
-        self._latest, self._step = self._clock(), event.step
+        self._latest = self._clock()
 
     def on_step(self, event: StepEvent) -> None:
         """Update the step now and then; it is exact once the run has ended."""
-        self._step = event.step
         if self._clock() - self._latest >= STATUS_SECONDS:
             self._latest = self._clock()
             write_status(self._path, "running", event.step, durable=False)
-
-    def on_end(self, event: EndEvent) -> None:
-        """Write the end of a finished run."""
-        if event.error is None:
-            write_status(self._path, "finished", self._step)

@@ -150,6 +150,8 @@ def train(
                 if state.error is None or state.error is failure:
                     raise
                 raise state.error from failure
+        # After all callbacks and the close of the world, which may still fail the run.
+        write_final_status(state, "finished")
         return EXIT_FINISHED
     except MoeTrainError as fault:
         return end_run(state.error or fault, state)
@@ -219,7 +221,8 @@ def acquire_run_folder(run: ResolvedRun, suffix: str, state: RunState) -> None:
     state.folder = folder
     if restarts()[0] == 0:
         (folder.logs / STOPPED).unlink(missing_ok=True)
-    if not folder.config.exists():
+    state.continues = folder.config.exists()
+    if not state.continues:
         state.describe(run.with_name(folder.path.name))
 
 

@@ -9,14 +9,21 @@ from pathlib import Path
 from moe_train.checkpoint.load import load_checkpoint
 from moe_train.checkpoint.manifest import Manifest
 from moe_train.checkpoint.select import select_checkpoint
+from moe_train.errors import CheckpointError
 from moe_train.parallel.resolved import ResolvedRun
 from moe_train.run.opening import Session
+from moe_train.run.state import RunState
 
 LOGGER = logging.getLogger(__name__)
 
 
 def restore(
-    session: Session, root: Path, resume: str, *, weights_only: bool = False
+    session: Session,
+    root: Path,
+    resume: str,
+    *,
+    weights_only: bool = False,
+    state: RunState | None = None,
 ) -> tuple[Path, Manifest] | tuple[None, None]:
     """Load the checkpoint that :func:`select_checkpoint` returns; collective.
 
@@ -24,6 +31,7 @@ def restore(
         root: folder of the run's checkpoints.
         resume: auto | never | PATH.
         weights_only: leave optimizer and random states as they are.
+        state: of a run that starts, which gets the checkpoint's step, or the refusal.
 
     Returns:
         The checkpoint's folder and manifest, or two Nones where there is nothing to load.
@@ -32,10 +40,19 @@ def restore(
         CheckpointError: damaged, or of another model or tokenizer; the same on every rank.
     """
     fields = session.manifest_fields()
-    selected = select_checkpoint(root, resume, model=fields["model"], tokenizer=fields["tokenizer"])
+    try:
+        selected = select_checkpoint(
+            root, resume, model=fields["model"], tokenizer=fields["tokenizer"]
+        )
+    except CheckpointError:
+        if state is not None:
+            state.refuse()
+        raise
     if selected is None:
         return None, None
     folder, manifest = selected
+    if state is not None:
+        state.step = manifest.step
     restored = load_checkpoint(
         folder,
         manifest,

@@ -34,15 +34,22 @@ class RunState(Callback):
     logs: Path | None = None
     """The run folder's logs, on every rank, once the world is open."""
     owns_folder: bool = False
-    """Whether the folder's files describe this run: a refused run keeps an earlier run's files."""
+    """Whether the folder's status is this run's: a refused run leaves an earlier run's files."""
+    continues: bool = False
+    """Whether the folder holds the files of an earlier start, on rank 0."""
     step: int = 0
     """Completed steps."""
     error: MoeTrainError | None = None
     """Why the run ends, once that is known."""
 
     def join(self, logs: Path) -> None:
-        """The world is open and its ranks share ``logs``."""
+        """The world is open and its ranks share ``logs``: a failure from here on is the run's."""
         self.logs = logs
+        self.owns_folder = True
+
+    def refuse(self) -> None:
+        """The run cannot continue the earlier one in its folder, whose status stands."""
+        self.owns_folder = not self.continues
 
     def on_start(self, event: StartEvent) -> None:
         """Keep the step."""

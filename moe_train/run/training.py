@@ -61,13 +61,14 @@ def training_loop(
     """
     config, folder, engine = session.config, session.folder, session.engine
     assert folder is not None
-    checkpoint, manifest = restore(session, folder.checkpoints, config.checkpoint.resume)
+    checkpoint, manifest = restore(
+        session, folder.checkpoints, config.checkpoint.resume, state=state
+    )
     if session.rank == 0 and checkpoint is not None and checkpoint.parent == folder.checkpoints:
         prune(checkpoint, config.checkpoint.keep)
     start, consumed = (manifest.step, manifest.consumed_samples) if manifest else (0, 0)
     datasets = _datasets(session, start, consumed)
     source = _source(session, datasets.train, consumed)
-    state.step = start
     entropy = None
     if session.rank == 0:
         state.describe(session.run, engine.backend.kernels)
