@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # Runs the tests that stand on torch's kernels with another torch: launch/test_torch.sh 2.11
-# Its environment is .venv-torch-<version>, made the first time (2-3 GB). Everything but torch and
-# what torch itself pins has the versions of constraints.txt. More arguments go to pytest.
+# Its environment is .venv-torch-<version>, installed the first time (2-3 GB) and when
+# pyproject.toml or constraints.txt is newer. Everything but torch and what torch itself pins has
+# the versions of constraints.txt. More arguments go to pytest.
 set -euo pipefail
+# A pattern below that matches no file is an error.
+shopt -s failglob
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 version=${1:?usage: launch/test_torch.sh VERSION [pytest options]}
 shift
 home=.venv-torch-$version
-if [ ! -e "$home/.installed" ]; then
+stamp=$home/.installed
+if [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
   python=$(launch/find_python.sh)
   echo "[test-torch] creating $home with $("$python" --version) and torch $version"
   "$python" -m venv --clear "$home"
@@ -16,11 +20,11 @@ if [ ! -e "$home/.installed" ]; then
     >"$home/constraints.txt"
   "$home/bin/python" -m pip --disable-pip-version-check --no-input install --quiet \
     --constraint "$home/constraints.txt" "torch==$version.*" --editable ".[dev]"
-  touch "$home/.installed"
+  touch "$stamp"
 fi
 
 tests=(
-  tests/test_kernels_*.py
+  tests/backend/test_kernels_*.py
   tests/model/test_oracle_mixtral.py
   tests/train/test_parity_small.py
   tests/model/test_span_gradients.py
