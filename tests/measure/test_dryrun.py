@@ -39,12 +39,14 @@ OPTIMIZERS = {
     "plain bf16": ["dtype=bf16"],
     "distributed": ["dtype=bf16", "optim.distributed=true"],
     "precision-aware": ["dtype=bf16", "optim=precision_aware"],
+    "sgd": ["dtype=bf16", "optim.name=sgd"],
 }
 
 
 def real_rank(rank: int, world: int, words: list[str]) -> tuple[int, int, int, int, str]:
     """State by category, peak and its phase of one tracked step of a real engine."""
-    from moe_train.measure.dryrun.step import initialise_state, own_state, watched_step
+    from moe_train.checkpoint.optimizer_state import initialise_state
+    from moe_train.measure.dryrun.step import own_state, watched_step
     from moe_train.measure.dryrun.tracker import GRADIENTS, OPTIMIZER, WEIGHTS, MemoryTracker
     from tests.support.engines import micro_batches, open_engine
 
@@ -176,8 +178,9 @@ def updates(rank: int, one: int) -> list[list[int]]:
     from unittest import mock
 
     from moe_train.backend.torch_kernels import adam, gradient_norm
+    from moe_train.checkpoint.optimizer_state import initialise_state
     from moe_train.measure.dryrun.prepare import cpu_backend
-    from moe_train.measure.dryrun.step import initialise_state, own_state, watched_update
+    from moe_train.measure.dryrun.step import own_state, watched_update
     from moe_train.measure.dryrun.tracker import MemoryTracker
     from moe_train.measure.dryrun.world import fake_engine, fake_world
 

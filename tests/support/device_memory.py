@@ -230,8 +230,8 @@ def added(
         the most host memory of the plain save; ``state``, all that the rank holds on its device;
         ``parameter``, the largest in fp32.
     """
+    from moe_train.checkpoint.optimizer_state import initialise_state
     from moe_train.measure.dryrun.prepare import cpu_backend
-    from moe_train.measure.dryrun.step import initialise_state
     from moe_train.measure.dryrun.world import fake_engine, fake_world
     from moe_train.planner.resolution import resolve_run
 

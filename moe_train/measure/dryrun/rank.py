@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_train.checkpoint.optimizer_state import initialise_state
 from moe_train.config.root import Config
 from moe_train.measure.dryrun.routing import known_routing
-from moe_train.measure.dryrun.step import initialise_state, own_state, watched_step
+from moe_train.measure.dryrun.step import own_state, watched_step
 from moe_train.measure.dryrun.tracker import GRADIENTS, OPTIMIZER, WEIGHTS, MemoryTracker, Peak
 from moe_train.measure.dryrun.world import fake_engine, fake_world
 from moe_train.parallel.resolved import ResolvedRun

@@ -16,6 +16,7 @@ import torch
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from moe_train.checkpoint.optimizer_state import parts
 from moe_train.measure.dryrun.tracker import GRADIENTS, OPTIMIZER, WEIGHTS, MemoryTracker, Peak
 from moe_train.model.span import schedule as span_schedule
 from moe_train.model.span.dispatcher import CrossStageDispatcher
@@ -40,28 +41,12 @@ class Watched:
 
 def own_state(tracker: MemoryTracker, engine: Engine) -> None:
     """Mark the storages of weights, gradient buffers and optimizer state."""
-    inner = list(optimizers(engine.optimizer))
+    inner = [part.optimizer for part in parts(engine.optimizer)]
     tracker.own(state_tensors(inner), OPTIMIZER)
     for chunk in engine.chunks:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             tracker.own([buffer.grad_data], GRADIENTS)
         tracker.own(chunk.parameters(), WEIGHTS)
-
-
-def optimizers(optimizer: Any) -> Iterator[Any]:
-    """The torch optimizers under Megatron's, which chains and wraps them."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(part, "optimizer", None) is not None:
-            yield part.optimizer
-
-
-def initialise_state(optimizer: Any) -> None:
-    """Create every state tensor, as the optimizer itself does before its first update."""
-    for inner in optimizers(optimizer):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.initialize_state(parameter)
 
 
 def state_tensors(inner: Sequence[Any]) -> Iterator[torch.Tensor]:
