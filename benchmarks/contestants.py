@@ -24,13 +24,18 @@ type Step = Callable[[], float]
 def ours(case: Case) -> Step:
     """moe_train: Megatron-Core on the CPU backend."""
     from moe_train.train.engine import build_engine
-    from moe_train.train.step import train_step
+    from moe_train.train.step import require_finite, train_step
 
     run, backend, groups = _opened(case)
     engine = build_engine(run, backend, groups)
-    number = iter(range(1, 1_000_000))
+    numbers = iter(range(1, 1_000_000))
     batches = _batches(case, run.config.data.sequence, run.microbatches)
-    return lambda: train_step(engine, batches, next(number)).loss
+
+    def step() -> float:
+        number = next(numbers)
+        return require_finite(number, train_step(engine, batches, number)).loss
+
+    return step
 
 
 def megatron_sequential(case: Case) -> Step:

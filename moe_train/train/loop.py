@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from moe_train.errors import NonFiniteError, Preempted
+from moe_train.errors import Preempted
 from moe_train.train.callback import CallbackList, RollbackEvent, StepEvent, ValidationEvent
 from moe_train.train.engine import Engine
 from moe_train.train.forward import MicroBatch
 from moe_train.train.metrics import StepWork, step_record
 from moe_train.train.protocols import PhaseMonitor, Saver, Source, StopSignals, StopTimes
-from moe_train.train.step import StepResult, train_step, validate
+from moe_train.train.step import StepResult, require_finite, train_step, validate
 
 
 @dataclass
@@ -53,20 +53,11 @@ class NonFinitePolicy:
             NonFiniteError: the policy is stop, or the limit is exceeded; the same on all ranks.
         """
         self.count += 1
-        problem = f"loss is {result.loss}, gradient norm is {result.grad_norm}; "
         if self.policy == "stop":
-            problem += "no weight was changed"
+            require_finite(step, result)
         elif self.count > self.limit:
-            problem += (
-                f"exceeded train.non_finite_limit={self.limit} (train.non_finite={self.policy})"
-            )
-        else:
-            return
-        raise NonFiniteError(
-            f"step {step}",
-            problem,
-            "resume from the last checkpoint with a lower optim.lr or other data",
-        )
+            exceeded = f"train.non_finite_limit={self.limit} (train.non_finite={self.policy})"
+            require_finite(step, result, f"exceeded {exceeded}")
 
 
 def run_loop(

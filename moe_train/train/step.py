@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+from moe_train.errors import NonFiniteError
 from moe_train.train.engine import Engine
 from moe_train.train.forward import MicroBatch, forward_step
 from moe_train.train.lr_schedule import set_step
@@ -59,6 +60,23 @@ def train_step(engine: Engine, batches: Sequence[MicroBatch], step: int) -> Step
         with engine.tracer.region("optimizer", "optimizer"):
             apply_update(engine.optimizer, grad_norm)
     return StepResult(loss, grad_norm, lr, routing, finite)
+
+
+def require_finite(
+    step: int, result: StepResult, consequence: str = "no weight was changed"
+) -> StepResult:
+    """The result of ``step``, whose update has to have been applied.
+
+    Raises:
+        NonFiniteError: it was not; the same on all ranks.
+    """
+    if result.applied:
+        return result
+    raise NonFiniteError(
+        f"step {step}",
+        f"loss is {result.loss}, gradient norm is {result.grad_norm}; {consequence}",
+        "resume from the last checkpoint with a lower optim.lr or other data",
+    )
 
 
 def apply_update(optimizer: Any, grad_norm: float) -> None:

@@ -115,11 +115,16 @@ def close() -> None:
 
 
 def take_step() -> None:
-    """One training step, as the loop of a run takes it."""
-    from moe_train.train.step import train_step
+    """One training step, as the loop of a run takes it.
+
+    Raises:
+        NonFiniteError: the update was skipped, so the step measures nothing.
+    """
+    from moe_train.train.step import require_finite, train_step
 
     _open.step += 1
-    train_step(_open.session.engine, _open.source.next_step(), _open.step)
+    result = train_step(_open.session.engine, _open.source.next_step(), _open.step)
+    require_finite(_open.step, result)
     _open.session.engine.backend.synchronize()
 
 

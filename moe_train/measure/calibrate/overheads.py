@@ -61,7 +61,7 @@ def _step_seconds(layers: int, experts: int, count: int) -> float:
     backend = select_backend(config.device, config.backend)
     backend.prepare()
     from moe_train.train.engine import build_engine
-    from moe_train.train.step import train_step
+    from moe_train.train.step import require_finite, train_step
 
     open_world(backend, 0, 1, 60)
     try:
@@ -76,7 +76,7 @@ def _step_seconds(layers: int, experts: int, count: int) -> float:
         seconds = []
         for step in range(1, STEPS + 1):
             begun = time.perf_counter()
-            train_step(engine, [batch] * count, step)
+            require_finite(step, train_step(engine, [batch] * count, step))
             seconds.append(time.perf_counter() - begun)
         return statistics.median(seconds[2:])
     finally:
