@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from moe_train.run_folder.trace_events import process, trace_text
 from moe_train.train.callback import Callback, EndEvent, StartEvent, StepEvent
 from moe_train.train.tracing import Tracer
 
+LOGGER = logging.getLogger(__name__)
 WARMUP = 2
-"""The step after a start that is traced: in the first one, much happens for the first time."""
+"""The step after a start that is traced: in the first one, much happens for the first time.
+Steps before a profile: that one, and one that warms the profiler up."""
 
 
 class StepTrace(Callback):
@@ -67,24 +70,54 @@ class TorchProfiler(Callback):
         steps: how many; they follow a first step, in which much happens for the first time, and
             one that warms the profiler up.
         folder: gets ``profile_rank_K.json`` (Chrome's format, for Perfetto).
+        device: whose kernels are recorded beside the CPU's operators.
     """
 
-    def __init__(self, steps: int, folder: Path) -> None:
-        self._steps, self._folder = steps, folder
+    def __init__(self, steps: int, folder: Path, device: torch.device) -> None:
+        self._steps, self._folder, self._device = steps, folder, device
+        self._rank = self._done = 0
+        self._profiler: torch.profiler.profile | None = None
 
     def on_start(self, event: StartEvent) -> None:
         """Begin with the next step."""
-        path = self._folder / f"profile_rank_{event.rank}.json"
-        self._profiler = torch.profiler.profile(
-            schedule=torch.profiler.schedule(wait=1, warmup=1, active=self._steps, repeat=1),
-            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+        self._rank = event.rank
+        profiler = torch.profiler.profile(
+            activities=activities(self._device),
+            schedule=torch.profiler.schedule(
+                wait=1, warmup=WARMUP - 1, active=self._steps, repeat=1
+            ),
+            on_trace_ready=self._write,
         )
-        self._profiler.start()
+        profiler.start()
+        self._profiler = profiler
 
     def on_step(self, event: StepEvent) -> None:
         """A step is done."""
+        assert self._profiler is not None
+        self._done += 1
         self._profiler.step()
 
     def on_end(self, event: EndEvent) -> None:
-        """Stop; a profile of fewer steps is written too."""
+        """Stop; a profile of fewer steps is written too, and one of none is reported."""
+        if self._profiler is None:
+            return
         self._profiler.stop()
+        if self._done <= WARMUP and self._rank == 0:
+            LOGGER.warning(
+                "train.profile_steps=%d: no profile was written, since the run ended after %d "
+                "steps and the profile begins with step %d after the start; raise train.steps",
+                self._steps,
+                self._done,
+                WARMUP + 1,
+            )
+
+    def _write(self, profiler: Any) -> None:
+        if self._done > WARMUP:
+            path = self._folder / f"profile_rank_{self._rank}.json"
+            profiler.export_chrome_trace(str(path))
+
+
+def activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:
+    """What torch.profiler records: the CPU's operators, and the kernels of another device."""
+    known = torch.profiler.ProfilerActivity.__members__
+    return [known[name] for name in dict.fromkeys(("CPU", device.type.upper()))]

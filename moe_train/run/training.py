@@ -127,7 +127,8 @@ def build_callbacks(
     if config.train.trace:
         callbacks.append(StepTrace(session.engine.tracer, folder.trace, session.layout.tag))
     if config.train.profile_steps:
-        callbacks.append(TorchProfiler(config.train.profile_steps, folder.logs))
+        device = session.engine.backend.device
+        callbacks.append(TorchProfiler(config.train.profile_steps, folder.logs, device))
     if session.rank == 0:
         metrics = MetricsRecorder(folder.metrics, begin)
         callbacks += [
