@@ -22,10 +22,12 @@ class Saver:
     def begin(self, step: int) -> None:
         """Copy the state after ``step`` and start to write it; collective.
 
+        An earlier save has to be finished: its event is the caller's to report.
+
         Raises:
             CheckpointError: on every rank, when any rank cannot write.
         """
-        self.finish()
+        assert self._pending is None
         session, config = self._session, self._session.config
         assert session.folder is not None
         consumed = self._source.consumed

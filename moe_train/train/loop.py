@@ -139,6 +139,7 @@ def run_loop(
             callbacks.notify(ValidationEvent(step, MappingProxyType(record)))
             stop = sync_control_flags(engine, signals, saver).stop
         if intervals.due(intervals.save, step) or (stop and intervals.save):
+            commit()
             with watchdog.phase("checkpoint", step):
                 saver.begin(step)
             flags = sync_control_flags(engine, signals, saver)

@@ -31,7 +31,7 @@ class Saver(Protocol):
         """Whether this rank has nothing left to write."""
 
     def begin(self, step: int) -> None:
-        """Start to save the state after ``step``; collective."""
+        """Start to save the state after ``step``, with no save pending; collective."""
 
     def finish(self) -> SaveEvent | None:
         """Wait for the pending save and commit it; None where there is none; collective."""
