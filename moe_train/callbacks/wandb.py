@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from moe_train.callbacks.recorders import MetricsRecorder
 from moe_train.errors import ConfigError
+from moe_train.files import write_atomically
 from moe_train.run_folder.folder import RunFolder
 from moe_train.train.callback import Callback, EndEvent, StartEvent, StepEvent
 
@@ -75,7 +76,6 @@ class WandbFollower(Callback):
             _warn("log.wandb=online, but no key is configured: the copy is kept offline")
             mode = "offline"
         start = {
-            "mode": mode,
             "url": base_url(),
             "project": self._project,
             "name": self._folder.path.name,
@@ -83,10 +83,13 @@ class WandbFollower(Callback):
             "folder": str(self._folder.wandb),
             "metrics": str(self._folder.metrics),
         }
+        self._folder.wandb.mkdir(parents=True, exist_ok=True)
+        # In a file: Linux limits an argument to 128 KiB, and `ps` shows it to every user.
+        arguments = self._folder.wandb / "start.json"
+        write_atomically(arguments, json.dumps(start, default=str), durable=False)
         # -P: the script's own folder would shadow modules that W&B imports.
         script = Path(__file__).with_name("wandb_process.py")
-        command = [sys.executable, "-P", str(script), json.dumps(start, default=str)]
-        self._folder.wandb.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-P", str(script), str(arguments), mode]
         with (self._folder.logs / "wandb.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command,

@@ -1,10 +1,10 @@
 """The process that copies metrics.jsonl to Weights & Biases; started by ``callbacks/wandb.py``.
 
-Its argument is a JSON object: ``mode`` (online | offline), ``url``, ``project``, ``name``,
-``config``, ``folder`` (W&B's own, in the run folder) and ``metrics`` (the file to follow). Standard
-input says that the run is over, by a line ``{"exit_code": int, "summary": {...}}`` or by its end
-where the run was killed. Each line of standard output is a message for the user. The exit code is
-not 0 where the copy is incomplete.
+Its arguments are a JSON file and the mode (online | offline). The file has ``url``, ``project``,
+``name``, ``config``, ``folder`` (W&B's own, in the run folder) and ``metrics`` (the file to
+follow). Standard input says that the run is over, by a line ``{"exit_code": int, "summary":
+{...}}`` or by its end where the run was killed. Each line of standard output is a message for the
+user. The exit code is not 0 where the copy is incomplete.
 
 A plain script that imports nothing of this package: W&B's modules never meet a rank's.
 """
@@ -43,14 +43,16 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_after, args=(os.getppid(),), daemon=True).start()
-    start, code = json.loads(sys.argv[1]), 0
+    arguments, mode = sys.argv[1:]
+    code = 0
     try:
-        refusal = unreachable(start["url"]) if start["mode"] == "online" else ""
+        start = json.loads(Path(arguments).read_text(encoding="utf-8")) | {"mode": mode}
+        refusal = unreachable(start["url"]) if mode == "online" else ""
         try:
             run: Any = None if refusal else open_run(start)
         # Whatever a server or its client refuses leads to an offline copy.
         except Exception as error:
-            if start["mode"] == "offline":
+            if mode == "offline":
                 raise
             refusal = first_line(error)
         if refusal:
@@ -59,7 +61,7 @@ def main() -> None:
                 f"in {start['folder']}: `wandb sync` sends it later\n"
             )
             os.dup2(messages.fileno(), 1)
-            restart(start | {"mode": "offline"})
+            restart(arguments, "offline")
         run.finish(exit_code=follow(run, Path(start["metrics"]), Path(start["folder"])))
     # Whatever W&B raises ends this process with a reason; the run is another process.
     except Exception as error:  # noqa: BLE001
@@ -74,14 +76,14 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def restart(start: dict[str, Any]) -> None:
+def restart(arguments: str, mode: str) -> None:
     """Replace this process by a fresh one: after a failed start W&B's service holds the run and
     answers a second one with "in use"."""
     for child in psutil.Process().children(recursive=True):
         child.kill()
     # W&B leaves the address of its service in the environment.
     os.environ.pop("WANDB_SERVICE", None)
-    os.execv(sys.executable, [sys.executable, "-P", __file__, json.dumps(start)])
+    os.execv(sys.executable, [sys.executable, "-P", __file__, arguments, mode])
 
 
 def end_after(parent: int) -> None:

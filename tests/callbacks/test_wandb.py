@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,13 @@ class Bench:
     def warnings(self) -> list[str]:
         return [record.getMessage() for record in self._caplog.records]
 
-    def start(self, mode: str) -> None:
+    def start(self, mode: str, config: Mapping[str, Any] | None = None) -> None:
         self.lines = JsonLines(self.folder.metrics, 1 << 40)
         self.follower = WandbFollower(
             mode,
             project="p",
             folder=self.folder,
-            config={"model": {"layers": 16}},
+            config=config or {"model": {"layers": 16}},
             metrics=self.metrics,
         )
         self.follower.on_start(events.start())
@@ -159,6 +159,22 @@ def test_records_and_exit_code_arrive_in_order(bench: Bench, client: Callable[[s
     assert others == [{"step": 1, "valid_loss": 2.0}, {"step": 2, "loss": 0.5}]
     assert bench.seen("init")[0][2]["config"] == {"model": {"layers": 16}}
     assert bench.warnings == []
+
+
+def test_a_config_larger_than_an_argument_may_be_arrives(
+    bench: Bench, client: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Online and refused: the second start, offline, gets it too."""
+    client("")
+    config = {"data": {"train": [f"/datasets/part_{part:05}/tokens" for part in range(8000)]}}
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        bench.start("online", config)
+        bench.end()
+    [[_, mode, options]] = bench.seen("init")
+    assert mode == "offline" and options["config"] == config
 
 
 def test_a_resumed_run_continues_the_same_copy_without_duplicate_steps(
