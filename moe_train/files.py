@@ -1,4 +1,4 @@
-"""JSON files: read with a size limit and validated by type, written whole or not at all."""
+"""JSON files, read with a size limit and validated, written atomically; and lock files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from moe_train.errors import MoeTrainError
@@ -82,3 +83,22 @@ def read_validated[T](
         if place := ".".join(map(str, first["loc"]))[:100]:
             reason = f"{place!r}: {reason}"
         raise error(str(path), f"is not {what}: {reason}", fix) from problem
+
+
+def kernel_lock(path: Path, timeout: float) -> FileLock:
+    """Lock by flock alone: the kernel releases it with its process, however that ends.
+
+    filelock's fallback where there is no flock is a marker file, which outlives a killed job.
+
+    Args:
+        timeout: seconds that ``acquire()`` waits for another holder; negative: for ever.
+
+    Returns:
+        A lock whose ``acquire()`` raises OSError or NotImplementedError where the file cannot be
+        opened or its file system has no locks.
+    """
+    try:
+        return FileLock(path, timeout=timeout, fallback_to_soft=False)
+    except TypeError:
+        # Before filelock 4.2 there is no fallback, and no such argument.
+        return FileLock(path, timeout=timeout)

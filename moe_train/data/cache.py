@@ -11,13 +11,15 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import Timeout
 
 from moe_train.errors import DataError
-from moe_train.files import write_json
+from moe_train.files import kernel_lock, write_json
 
 LOGGER = logging.getLogger(__name__)
 RECORD = "sha256.json"
@@ -54,10 +56,39 @@ def cache_folder(configured: str | Path | None = None) -> Path:
     return folder
 
 
-def lock(path: Path) -> FileLock:
-    """Lock that one process of this machine holds at a time; it ends with its process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path.with_name(path.name + ".lock"))
+@contextmanager
+def lock(
+    path: Path,
+    *,
+    timeout: float = -1.0,
+    field: str = "data.cache",
+    fix: str = "set data.cache=FOLDER, on a file system with locks",
+) -> Iterator[None]:
+    """Lock that one process holds at a time, in the file ``PATH.lock``; it ends with its process.
+
+    Args:
+        timeout: seconds to wait for another holder; negative: for ever.
+        field: for the error.
+        fix: for the error.
+
+    Raises:
+        DataError: the file cannot be opened, or its file system has no locks.
+        Timeout: another process holds it.
+    """
+    file = path.with_name(path.name + ".lock")
+    kernel = kernel_lock(file, timeout)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kernel.acquire()
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(field, f"{file} cannot be locked: {reason}", fix) from error
+    try:
+        yield
+    finally:
+        kernel.release()
 
 
 def refuse_pickles(folder: Path) -> None:

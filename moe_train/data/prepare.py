@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from moe_train.data import tokenizer as tokenizers
+from moe_train.data.cache import lock
 from moe_train.data.encode import Encoder, Encoding, End, encode_all, text_of
 from moe_train.data.manifest import Manifest, dataset_file
 from moe_train.data.shards import Shard, ShardFolder, ShardWriter
@@ -84,7 +85,8 @@ def prepare(request: Request, report: Report | None = None) -> Manifest:
     work = dataset_file(output, ".partial")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with FileLock(work / "lock", timeout=0):
+        fix = "choose an --output on a file system with locks"
+        with lock(work / "prepare", timeout=0.0, field="--output", fix=fix):
             manifest = _prepare(request, sources, work, report or (lambda progress: None))
             shutil.rmtree(work)
     except Timeout as error:

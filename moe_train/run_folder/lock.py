@@ -17,20 +17,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from moe_train.errors import ConfigError
+from moe_train.files import kernel_lock
 
 LOGGER = logging.getLogger(__name__)
 NAME = ".lock"
 RESTART_SECONDS = 5.0
 """How long a restarted run waits for the processes that it replaces to be gone."""
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
-
-def _kernel_lock(path: Path, timeout: float) -> FileLock:
-    try:
-        return FileLock(path, timeout=timeout, fallback_to_soft=False)
-    except TypeError:
-        # Before 4.2 there is no fallback: acquiring raises NotImplementedError in its place.
-        return FileLock(path, timeout=timeout)
 
 
 def lock_run_folder(folder: Path, timeout: float = RESTART_SECONDS) -> FileLock:
@@ -43,7 +36,7 @@ def lock_run_folder(folder: Path, timeout: float = RESTART_SECONDS) -> FileLock:
         ConfigError: another job holds the lock, and which; or the lock file cannot be opened.
     """
     path = folder / NAME
-    lock = _kernel_lock(path, timeout)
+    lock = kernel_lock(path, timeout)
     try:
         lock.acquire()
     except Timeout as busy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -298,3 +299,31 @@ def test_a_shard_that_was_damaged_while_it_waited(spoil: str, tmp_path: Path) ->
     for ending in (".bin", ".idx"):
         whole = dataset_file(tmp_path / "whole", ending).read_bytes()
         assert dataset_file(tmp_path / "set", ending).read_bytes() == whole
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """No marker file: a killed job would leave it, and the next one wait for ever."""
+
+    def without(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", without)
+    reason = f"cannot be locked: {os.strerror(code)}"
+    with pytest.raises(DataError, match=f"data.cache: .*{reason}\n.*data.cache=FOLDER"):
+        cache.lock(tmp_path / "index").__enter__()
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=f"--output: .*{reason}\n.*choose an --output"):
+        prepare(Request((tmp_path / "a.txt",), tmp_path / "o"))
+
+
+def test_a_lock_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "index.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(DataError, match="index.lock cannot be locked"):
+        cache.lock(tmp_path / "index").__enter__()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be locked: Not a directory"):
+        cache.lock(tmp_path / "file" / "folder" / "index").__enter__()
+    assert not (tmp_path / "victim").exists()
