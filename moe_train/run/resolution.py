@@ -8,6 +8,7 @@ they differ, all ranks refuse with the same error.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from moe_train.planner.machine.devices import Place, RankTable, decide_device, p
 from moe_train.planner.resolution import Composed, certain_faults, resolve_launch
 
 LOGGER = logging.getLogger(__name__)
+SAME_START = "start all ranks with the same overrides, and the same files of the package"
 SHOWN = 4
 """Most differing keys that a refusal names."""
 
@@ -235,9 +237,9 @@ def first_difference(by_rank: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             more = len(differing) - SHOWN
             problem = f"its config differs from rank 0's: {shown}"
             problem += f"; and {more} more keys" if more > 0 else ""
-            fix = "start all ranks with the same overrides, and the same files of the package"
-            return [[f"rank {rank}", problem, fix]]
-    raise AssertionError("equal mappings have equal digests")
+            return [[f"rank {rank}", problem, SAME_START]]
+    # Other ranks wait for this result, so it is a fault whatever the mappings hold.
+    return [["config", "it differs between ranks, though no key of it does", SAME_START]]
 
 
 def _differences(
@@ -249,6 +251,7 @@ def _differences(
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             differing += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
+        # As the digest compares: 1, 1.0 and True differ, NaN equals itself.
+        elif json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
             differing.append((prefix + key, a, b))
     return differing

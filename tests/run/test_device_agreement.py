@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,6 +137,19 @@ def test_digests_differ_exactly_where_the_runs_do() -> None:
         [run.to_mapping(), same.to_mapping(), other.to_mapping()]
     )
     assert field == "rank 2" and "run.seed is 7 there and" in problem and "model.heads" in problem
+
+
+def test_a_difference_of_number_types_is_named_and_any_other_refused() -> None:
+    """Untyped values of ``megatron.*`` may be of any type; the digest tells 1 from 1.0."""
+    values: list[Any] = [1, 1.0, True]
+    for ours, theirs in itertools.permutations(values, 2):
+        [[field, problem, fix]] = first_difference(
+            [{"megatron": {"key": value}} for value in (ours, theirs)]
+        )
+        assert field == "rank 1" and "same overrides" in fix
+        assert f"megatron.key is {theirs!r} there and {ours!r} on rank 0" in problem
+    [[field, problem, fix]] = first_difference([{}, {"key": None}])
+    assert field == "config" and "differs between ranks" in problem and "same overrides" in fix
 
 
 def test_faults_of_one_rank_name_it_and_shared_ones_do_not() -> None:
