@@ -109,10 +109,10 @@ class Callback:
     ones (:func:`moe_train.run.training.build_callbacks`) most on rank 0 alone.
 
     A callback only observes: events are read-only, and it can neither stop nor fail the run. An
-    exception is logged once with its traceback, and the callback is switched off: from then on
-    only its ``on_end`` is called. So it must call no collective, in which other ranks would wait
-    for it. Only errors of :mod:`moe_train.errors` end the run, as does any exception of a callback
-    with ``required = True``.
+    exception is a warning, with its traceback in the rank's log file, and the callback is switched
+    off: from then on only its ``on_end`` is called. So it must call no collective, in which other
+    ranks would wait for it. Only errors of :mod:`moe_train.errors` end the run, as does any
+    exception of a callback with ``required = True``.
     """
 
     required: bool = False
@@ -192,12 +192,15 @@ class CallbackList:
         except MoeTrainError:
             raise
         # An observer's mistake costs its own output and nothing else.
-        except Exception:
+        except Exception as error:
             if callback.required:
                 raise
             self._failed.add(id(callback))
-            LOGGER.exception(
-                "callback %s failed in %s and is switched off; training continues",
+            # A warning is one line on rank 0's console; log files add the traceback on every rank.
+            LOGGER.warning(
+                "callback %s failed in %s and is switched off; training continues: %s",
                 type(callback).__name__,
                 hook,
+                f"{type(error).__name__}: {error}".splitlines()[0],
+                exc_info=True,
             )

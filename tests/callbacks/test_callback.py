@@ -69,9 +69,10 @@ def test_an_observer_that_fails_is_logged_once_and_switched_off(
         *("a end finished", "b end finished"),
     ]
     [record] = caplog.records
-    assert record.levelno == logging.ERROR and record.exc_info is not None
+    assert record.levelno == logging.WARNING and record.exc_info is not None
     assert record.getMessage() == (
-        "callback Log failed in on_step and is switched off; training continues"
+        "callback Log failed in on_step and is switched off; training continues: "
+        "ZeroDivisionError: a mistake"
     )
 
 
@@ -164,7 +165,12 @@ def test_a_callers_callbacks_see_the_run_and_change_nothing(tmp_path: Path) -> N
     arguments.append("train.profile_steps=1")
     log = tmp_path / "log"
     assert run_world(_train, 2, arguments, log=log) == [0, 0], log.read_text()
-    assert log.read_text().count("callback Failing failed in on_step") == 2
+    assert log.read_text().count("callback Failing failed in on_step") == 1
+    assert log.read_text().count("ZeroDivisionError: a mistake of the caller\n") == 1
+    assert "Traceback" not in log.read_text()
+    for rank in range(2):
+        text = (tmp_path / "own" / "logs" / f"rank_{rank}.log").read_text()
+        assert 'raise ZeroDivisionError("a mistake of the caller")' in text
     records = read(tmp_path / "own" / "metrics.jsonl")
     losses = [record["loss"] for record in records if "loss" in record]
     [valid] = [record["valid_loss"] for record in records if "valid_loss" in record]
