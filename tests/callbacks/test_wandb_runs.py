@@ -54,8 +54,9 @@ MORE = {
     "dies": "Run.log = lambda self, r: (called('fault'), os._exit(3))",
 }
 STEPS = 30
-NOISE = 3.0
-"""Of a machine that does other things too, between two medians."""
+NOISE = 10.0
+"""Between two medians on a machine that runs other tests too; a client that hangs blocks for
+minutes, thousands of times a step."""
 
 
 def paced(rank: int, world: int, words: list[str], env: dict[str, str], result: str) -> int:
