@@ -99,6 +99,6 @@ class HostMemoryError(MemoryFault):
 
 
 class Preempted(MoeTrainError):
-    """The run was told to stop; its state is saved and it can be resumed."""
+    """The run received a stop signal; its state is saved and it can be resumed."""
 
     exit_code = EXIT_PREEMPTED

@@ -94,7 +94,7 @@ def _device(text: str) -> str:
     requested = _bytes(_REQUESTED, text)
     if requested is None:
         return text.splitlines()[0] if text else "no size given"
-    message = f"asked for {requested}"
+    message = f"requested {requested}"
     free, total = _bytes(_FREE, text), _bytes(_TOTAL, text)
     if free and total:
         message += f" where {free} of {total} were free"
@@ -114,5 +114,5 @@ def _device(text: str) -> str:
 def _host(text: str) -> str:
     match = _HOST_REQUESTED.search(text)
     if match:
-        return f"asked for {int(match[1]) / 1e9:.2f} GB"
+        return f"requested {int(match[1]) / 1e9:.2f} GB"
     return text.splitlines()[0] if text else "no size given"

@@ -113,7 +113,7 @@ def read_state(state: StateDict, folder: Path, manifest: Manifest) -> None:
     Raises:
         CheckpointError: the index is malformed, a tensor is missing or has another shape, an
             item is no tensor.
-        MemoryFault: a rank has no room for a piece.
+        MemoryFault: a rank lacks memory for a piece.
     """
     for work, failure in (
         (lambda: check_sharding(plan_sharded(state)), "does not fit this model"),

@@ -72,7 +72,7 @@ def state_shards(optimizer: Any, model_state: dict[str, Any], name: str) -> Stat
         model_state: this rank's sharded model state, from the same parameters.
     """
     owned = list(_model_params(optimizer))
-    # One call for all: each formats every tensor of the model that it was not asked for.
+    # One call for all: each also formats every tensor of the model outside its arguments.
     by_position = get_param_id_to_sharded_param_map(model_state, [param for _, param in owned])
     return {
         str(index): _shard(part, param, name, by_position[index])

@@ -136,7 +136,7 @@ class ParameterGather:
         shards: in the order of the file, whichever rank writes it; their ranges are gathered.
 
     Raises:
-        torch.OutOfMemoryError: the device has no room for a piece.
+        torch.OutOfMemoryError: the device lacks memory for a piece.
     """
 
     def __init__(self, shards: Sequence[FlatShard], through: Staging) -> None:
@@ -162,7 +162,7 @@ class ParameterGather:
         if self._last is not None and self._last[0] is shard:
             return self._last[1]
         self._last = None
-        # Before its first piece: without room for it, the rest can still be skipped.
+        # Before its first piece: without memory for it, the rest can still be skipped.
         values = staging.host_empty(shard.shape, shard.dtype)
         flat = values.view(-1)
         while self._next() is not shard:

@@ -1,8 +1,8 @@
 """Staging of tensors between a device and host memory, through one buffer of a fixed size.
 
-Whole tensors would be copied, cast and made contiguous on the device, which has no room for that
-beside the state of a large model. Here a tensor crosses in pieces: what a save or a load adds on
-the device is bounded by one piece, whatever the model's size. ``copy_`` between devices makes
+Whole tensors would be copied, cast and made contiguous on the device, which lacks the memory for
+that beside the state of a large model. Here a tensor crosses in pieces: what a save or a load adds
+on the device is bounded by one piece, whatever the model's size. ``copy_`` between devices makes
 temporaries of its own only where dtypes differ or a side is not contiguous
 (``aten/src/ATen/native/cuda/Copy.cu``, ``copy_requires_temporaries``); the pieces that are given to
 it here are alike in dtype and contiguous.
@@ -43,7 +43,7 @@ class Staging:
             copy: never the tensor itself, as one that is on the host in this dtype already.
 
         Raises:
-            torch.OutOfMemoryError: the device has no room for a piece.
+            torch.OutOfMemoryError: the device lacks memory for a piece.
         """
         source = source.detach()
         if on_host(source):
@@ -71,7 +71,7 @@ class Staging:
         """Set ``target``, wherever it is, from values on the host; cast there.
 
         Raises:
-            torch.OutOfMemoryError: the device has no room for a piece.
+            torch.OutOfMemoryError: the device lacks memory for a piece.
         """
         target = target.detach()
         if on_host(target) or "dequantize" in type(target).__dict__:

@@ -93,7 +93,7 @@ class ItemValues:
             order, and their ranges are gathered.
 
     Raises:
-        torch.OutOfMemoryError: the device has no room for a piece.
+        torch.OutOfMemoryError: the device lacks memory for a piece.
     """
 
     def __init__(self, state: StateDict) -> None:
@@ -167,7 +167,7 @@ class ShardWriter:
         Needs host memory for this rank's part of a checkpoint.
 
         Raises:
-            torch.OutOfMemoryError: the device has no room for a piece.
+            torch.OutOfMemoryError: the device lacks memory for a piece.
         """
         try:
             for _, _, (_, tensors) in self._buckets:
@@ -181,7 +181,7 @@ class ShardWriter:
 
         Raises:
             OSError: the disk refuses.
-            torch.OutOfMemoryError: the device has no room for a piece.
+            torch.OutOfMemoryError: the device lacks memory for a piece.
         """
         written = {}
         try:

@@ -94,7 +94,7 @@ def calibrate_main(argv: Sequence[str]) -> int:
 
 
 def doubtful(profile: Mapping[str, Any]) -> list[str]:
-    """Costs for which a fit of noisy times found no room."""
+    """Costs that a fit of noisy times cannot separate."""
     return [key for key in FITTED if profile[key] == 0]
 
 

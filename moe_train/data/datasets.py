@@ -35,7 +35,7 @@ SURPLUS = 0.5
 
 
 class Datasets(NamedTuple):
-    """Datasets of packed samples; None where no sample was asked for.
+    """Datasets of packed samples; None where no sample was requested.
 
     An item has ``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32),
     each of shape [sequence].

@@ -177,7 +177,7 @@ def gpu_count() -> int:
     except (ValueError, IndexError, subprocess.TimeoutExpired) as error:
         last = last or str(error)
         raise ConfigError(
-            "gpu", f"a driver is there, but torch cannot be asked about it: {last}",
+            "gpu", f"a driver is there, but torch cannot query it: {last}",
             "put torch on PYTHONPATH; --device cpu checks the suite itself",
         ) from None  # fmt: skip
     # A driver without a usable GPU is a failure to tell: the environment check does.

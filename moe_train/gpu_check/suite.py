@@ -20,7 +20,7 @@ ONE_GPU_SECONDS = 480
 
 
 class Interrupted(BaseException):
-    """The suite was told to stop; like KeyboardInterrupt, nothing but the suite takes it."""
+    """A stop signal; like KeyboardInterrupt, only the suite handles it."""
 
 
 def run(
@@ -33,7 +33,7 @@ def run(
     """Run ``checks`` and write every verdict at once.
 
     Args:
-        say: told a line a check.
+        say: called with one line a check.
         one_gpu_seconds: for all checks of one GPU together.
     """
     before = signal.signal(signal.SIGTERM, _stop)

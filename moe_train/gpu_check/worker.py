@@ -55,7 +55,7 @@ def main() -> None:
             answer = {"value": find(request["task"])(**request["args"])}
         except Skip as reason:
             answer = {"skip": str(reason)}
-        # A task may meet anything; its check is told, and the next task is served.
+        # A task may raise anything; its check reports it, and the next task runs.
         except (Exception, SystemExit) as error:  # noqa: BLE001
             text = traceback.format_exc()
             print(text, file=sys.stderr, flush=True)

@@ -106,7 +106,7 @@ class Worker:
         self._task, self._offset = task, self.log.stat().st_size
         line = json.dumps({"task": task, "args": args}) + "\n"
         assert process.stdin is not None
-        # A process that is gone is told of by finish().
+        # finish() reports a process that is gone.
         with contextlib.suppress(OSError):
             process.stdin.write(line.encode())
             process.stdin.flush()

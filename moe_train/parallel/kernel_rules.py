@@ -112,7 +112,7 @@ def fp8_faults(config: Config, layout: Layout) -> Iterator[ConfigError]:
         ("model.expert_hidden", model.expert_hidden, layout.expert_tensor),
         ("model.shared_expert_hidden", model.shared_expert_hidden, tensor),
     ):
-        # What tensor parallelism does not divide is told by its own rule.
+        # The rule of tensor parallelism refuses what it does not divide.
         if value % parts == 0 and value // parts % FP8_WIDTH:
             yield ConfigError(
                 field,

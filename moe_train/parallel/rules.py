@@ -124,7 +124,7 @@ def _indivisible(
 
 def _model_shapes(config: Config, layout: Layout) -> Iterator[ConfigError]:
     model, tensor = config.model, layout.tensor
-    # Another EP than TP x PP is span's own fault, told there.
+    # Another EP than TP x PP is refused by the rules of span.
     dealt = layout.tensor * layout.pipeline if layout.span else layout.expert
     if model.experts % dealt:
         yield _experts(layout, model.experts, dealt)

@@ -30,7 +30,7 @@ def vocabulary(config: Config) -> tuple[int, str]:
 
 
 def _vocab_size(manifest: Path) -> int | None:
-    """The manifest's size, or None: what is wrong with the file is told when data is opened."""
+    """The manifest's size, or None: opening the data reports what is wrong with the file."""
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

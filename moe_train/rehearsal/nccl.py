@@ -105,7 +105,7 @@ def nccl_on_host() -> Iterator[None]:
         enter = stack.enter_context
         enter(mock.patch.object(distributed_c10d, "ProcessGroupNCCL", Communicator))
         if hasattr(dist.Backend, "_ensure_backend_registered"):
-            # torch 2.15 creates every backend through a plugin, registered when first asked for.
+            # torch 2.15 creates every backend through a plugin, registered on first use.
             plugin = dist.Backend._BackendPlugin(_create, True)
             enter(mock.patch.dict(dist.Backend._plugins, NCCL=plugin))
         enter(mock.patch.object(dist.ProcessGroup, "_start_coalescing", _start))

@@ -93,7 +93,7 @@ class Recorder:
     """What a GPU takes and should not have to: host indices, state on the host, another device
     current."""
     audit: StateAudit = field(default_factory=StateAudit)
-    """Asked when the first save begins."""
+    """Queried when the first save begins."""
     _saving: bool = False
 
     def copied(self, kind: str) -> None:

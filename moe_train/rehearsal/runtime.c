@@ -298,7 +298,7 @@ int cudaGetDriverEntryPoint(const char *name, void **function, unsigned long lon
 }
 
 /* NVML, which the allocator asks about links before it maps memory; libnvidia-ml.so.1 is a link to
-   this library. A fabric that is not there is told by zeros. */
+   this library. Zeros stand for no fabric. */
 
 int nvmlInit(void) { return SUCCESS; }
 int nvmlInit_v2(void) { return SUCCESS; }

@@ -102,7 +102,7 @@ def _measure(session: Session) -> dict[str, Any]:
     return {
         "loss": loss,
         "loss_hex": loss.hex(),
-        # A hopeless model's perplexity is beyond a float; JSON has no infinity.
+        # The perplexity of a diverged model overflows a float; JSON has no infinity.
         "perplexity": math.exp(loss) if loss < 700 else None,
         "tokens": samples * config.data.sequence,
         "sequences": samples,

@@ -97,7 +97,7 @@ def create_run_folder(
         parent: ``run.dir``.
         name: ``run.name``; used as it is, so that naming a run again continues it.
         default_name: used where `name` is None: its folder is continued while unfinished, and a
-            finished one makes room for ``-2``, ``-3``, ...
+            finished one is followed by ``-2``, ``-3``, ...
         fresh: with the default name, also pass over unfinished folders (``resume=never``).
 
     Raises:

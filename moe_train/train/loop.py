@@ -85,7 +85,7 @@ def run_loop(
             written, before the next one begins, and before the loop ends.
 
     Raises:
-        Preempted: a signal asked for a stop; the state is saved.
+        Preempted: a stop signal was received; the state is saved.
         NonFiniteError: see :class:`NonFinitePolicy`.
     """
     step = start
@@ -154,7 +154,7 @@ def run_loop(
 def _preempted(step: int, *, saved: bool) -> Preempted:
     return Preempted(
         f"step {step}",
-        "a signal asked the run to stop; "
+        "the run received a stop signal; "
         + ("its state is saved" if saved else "nothing is saved (checkpoint.every=0, or no step)"),
         "start it again with the same run.name to go on",
     )

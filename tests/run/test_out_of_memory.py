@@ -41,7 +41,7 @@ TORCH = (
     "reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF"
 )
 OOM = torch.OutOfMemoryError(TORCH)
-TOLD = "asked for 2.15 GB where 1.29 GB of 84.99 GB were free"
+TOLD = "requested 2.15 GB where 1.29 GB of 84.99 GB were free"
 
 
 def raised_from(error: Exception, cause: Exception) -> Exception:
@@ -60,7 +60,7 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
             DeviceMemoryError,
-            ["asked for 0.02 GB"],
+            ["requested 0.02 GB"],
         ),
         (RuntimeError("CUDA error: out of memory\nmore"), DeviceMemoryError, ["CUDA error: out"]),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), DeviceMemoryError, []),
@@ -91,7 +91,7 @@ def test_the_hosts_allocator_is_asked_itself() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     fault = memory_fault(caught.value)
-    assert isinstance(fault, HostMemoryError) and "asked for 4000000.00 GB" in fault.problem
+    assert isinstance(fault, HostMemoryError) and "requested 4000000.00 GB" in fault.problem
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_other_errors_are_no_memory(error: Exception) -> None:
 
 def test_the_plan_of_the_ranks_own_stage_and_what_needs_less() -> None:
     run = resolve_run(["experiment=moe_30b_8x64gb", "batch.micro=2", "recompute=none"], 8)
-    fault = DeviceMemoryError("rank 6", "out of device memory: asked for 1.00 GB", "x")
+    fault = DeviceMemoryError("rank 6", "out of device memory: requested 1.00 GB", "x")
     output = explain(fault, run)
     assert "for stage 3 at its peak" in output.problem and "weights, gradients" in output.problem
     sizes = [float(size) for size in re.findall(r"planned: ([\d.]+) GB", output.fix)]

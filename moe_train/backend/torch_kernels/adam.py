@@ -141,7 +141,7 @@ class TorchAdam(torch.optim.Optimizer):
     def _batches(self, params: list[torch.Tensor]) -> Iterator[list[_Part]]:
         """Parts of all parameters, as many at a time as their copies may be large."""
         batch: list[_Part] = []
-        room = self.scratch_bytes
+        left = self.scratch_bytes
         for param in params:
             whole = self._tensors(param)
             copied = sum(4 for name in WORKING if whole[name].dtype != torch.float32)
@@ -149,11 +149,11 @@ class TorchAdam(torch.optim.Optimizer):
             length = max(1, self.scratch_bytes // (copied * ALIGNED)) * ALIGNED if copied else 0
             for start in range(0, param.numel(), length or max(1, param.numel())):
                 part = _Part(whole, start, length or param.numel())
-                if batch and part.copied_bytes > room:
+                if batch and part.copied_bytes > left:
                     yield batch
-                    batch, room = [], self.scratch_bytes
+                    batch, left = [], self.scratch_bytes
                 batch.append(part.load())
-                room -= part.copied_bytes
+                left -= part.copied_bytes
         if batch:
             yield batch
 

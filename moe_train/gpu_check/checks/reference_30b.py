@@ -21,12 +21,12 @@ CHECKPOINT_BYTES = 14 * 30.1e9
 
 
 def _spanning_layout(bench: Bench, findings: Findings) -> None:
-    room = shutil.disk_usage(bench.folder).free > 1.2 * CHECKPOINT_BYTES
-    findings.note(saves=room)
-    overrides = [*REFERENCE, *(["checkpoint.every=5", "checkpoint.keep=1"] if room else [])]
+    saves = shutil.disk_usage(bench.folder).free > 1.2 * CHECKPOINT_BYTES
+    findings.note(saves=saves)
+    overrides = [*REFERENCE, *(["checkpoint.every=5", "checkpoint.keep=1"] if saves else [])]
     _compare(bench.launch("span", overrides, 8), findings)
     saved = bench.run_folder("span") / "checkpoints"
-    if room and saved.exists():
+    if saves and saved.exists():
         size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
         findings.note(checkpoint_bytes=size)
         findings.require(size > 0.5 * CHECKPOINT_BYTES, "the 30B was not saved")
