@@ -13,6 +13,9 @@ from moe_train.parallel.parameters import RankParameters, rank_parameters
 from moe_train.parallel.resolved import ResolvedRun
 from moe_train.parallel.shapes import Assumptions, Shapes, shapes
 
+BAND = 0.15
+"""Relative error of a predicted step time; plans whose times differ by less count as equal."""
+
 
 def assumptions_of(
     config: Config, imbalance: float = 1.0, fragmentation: float = 0.05
