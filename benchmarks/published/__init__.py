@@ -1,0 +1,1 @@
+"""Published MoE training runs on NVIDIA GPUs as data, and predictions beside their figures."""
