@@ -78,7 +78,7 @@ def _load_optimizer(folder: Path, manifest: Manifest, chunks: list[Any], optimiz
     def initialise() -> None:
         optimizer_state.initialise_state(optimizer)
         missing = set(names) - set(manifest.optimizer_states)
-        if missing == {"param"}:
+        if missing == {optimizer_state.MASTER}:
             # Written without master copies: the weights themselves are the master.
             optimizer_state.master_from_model(optimizer)
         elif missing:

@@ -24,6 +24,8 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from moe_train.checkpoint.shards import FlatShard, LocalShard, Range, Sharded, StateDict
 from moe_train.checkpoint.staging import Staging
 
+MASTER = "param"
+"""Name of the fp32 copy of 16-bit weights, which is what the optimizer updates."""
 PLAIN = (torch.float32, torch.bfloat16)
 """States in these are their values; TransformerEngine keeps others with a scale."""
 
@@ -34,11 +36,11 @@ def parts(optimizer: Any) -> list[Any]:
 
 
 def state_names(optimizer: Any) -> list[str]:
-    """Per-parameter tensors that this optimizer keeps: ``param`` is the fp32 master copy."""
+    """Per-parameter tensors that this optimizer keeps, `MASTER` among them."""
     config = parts(optimizer)[0].config
     names = [*config.descriptor.state_names]
     if config.bf16 or config.fp16:
-        names.append("param")
+        names.append(MASTER)
     return names
 
 
@@ -89,7 +91,7 @@ def master_from_model(optimizer: Any) -> None:
             getattr(param, "main_param", param).detach().copy_(weights)
         elif (own := _range(part, param)) is not None:
             values = weights.view(-1)[slice(*own)]
-            state = _raw(part, param, "param")
+            state = _raw(part, param, MASTER)
             # Both are on the device: a cast without a copy through the host.
             state.copy_(values.view(state.shape))
 
@@ -138,7 +140,7 @@ def _raw(part: Any, param: torch.nn.Parameter, name: str) -> torch.Tensor:
     """The state as its optimizer holds it: whole, or this rank's range of it."""
     if not isinstance(part, DistributedOptimizer):
         main = getattr(param, "main_param", param)
-        state: torch.Tensor = main if name == "param" else part.optimizer.state[main][name]
+        state: torch.Tensor = main if name == MASTER else part.optimizer.state[main][name]
         return state.detach()
     inner, key = _inner(part, param, name)
     state = inner if key is None else part.optimizer.state[inner][key]
@@ -149,7 +151,7 @@ def _inner(part: Any, param: torch.nn.Parameter, name: str) -> tuple[torch.Tenso
     """The parameter of the inner optimizer, and the state's name there; None: the parameter."""
     group, order = part.model_param_group_index_map[param]
     inner = part.optimizer.param_groups[group]["params"][order]
-    if name != "param":
+    if name != MASTER:
         return inner, name
     aware = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
     return inner, "master_param" if aware else None

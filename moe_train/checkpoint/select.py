@@ -1,4 +1,4 @@
-"""Selects the checkpoint that a run resumes from: the newest one that verifies and fits the run.
+"""Selects the checkpoint to resume or start from: the newest one that verifies and fits the run.
 
 All ranks verify a checkpoint together, each an even share of its bytes, and act on one verdict.
 """
@@ -27,8 +27,11 @@ _LIST = "look at the disk: moe-train checkpoint list RUN shows what is sound"
 LOGGER = logging.getLogger(__name__)
 
 
+NEW_RUN = "run.name=NAME starts a new run"
+
+
 def select_checkpoint(
-    root: Path, resume: str, *, model: dict[str, Any], tokenizer: str
+    root: Path, resume: str, *, model: dict[str, Any], tokenizer: str, otherwise: str = NEW_RUN
 ) -> tuple[Path, Manifest] | None:
     """The checkpoint to resume from; collective over the world, the same on every rank.
 
@@ -40,6 +43,7 @@ def select_checkpoint(
         resume: ``auto`` (newest that verifies, under ``root``), ``never``, or a path.
         model: the fields that fix the shapes of this run's weights.
         tokenizer: fingerprint of the tokenizer of this run's data, or ``unknown``.
+        otherwise: what to do without this checkpoint, where it does not fit.
 
     Returns:
         Folder and manifest; None for ``never``, or where ``auto`` finds no checkpoint.
@@ -59,7 +63,7 @@ def select_checkpoint(
     if selected is not None:
         folder, manifest = selected
         run_on_all_ranks(
-            lambda: check_compatible(folder, manifest, model, tokenizer),
+            lambda: check_compatible(folder, manifest, model, tokenizer, otherwise),
             folder,
             "does not fit this run",
             "",
@@ -123,7 +127,7 @@ def verify_on_all_ranks(folder: Path) -> Manifest:
 
 
 def check_compatible(
-    folder: Path, manifest: Manifest, model: dict[str, Any], tokenizer: str
+    folder: Path, manifest: Manifest, model: dict[str, Any], tokenizer: str, otherwise: str
 ) -> None:
     """Refuse a checkpoint of another model or tokenizer, before anything is loaded.
 
@@ -136,23 +140,23 @@ def check_compatible(
             raise CheckpointError(
                 str(folder),
                 f"is of another model: {name} is {theirs!r} there and {ours!r} here",
-                f"{_override(name, theirs)}run.name=NAME starts a new run",
+                f"{_override(name, theirs)}; {otherwise}",
             )
     if tokenizer != manifest.tokenizer and "unknown" not in (tokenizer, manifest.tokenizer):
         raise CheckpointError(
             str(folder),
             f"was trained with another tokenizer ({manifest.tokenizer[:12]}) than that of the "
             f"data ({tokenizer[:12]})",
-            "prepare the data with the checkpoint's tokenizer, or start a new run: run.name=NAME",
+            f"prepare the data with the checkpoint's tokenizer; {otherwise}",
         )
 
 
 def _override(name: str, theirs: Any) -> str:
-    """The override that would make the model the checkpoint's, where there is one."""
+    """What would make the model the checkpoint's."""
     if name == "padded_vocab":
-        return "data of the checkpoint's tokenizer continues it; "
+        return "data of the checkpoint's tokenizer fits it"
     for method in BALANCING.values():
         if name in method.state:
-            return f"model.router.balancing={method.name} continues it; "
+            return f"model.router.balancing={method.name} fits it"
     key = "router.expert_bias" if name == "expert_bias" else name
-    return f"model.{key}={str(theirs).lower()} continues it; "
+    return f"model.{key}={str(theirs).lower()} fits it"

@@ -25,6 +25,7 @@ def validate(config: Config) -> list[ConfigError]:
         *_recompute(config),
         *_optimizer(config),
         *_data(config),
+        *_checkpoint(config),
         *_trace(config),
         *_backend(config),
     ]
@@ -203,6 +204,16 @@ def _data(config: Config) -> Iterable[ConfigError]:
             "data.split",
             f"{config.data.split!r} is not three non-negative numbers",
             "train,valid,test such as '98,2,0'",
+        )
+
+
+def _checkpoint(config: Config) -> Iterable[ConfigError]:
+    checkpoint = config.checkpoint
+    if checkpoint.init is not None and checkpoint.resume not in ("auto", "never"):
+        yield ConfigError(
+            "checkpoint.init",
+            "starts a new run, and checkpoint.resume=PATH continues one",
+            "keep init for the weights alone, resume for optimizer, schedule and data as well",
         )
 
 

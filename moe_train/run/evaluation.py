@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_train.config.compose import collect, group_options
 from moe_train.config.files import read_config
-from moe_train.errors import CheckpointError, ConfigError
+from moe_train.errors import ConfigError
 from moe_train.run.failure import diagnose
 from moe_train.run.resolution import resolve_on_all_ranks
 from moe_train.run.state import RunState
@@ -60,17 +60,15 @@ def _evaluate(run: ResolvedRun, checkpoints: Path, rank: int) -> dict[str, Any]:
     with ExitStack() as stack:
         session = open_session(run, rank, stack)
         # Imports Megatron, for which the backend prepares the process first.
-        from moe_train.run.restore import restore
+        from moe_train.run.weights import load_weights
 
         resume = run.config.checkpoint.resume
-        folder, manifest = restore(session, checkpoints, resume, weights_only=True)
-        if folder is None or manifest is None:
-            names = _runs(checkpoints.parent.parent)
-            raise CheckpointError(
-                str(checkpoints),
-                "has no committed checkpoint to evaluate",
-                f"checkpoint.resume=PATH or run.name=NAME; runs with checkpoints: {names}",
-            )
+        names = _runs(checkpoints.parent.parent)
+        folder, manifest = load_weights(
+            session,
+            checkpoints.parent if resume == "auto" else Path(resume),
+            f"checkpoint.resume=PATH or run.name=NAME; runs with checkpoints: {names}",
+        )
         return _measure(session) | {
             "step": manifest.step,
             "checkpoint": str(folder),

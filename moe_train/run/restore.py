@@ -22,7 +22,6 @@ def restore(
     root: Path,
     resume: str,
     *,
-    weights_only: bool = False,
     state: RunState | None = None,
 ) -> tuple[Path, Manifest] | tuple[None, None]:
     """Load the checkpoint that :func:`select_checkpoint` returns; collective.
@@ -30,7 +29,6 @@ def restore(
     Args:
         root: folder of the run's checkpoints.
         resume: auto | never | PATH.
-        weights_only: leave optimizer and random states as they are.
         state: of a run that starts, which gets the checkpoint's step, or the refusal.
 
     Returns:
@@ -57,14 +55,13 @@ def restore(
         folder,
         manifest,
         chunks=[chunk.module for chunk in session.engine.chunks],
-        optimizer=None if weights_only else session.engine.optimizer,
+        optimizer=session.engine.optimizer,
         layout=fields["layout"],
     )
-    if not weights_only:
-        moved = "" if restored else f" (written in layout {manifest.layout})"
-        LOGGER.info("resumed %s at step %d%s", folder, manifest.step, moved)
-        for warning in _changed_data(manifest, session.run):
-            LOGGER.warning(warning)
+    moved = "" if restored else f" (written in layout {manifest.layout})"
+    LOGGER.info("resumed %s at step %d%s", folder, manifest.step, moved)
+    for warning in _changed_data(manifest, session.run):
+        LOGGER.warning(warning)
     return folder, manifest
 
 

@@ -28,6 +28,7 @@ from moe_train.run.shutdown_budget import ShutdownBudget, grace_seconds
 from moe_train.run.signals import SignalHandler
 from moe_train.run.state import RunState
 from moe_train.run.watchdog import Watchdog
+from moe_train.run.weights import start_from
 from moe_train.run_folder.folder import RunFolder
 from moe_train.train.callback import Callback, CallbackList, StartEvent
 from moe_train.train.loop import Intervals, NonFinitePolicy, run_loop
@@ -56,7 +57,7 @@ def training_loop(
         callbacks: the caller's own, called after the built-in ones.
 
     Raises:
-        CheckpointError: the checkpoint to resume from is damaged or of another model.
+        CheckpointError: the checkpoint to resume or start from is damaged or of another model.
         DataError: the corpus or the run folder's metrics cannot be read.
     """
     config, folder, engine = session.config, session.folder, session.engine
@@ -66,6 +67,8 @@ def training_loop(
     )
     if session.rank == 0 and checkpoint is not None and checkpoint.parent == folder.checkpoints:
         prune(checkpoint, config.checkpoint.keep)
+    if manifest is None and config.checkpoint.init is not None:
+        start_from(session, config.checkpoint.init)
     start, consumed = (manifest.step, manifest.consumed_samples) if manifest else (0, 0)
     datasets = _datasets(session, start, consumed)
     source = _source(session, datasets.train, consumed)

@@ -75,7 +75,7 @@ def test_nothing_to_evaluate(tmp_path: Path) -> None:
     argv = ["device=cpu", f"run.dir={tmp_path}", "run.name=none", *SMALL]
     assert run_world(_evaluate, 1, argv, log=log) == [EXIT_CHECKPOINT]
     output = log.read_text()
-    assert "has no committed checkpoint" in output and "Traceback" not in output
+    assert "is not a complete checkpoint" in output and "Traceback" not in output
     assert not (tmp_path / "none").exists()
 
 
