@@ -78,9 +78,10 @@ def plan_main(argv: Sequence[str]) -> int:
     from moe_train.parallel.sizes import DEFAULT_WORLD
     from moe_train.planner.estimate import estimate
     from moe_train.planner.machine.devices import local_facts
+    from moe_train.planner.machine.profiles import override_keys
     from moe_train.planner.plan import assumptions_of
     from moe_train.planner.report.tables import print_plan
-    from moe_train.planner.resolution import dtype_faults, resolve_run
+    from moe_train.planner.resolution import resolve_run
 
     check_imbalance(args.imbalance)
     if not 0 <= args.fragmentation < 1:
@@ -94,7 +95,8 @@ def plan_main(argv: Sequence[str]) -> int:
     console = console_for(args.json)
     config, faults = collect(args.overrides)
     here = None
-    if config.experiment == AUTO and config.device != "cpu":
+    named = "hardware" in override_keys(args.overrides)
+    if config.experiment == AUTO and config.device != "cpu" and not named:
         here = read_devices()
         if here.problem:
             target = "" if here.gpus else "planned for a CPU: "
@@ -104,8 +106,6 @@ def plan_main(argv: Sequence[str]) -> int:
         # What `make train` would start here.
         world = min(world, len(here.gpus))
     run = resolve_run(args.overrides, world, local_facts(here, world) if here else None)
-    if unfit := dtype_faults(run.config):
-        raise unfit[0]
     plan = estimate(run, assumptions_of(run.config, args.imbalance, args.fragmentation))
     report = plan.report()
     print_plan(report, console)

@@ -13,19 +13,17 @@ from moe_train.parallel.sizes import layout_of, nearest_layouts
 from moe_train.planner.search import ranked
 
 
-def check(
-    config: Config, world: int, *, on_cpu: bool | None = None, here: bool = False
-) -> list[ConfigError]:
+def check(config: Config, world: int, *, here: bool = False) -> list[ConfigError]:
     """Every violated rule of `config` on `world` ranks; empty when it can run.
 
     Null parallel sizes count as `moe_train.parallel.sizes.layout_of` fills them; resolve
-    ``parallel.auto`` first (`moe_train.planner.search.resolve`).
+    ``parallel.auto`` first (`moe_train.planner.search.resolve`). ``device=auto``, which callers
+    decide where they know the devices, passes for GPUs.
 
     Args:
-        on_cpu: whether it will run on CPUs; None takes ``device``, whose ``auto`` plans for GPUs.
         here: whether it will run on this machine's own GPUs, with the kernels installed here.
     """
-    on_cpu = config.device == "cpu" if on_cpu is None else on_cpu
+    on_cpu = config.device == "cpu"
     kernels = expected_kernels(config.backend.kernels, on_cpu=on_cpu, here=here).kernels
     faults = [*validate(config), *kernel_options(config, kernels, on_cpu)]
     if (tag := config.parallel.reference) and Layout.from_tag(tag) is None:

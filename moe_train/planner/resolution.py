@@ -17,6 +17,7 @@ from moe_train.planner.machine.experiment import (
     compose_for_machine,
     leaves_batch_open,
     resolve_layout_and_batch,
+    with_device,
 )
 from moe_train.planner.machine.profiles import unknown_device_warning
 from moe_train.planner.memory.fit import launch_fault, unmodelled_overrides
@@ -38,8 +39,9 @@ def resolve_run(
         overrides: Hydra overrides.
         world: number of ranks.
         facts: the machine, from which device=auto, experiment=auto and the hardware profile are
-            decided; None leaves them as configured (auto then has the twin's values). A CPU
-            brings its own rules, as ``device=cpu`` does.
+            decided. None plans for the hardware profile, wherever that is computed: device=auto
+            is the profile's kind, and experiment=auto has the twin's values. A CPU brings its own
+            rules, as ``device=cpu`` does.
         composed: ``collect(overrides)``, if the caller has it already.
 
     Raises:
@@ -48,6 +50,7 @@ def resolve_run(
     chosen = False
     if facts is None:
         config, faults = composed or collect(overrides)
+        config = with_device(config, config.hardware.kind)
     else:
         config, faults, chosen = compose_for_machine(overrides, facts, composed)
     refused = {fault.field for fault in faults}
@@ -59,7 +62,7 @@ def resolve_run(
     here = facts is not None and facts.kind != "cpu"
     layout_faults = check(config, world, here=here)
     faults.extend(fault for fault in layout_faults if fault.field not in refused)
-    if config.hardware.device and "dtype" not in refused:
+    if (facts is None or config.hardware.device) and "dtype" not in refused:
         faults.extend(dtype_faults(config))
     if faults:
         raise ConfigFaults(faults)

@@ -183,3 +183,23 @@ def test_a_plan_is_for_what_make_train_would_start_here(
     assert report["hardware"]["device"] == H100[0]
     assert main(["plan", "--world", "8", "--json", str(target)]) == 0
     assert json.loads(target.read_text())["experiment"] == "moe_30b_8x64gb"
+
+
+@pytest.mark.parametrize(
+    "option", ["dtype=fp8", "parallel.dispatcher=flex", "parallel.context=2 parallel.pipeline=2"]
+)
+def test_a_plan_has_the_device_of_its_hardware_profile(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a machine without GPUs, options of GPUs are planned for a profile that has them."""
+    words = ["hardware=h100_80gb", *option.split()]
+    for command in ("plan", "schedule"):
+        assert main([command, *words]) == 0, capsys.readouterr().err
+        assert main([command, "hardware=cpu", *option.split()]) == 2
+        assert "GPU" in capsys.readouterr().err
+
+
+def test_a_plan_refuses_a_dtype_that_its_profile_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("plan", "schedule"):
+        assert main([command, "hardware=a100_80gb", "dtype=fp8"]) == 2
+        assert "a100_80gb has no fp8" in capsys.readouterr().err

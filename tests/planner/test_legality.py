@@ -12,6 +12,9 @@ from moe_train.planner.legality import check
 from moe_train.planner.resolution import resolve_run
 from moe_train.planner.search import resolve
 
+GPU = "hardware=h100_80gb"
+FP8 = [GPU, "dtype=fp8"]
+
 
 def faults(overrides: list[str], world: int) -> dict[str, str]:
     with pytest.raises(ConfigFaults) as refused:
@@ -50,9 +53,9 @@ def faults(overrides: list[str], world: int) -> dict[str, str]:
          "parallel.dispatcher", "ETP x EP"),
         (["parallel.tensor=8", "model.kv_heads=1", "model.heads=8", "model.head_dim=2"], 8,
          "parallel.tensor", "20 rows of Q, K and V"),
-        (["dtype=fp8", "recompute=none", "recompute.modules=[moe_act]"], 1, "recompute.modules",
+        ([*FP8, "recompute=none", "recompute.modules=[moe_act]"], 1, "recompute.modules",
          "fp8_recipe"),
-        (["dtype=fp8", "model.expert_hidden=40"], 1, "model.expert_hidden", "16 wide"),
+        ([*FP8, "model.expert_hidden=40"], 1, "model.expert_hidden", "16 wide"),
         (["device=cpu", "model.expert_hidden=50"], 1, "model.expert_hidden", "[48, 52]"),
         (["device=cpu", "parallel.context=2"], 2, "parallel.context", "TransformerEngine"),
         (["device=cpu", "megatron.transformer.window_size=[8,0]"], 1,
@@ -60,12 +63,12 @@ def faults(overrides: list[str], world: int) -> dict[str, str]:
         (["device=cpu", "backend.kernels=te"], 1, "backend.kernels", "auto or torch"),
         (["device=cpu", "backend.compile=true"], 1, "backend.compile", "bitwise"),
         (["backend.kernels=apex"], 1, "backend.kernels", "auto, te, torch"),
-        (["backend.kernels=torch", "dtype=fp8"], 1, "dtype", "TransformerEngine"),
-        (["backend.kernels=torch", "parallel.context=2"], 2, "parallel.context", "kernels=te"),
-        (["backend.kernels=torch", "parallel.dispatcher=flex", "parallel.expert=2"], 2,
+        ([*FP8, "backend.kernels=torch"], 1, "dtype", "TransformerEngine"),
+        ([GPU, "backend.kernels=torch", "parallel.context=2"], 2, "parallel.context", "kernels=te"),
+        ([GPU, "backend.kernels=torch", "parallel.dispatcher=flex", "parallel.expert=2"], 2,
          "parallel.dispatcher",
          "kernels=te"),
-        (["backend.kernels=torch", "model.expert_hidden=50"], 1, "model.expert_hidden",
+        ([GPU, "backend.kernels=torch", "model.expert_hidden=50"], 1, "model.expert_hidden",
          "[48, 52]"),
         (["model.router.expert_bias=true"], 1, "model.router.expert_bias", "sigmoid"),
         (["model.experts_per_token=1"], 1, "model.router.pre_softmax", "sigmoid"),
@@ -102,7 +105,7 @@ def faults(overrides: list[str], world: int) -> dict[str, str]:
             "1",
         ),
         (
-            ["parallel.placement=span", "dtype=fp8"],
+            ["parallel.placement=span", *FP8],
             8,
             "dtype",
             "parallel.placement=stage",

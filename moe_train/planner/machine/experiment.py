@@ -32,10 +32,21 @@ SHARE = 0.9
 memory estimate leaves out: communicators, kernel workspaces, fragmentation."""
 
 
-def with_device(config: Config, overrides: Sequence[str], facts: MachineFacts) -> Config:
+def with_device(config: Config, kind: str) -> Config:
+    """`config` with ``device=auto`` decided: cpu where `kind` is ``cpu``, else cuda.
+
+    Args:
+        kind: of the machine that a run starts on, or of the hardware profile that a plan is for,
+            wherever that plan is computed.
+    """
+    if config.device != AUTO:
+        return config
+    return replace(config, device="cpu" if kind == "cpu" else "cuda")
+
+
+def on_machine(config: Config, overrides: Sequence[str], facts: MachineFacts) -> Config:
     """`config` with the machine's device, if it is open, and the devices' own figures."""
-    if config.device == "auto":
-        config = replace(config, device="cpu" if facts.kind == "cpu" else "cuda")
+    config = with_device(config, facts.kind)
     return replace(config, hardware=with_device_figures(config.hardware, overrides, facts))
 
 
@@ -45,7 +56,7 @@ def memory_needed_gb(name: str, facts: MachineFacts) -> float | None:
     The larger need of the two kernel sets: which of them runs is known only with torch.
     """
     config, faults = collect([f"experiment={name}", *profile_overrides((), facts)])
-    config = with_device(config, (), facts)
+    config = on_machine(config, (), facts)
     config = resolve_layout_and_batch(config, facts.count)
     known = config.hardware.peak_tflops
     if faults or config.dtype not in known or check(config, facts.count, here=True):
@@ -113,7 +124,7 @@ def compose_for_machine(
         rest = [o for o in overrides if o.partition("=")[0].lstrip("+") != "experiment"]
         config, faults = collect([f"experiment={name}", *profile, *rest])
         config = replace(config, experiment_reason=f"auto: {reason}")
-    return with_device(config, overrides, facts), faults, chosen
+    return on_machine(config, overrides, facts), faults, chosen
 
 
 def leaves_batch_open(overrides: Sequence[str]) -> bool:
