@@ -15,7 +15,7 @@ from moe_train.features.schedules import SCHEDULES
 if TYPE_CHECKING:
     from moe_train.planner.schedule.schedule import Schedule
 
-VERSION = 1
+VERSION = 2
 """Raised when a key of the report changes its meaning or goes away."""
 
 SHOWN = 16
@@ -119,8 +119,7 @@ def schedule_report(schedule: Schedule) -> dict[str, Any]:
         "step_seconds": timing.step,
         "pipeline_seconds": timing.pipeline,
         "planner_step_seconds": schedule.predicted.step,
-        "bubble": timing.bubble,
-        "bubble_of_uniform_stages": schedule.formula,
+        "bubble": schedule.predicted.bubble,
         "resource_bound_seconds": timing.resource_bound,
         "dependency_bound_seconds": timing.dependency_bound,
         "critical_path": list(timing.critical),
@@ -158,12 +157,10 @@ def _show(schedule: Schedule, report: dict[str, Any], console: Any, shared: int)
         f"Graph: {report['nodes']:,} nodes, {report['edges']:,} edges, one node a "
         f"{'pass' if schedule.detail == 'stage' else 'piece of a layer'}"
     )
-    formula = schedule.formula
-    uniform = f" (uniform stages: {100 * formula:.1f} %)" if formula is not None else ""
     console.print(
         f"Step {report['step_seconds']:.4f} s by longest path (the plan's formula: "
         f"{report['planner_step_seconds']:.4f} s), pipeline {report['pipeline_seconds']:.4f} s, "
-        f"bubble {100 * report['bubble']:.1f} %{uniform}"
+        f"bubble {100 * report['bubble']:.1f} %"
     )
     if shared:
         console.print(

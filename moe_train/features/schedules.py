@@ -165,31 +165,13 @@ def most_held(order: list[Pass]) -> int:
 
 
 def bubble(stages: int, microbatches: int, chunks: int = 1) -> float:
-    """Share of a step in which a stage waits, (P - 1) / (v M + P - 1), for uniform stages.
+    """Share of the pipeline's time in which a stage waits, (P - 1) / (v M + P - 1), stages uniform.
 
     For GPipe, 1F1B and, with v > 1, interleaved 1F1B. Source: Narayanan et al., arXiv:2104.04473,
-    section 2.2, whose bubble time over ideal time (P - 1) / (v M) is here taken over the whole
-    step. The dense work under span waits as long with v = 1; its experts never do.
+    section 2.2, whose bubble time over ideal time (P - 1) / (v M) is here taken over all the time.
+    Of a plan's own, uneven stages: `moe_train.planner.cost.pipeline.PipelineTime`.
     """
     return (stages - 1) / (chunks * microbatches + stages - 1)
-
-
-def span_bubble(
-    stages: int, microbatches: int, dense: float, experts: float, exchange: float = 0.0
-) -> float:
-    """Share of a step under span in which a stage waits, for uniform stages.
-
-    A step is M + P - 1 slots each way. Each costs `dense` (which idle stages wait for) and
-    `exchange` (in which all take part); the experts' seconds, in proportion to the active stages,
-    add up to those of M full slots and keep every rank busy.
-
-    Args:
-        dense, exchange: seconds of a forward and a backward slot together.
-        experts: the same with all stages active.
-    """
-    slots = microbatches + stages - 1
-    whole = slots * (dense + exchange) + microbatches * experts
-    return (stages - 1) * dense / whole if whole else 0.0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The training path imports this module, and none of the planner behind it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,6 @@ from moe_train.parallel.resolved import ResolvedRun
 from moe_train.parallel.shapes import Assumptions
 from moe_train.planner.cost.communication import Traffic, step_traffic
 from moe_train.planner.cost.compute import peak_flops as peak_flops
-from moe_train.planner.cost.pipeline import step_bubble
 from moe_train.planner.cost.timing import StepTime, step_time
 from moe_train.planner.memory.fit import lighter, memory_fault
 from moe_train.planner.memory.stages import GB as GB
@@ -57,8 +57,9 @@ class Estimate(Plan):
         return step_time(self)
 
     def bubble(self, microbatches: int) -> float:
-        """The pipeline bubble's share of a step of another number of micro-batches."""
-        return step_bubble(self, self.time.layer, microbatches)
+        """The pipeline's bubble with another number of micro-batches in a flush."""
+        batch = replace(self.config.batch, microbatches=microbatches, accumulation=1, global_=None)
+        return self.under(replace(self.config, batch=batch)).time.bubble
 
     @property
     def parameter_counts(self) -> ModelParameters:

@@ -16,7 +16,6 @@ from moe_train.features.schedules import (
     Pipeline,
     bubble,
     most_held,
-    span_bubble,
 )
 from moe_train.planner.schedule.graph import time_graph
 from moe_train.planner.schedule.piped import piped_graph
@@ -82,10 +81,11 @@ def test_bubble_of_interleaved_stages(stages: int, rounds: int, chunks: int, rat
 def test_bubble_of_spanning_stages(
     stages: int, batches: int, layers: int, dense: float, experts: float
 ) -> None:
-    """Dense work waits as in 1F1B; experts never do."""
+    """Dense work waits as in 1F1B, M + P - 1 slots for M; experts, M full slots' work, never do."""
     work = spanning(stages, batches, layers, dense, experts)
     result = time_graph(span_graph(work, "stage")).bubble
-    assert result == pytest.approx(span_bubble(stages, batches, 3 * dense, 3 * experts), abs=1e-9)
+    whole = (batches + stages - 1) * dense + batches * experts
+    assert result == pytest.approx((stages - 1) * dense / whole, abs=1e-9)
     layered = time_graph(span_graph(work, "layer")).bubble
     assert layered == pytest.approx(result, abs=1e-9)
     pure = time_graph(span_graph(spanning(stages, batches, layers, 1.0, 0.0), "layer")).bubble

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from moe_train.features.schedules import bubble, span_bubble, ticks
+from moe_train.features.schedules import ticks
 from moe_train.planner.cost.links import point_to_point
 from moe_train.planner.cost.passes import LayerTime, Passes, end_times, layer_time, served_times
 from moe_train.planner.plan import Plan
 
 
-def step_bubble(plan: Plan, layer: LayerTime, microbatches: int) -> float:
-    """The bubble's closed form for the layout's own schedule, its stages taken as uniform.
+class PipelineTime(NamedTuple):
+    """The passes of a step, each rank on a device of its own."""
 
-    Where the slots of a spanning tick overlap, their exchange counts as hidden.
+    seconds: float
+    """From the first forward to the last backward pass."""
+    bubble: float
+    """Share of these seconds in which a stage waits for others, averaged over the stages.
+
+    Of uniform stages it is (P - 1) / (v M + P - 1); uneven ones (the head, layers that are not
+    recomputed) add to it. Under span a rank that serves its experts, or takes part in an exchange,
+    does not wait.
     """
-    config, layout = plan.config, plan.layout
-    if not layout.span:
-        return bubble(layout.pipeline, microbatches, layout.virtual_pipeline)
-    dense = sum(layer.dense) + sum(layer.tensor)
-    if config.recomputed_layers:
-        dense += layer.dense.forward + layer.tensor.forward
-    experts = sum(layer.experts)
-    if "moe" in config.recompute.modules:
-        experts += layer.experts.forward
-    exchange = 0.0 if config.parallel.overlap_expert_comm else sum(layer.exchange)
-    return span_bubble(layout.pipeline, microbatches, dense, experts, exchange)
 
 
 @dataclass(frozen=True)
@@ -63,20 +60,21 @@ def stage_times(plan: Plan, layer: LayerTime) -> tuple[StageTime, ...]:
     return tuple(times)
 
 
-def pipeline_seconds(plan: Plan, layer: LayerTime, stages: tuple[StageTime, ...]) -> float:
-    """Seconds from the first forward to the last backward pass, each rank on a device of its own.
+def pipeline_time(plan: Plan, layer: LayerTime, stages: tuple[StageTime, ...]) -> PipelineTime:
+    """Seconds and bubble of a step's passes.
 
     The slowest stage sets the pace; the others' passes fill and drain the pipeline, in v times
     smaller pieces when interleaved.
     """
     if plan.layout.span:
-        return _span_seconds(plan, layer)
+        return _span_time(plan, layer)
     slowest = max(one.both for one in stages)
-    fill = sum(one.both for one in stages) - slowest
-    return plan.microbatches * slowest + fill / plan.layout.virtual_pipeline
+    every = sum(one.both for one in stages)
+    seconds = plan.microbatches * slowest + (every - slowest) / plan.layout.virtual_pipeline
+    return PipelineTime(seconds, 1 - plan.microbatches * every / (len(stages) * seconds))
 
 
-def _span_seconds(plan: Plan, layer: LayerTime) -> float:
+def _span_time(plan: Plan, layer: LayerTime) -> PipelineTime:
     """Sum over slots; each waits for the slowest active stage at every local layer.
 
     With ``parallel.overlap_expert_comm`` the slots of a tick overlap: each one's exchange runs
@@ -93,16 +91,18 @@ def _span_seconds(plan: Plan, layer: LayerTime) -> float:
     ]
     expert_again = "moe" in config.recompute.modules
     forward_dense = layer.dense.forward + layer.tensor.forward
-    overlap, spent = config.parallel.overlap_expert_comm, 0.0
+    overlap, spent, shared = config.parallel.overlap_expert_comm, 0.0, 0.0
     for tick in ticks(stages, plan.microbatches, delay=int(overlap)):
         forward = backward = 0.0
         if tick.forward:
             forward = local * (forward_dense + served[len(tick.forward)].forward)
+            shared += local * served[len(tick.forward)].forward
             # Both ends are in the same slot; the slower one sets the pace.
             forward += _slower(ends, tick.forward, stages).forward
         if tick.backward:
             experts = served[len(tick.backward)]
             rows = experts.backward + (experts.forward if expert_again else 0.0)
+            shared += local * rows
             for i in range(local):
                 repeat = any(again[stage][i] for stage in tick.backward)
                 backward += layer.dense.backward + layer.tensor.backward + rows
@@ -114,9 +114,14 @@ def _span_seconds(plan: Plan, layer: LayerTime) -> float:
             (tick.backward, forward, layer.exchange.backward),
         ):
             if slot:
-                hidden = other if overlap else 0.0
-                spent += max(0.0, local * exchange - hidden) + message
-    return spent
+                exposed = max(0.0, local * exchange - (other if overlap else 0.0))
+                spent, shared = spent + exposed + message, shared + exposed
+    layers = forward_dense + layer.dense.backward + layer.tensor.backward
+    own = stages * local * layers + forward_dense * sum(map(sum, again))
+    own += sum(map(sum, ends.values())) + 2 * (stages - 1) * message
+    # Every rank takes part in what is shared; for the rest a stage waits unless it is its own.
+    idle = stages * (spent - shared) - plan.microbatches * own
+    return PipelineTime(spent, idle / (stages * spent))
 
 
 def _slower(ends: dict[str, Passes], slot: Mapping[int, int], stages: int) -> Passes:

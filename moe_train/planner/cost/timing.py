@@ -19,9 +19,8 @@ from moe_train.planner.cost.passes import LayerTime, layer_time
 from moe_train.planner.cost.pipeline import (
     StageTime,
     core_seconds,
-    pipeline_seconds,
+    pipeline_time,
     stage_times,
-    step_bubble,
 )
 from moe_train.planner.cost.sharing import BUNCHED, VARIATION, shared_seconds
 from moe_train.planner.plan import Plan
@@ -38,8 +37,7 @@ class StepTime:
     """Exposed part of gradient reduction and weight gather."""
     optimizer: float
     bubble: float
-    """Share of the pipeline's time in which a stage waits, by the formula for uniform stages
-    (``features/schedules.py``)."""
+    """See `moe_train.planner.cost.pipeline.PipelineTime`."""
     microbatches: int
     sequences: int
     tokens: int
@@ -66,7 +64,7 @@ def step_time(plan: Plan) -> StepTime:
     config, layout = plan.config, plan.layout
     layer = layer_time(plan)
     stages = stage_times(plan, layer)
-    pipeline = pipeline_seconds(plan, layer, stages)
+    pipeline, bubble = pipeline_time(plan, layer, stages)
     gradients, optimizer = _update(plan, stages)
     if 0 < (cores := config.hardware.cores) < layout.world:
         busy = core_seconds(plan) / layout.world
@@ -85,7 +83,7 @@ def step_time(plan: Plan) -> StepTime:
         pipeline=pipeline,
         gradients=gradients,
         optimizer=optimizer,
-        bubble=step_bubble(plan, layer, plan.microbatches),
+        bubble=bubble,
         microbatches=plan.microbatches,
         sequences=plan.sequences,
         tokens=plan.tokens,

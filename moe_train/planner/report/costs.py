@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from moe_train.config.schema import to_mapping
-from moe_train.features import schedules
 from moe_train.parallel.flops import flops_per_token
 from moe_train.parallel.optimizer_state import bytes_per_parameter, variants
 from moe_train.planner.cost.communication import step_traffic
@@ -38,8 +37,8 @@ SOURCES = {
     "kernels": "roofline, Williams et al. 2009, with the profile's efficiencies",
     "collectives": "Thakur et al. 2005: ring (n-1)/n, all-to-all 1/n to each peer; calls of "
     "Megatron-Core 0.19",
-    "bubble": "of uniform stages: (P-1)/(vM+P-1), arXiv:2104.04473; under placement=span experts "
-    "have none (features/schedules.py)",
+    "bubble": "share of the pipeline's time in which a stage waits, averaged over the stages; of "
+    "uniform stages (P-1)/(vM+P-1), arXiv:2104.04473",
 }
 """Where the formulas come from."""
 
@@ -59,7 +58,7 @@ def cost_report(plan: Plan, memory: Sequence[StageMemory], time: StepTime) -> di
         },
         "compute": _compute(plan, time),
         "communication": [asdict(one) for one in step_traffic(plan, plan.layout.pipeline // 2)],
-        "time": _time(time, plan.layout.span),
+        "time": _time(time),
     }
 
 
@@ -147,7 +146,7 @@ def _compute(plan: Plan, time: StepTime) -> dict[str, Any]:
     }
 
 
-def _time(time: StepTime, span: bool) -> dict[str, Any]:
+def _time(time: StepTime) -> dict[str, Any]:
     return {
         "stages": [asdict(one) for one in time.stages],
         "pipeline_seconds": time.pipeline,
@@ -155,7 +154,6 @@ def _time(time: StepTime, span: bool) -> dict[str, Any]:
         "optimizer_seconds": time.optimizer,
         "step_seconds": time.step,
         "bubble": time.bubble,
-        "bubble_formula": (schedules.span_bubble if span else schedules.bubble).__doc__,
         "tokens_per_second": time.tokens_per_second,
         "sequences_per_second": time.sequences_per_second,
         "mfu": time.mfu,

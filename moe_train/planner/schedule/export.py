@@ -158,10 +158,9 @@ def _frame(axes: Axes, schedule: Schedule, unit: str, end: float, title: str) ->
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     heading = title or f"{SCHEDULES[schedule.kind].title}, {layout.tag}, M={schedule.microbatches}"
-    formula = schedule.formula
-    uniform = f" (uniform stages: {100 * formula:.1f} %)" if formula is not None else ""
     axes.set_title(
-        f"{heading}: step {timing.step:.4g} s, bubble {100 * timing.bubble:.1f} %{uniform}",
+        f"{heading}: step {timing.step:.4g} s, "
+        f"bubble {100 * schedule.predicted.bubble:.1f} %",
         loc="left", fontsize=11,
     )  # fmt: skip
     visible = timing.step / 2000

@@ -31,10 +31,8 @@ class Schedule:
     timing: Timing
     held: tuple[int, ...]
     """Most micro-batches (chunks, when interleaved) in flight on each stage."""
-    formula: float | None
-    """The bubble's closed form for uniform stages; None where there is none."""
     predicted: StepTime
-    """The planner's closed form of the same step."""
+    """The planner's closed form of the same step, of which the bubble is quoted."""
 
     @property
     def microbatches(self) -> int:
@@ -71,13 +69,10 @@ def build_schedule(plan: Plan, kind: str = "auto", detail: str = "stage") -> Sch
     )
     predicted = step_time(plan)
     work = work_of(plan, predicted)
-    # How much exchange is waited for differs from tick to tick where slots overlap.
-    formula: float | None = predicted.bubble
     if isinstance(work, SpanWork):
         graph = span_graph(work, detail)
-        formula = None if work.delay else formula
     else:
         graph = piped_graph(work, schedule.name, detail)
     held = tuple(schedule.in_flight(plan.pipeline, stage) for stage in range(plan.layout.pipeline))
     timing = time_graph(graph)
-    return Schedule(schedule.name, detail, plan.layout, graph, timing, held, formula, predicted)
+    return Schedule(schedule.name, detail, plan.layout, graph, timing, held, predicted)
