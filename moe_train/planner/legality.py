@@ -10,14 +10,14 @@ from moe_train.parallel.kernel_rules import fp8_faults, kernel_options, kernel_s
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.rules import WORLD_SIZE, layout_faults
 from moe_train.parallel.sizes import layout_of, nearest_layouts
-from moe_train.planner.search import ranked
+from moe_train.planner.ranking import ranked
 
 
 def check(config: Config, world: int, *, here: bool = False) -> list[ConfigError]:
     """Every violated rule of `config` on `world` ranks; empty when it can run.
 
     Null parallel sizes count as `moe_train.parallel.sizes.layout_of` fills them; resolve
-    ``parallel.auto`` first (`moe_train.planner.search.resolve`). ``device=auto``, which callers
+    ``parallel.auto`` first (`moe_train.planner.ranking.resolve`). ``device=auto``, which callers
     decide where they know the devices, passes for GPUs.
 
     Args:

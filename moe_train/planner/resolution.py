@@ -21,7 +21,7 @@ from moe_train.planner.machine.experiment import (
 )
 from moe_train.planner.machine.profiles import unknown_device_warning
 from moe_train.planner.memory.fit import launch_fault, unmodelled_overrides
-from moe_train.planner.search import resolve
+from moe_train.planner.ranking import resolve
 
 Composed = tuple[Config, list[ConfigError]]
 """Result of `moe_train.config.compose.collect`: a config, and the faults of form."""

@@ -9,8 +9,8 @@ from moe_train.errors import ConfigFaults
 from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
 from moe_train.parallel.sizes import layout_of, legal_layouts
 from moe_train.planner.legality import check
+from moe_train.planner.ranking import resolve
 from moe_train.planner.resolution import resolve_run
-from moe_train.planner.search import resolve
 
 GPU = "hardware=h100_80gb"
 FP8 = [GPU, "dtype=fp8"]

@@ -33,8 +33,8 @@ from moe_train.planner.cost.links import (
 from moe_train.planner.cost.passes import end_times, passes_of
 from moe_train.planner.cost.timing import step_time
 from moe_train.planner.plan import Plan, assumptions_of
+from moe_train.planner.ranking import ranked
 from moe_train.planner.resolution import resolve_run
-from moe_train.planner.search import ranked
 
 REFERENCE = ["experiment=moe_30b_8x64gb"]
 STAGE = [*REFERENCE, "parallel.placement=stage"]

@@ -89,7 +89,7 @@ def fastest(overrides: list[str], world: int) -> dict[str, Any]:
         ``tag`` and ``overrides`` of the layout.
     """
     from moe_train.parallel.sizes import legal_layouts
-    from moe_train.planner.search import ranked
+    from moe_train.planner.ranking import ranked
 
     run = _resolved(overrides, world)
     config, sequences = run.config, run.sequences

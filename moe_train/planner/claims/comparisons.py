@@ -18,7 +18,7 @@ from moe_train.planner.cost.communication import gradient_traffic
 from moe_train.planner.cost.links import group
 from moe_train.planner.estimate import GB, Estimate
 from moe_train.planner.memory.fit import fits
-from moe_train.planner.search import ranked
+from moe_train.planner.ranking import ranked
 
 
 def parameter_spread(s: Estimate) -> float:

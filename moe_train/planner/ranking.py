@@ -1,4 +1,4 @@
-"""The layout that ``parallel=auto`` takes: legal layouts ranked by predicted time."""
+"""Legal layouts ranked by predicted time."""
 
 from __future__ import annotations
 

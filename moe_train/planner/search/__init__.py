@@ -1,0 +1,6 @@
+"""The search for the fastest layout that fits: legal layouts and options, by predicted time."""
+
+from moe_train.planner.search.best import best, better_than, candidates, search_of
+from moe_train.planner.search.candidate import Candidate, frontier
+
+__all__ = ["Candidate", "best", "better_than", "candidates", "frontier", "search_of"]
