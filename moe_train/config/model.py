@@ -95,6 +95,9 @@ class ModelConfig:
     """Epsilon of RMSNorm."""
     rope_base: PositiveNumber = 10000.0
     """Base of the rotary position embedding."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm of queries and keys before the rotary embedding: none, over each head (Qwen3), or
+    over all heads together (OLMoE, reduced over tensor-parallel ranks)."""
     init_std: PositiveNumber = 0.02
     """Standard deviation of the initial weights."""
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -118,3 +121,13 @@ class ModelConfig:
     def kv_width(self) -> int:
         """Columns of K, and of V."""
         return self.num_query_groups * self.kv_channels
+
+    @property
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """Weights of the norms of a layer's queries and of its keys; they are on every rank."""
+        widths = {
+            "none": (0, 0),
+            "head": (self.kv_channels, self.kv_channels),
+            "full": (self.query_width, self.kv_width),
+        }
+        return widths[self.qk_norm]

@@ -190,6 +190,11 @@ def rename_old_keys(mapping: dict[str, Any]) -> dict[str, Any]:
         (group, name), (target, present) = old.split("."), new.split(".")
         if isinstance(mapping.get(group), dict) and name in mapping[group]:
             mapping.setdefault(target, {})[present] = mapping[group].pop(name)
+    megatron = mapping.get("megatron")
+    fields = megatron.get("transformer") if isinstance(megatron, dict) else None
+    if isinstance(fields, dict) and "qk_layernorm" in fields:
+        norm = "head" if fields.pop("qk_layernorm") else "none"
+        mapping.setdefault("model", {}).setdefault("qk_norm", norm)
     return mapping
 
 

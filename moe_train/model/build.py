@@ -54,11 +54,13 @@ def build_chunks(
     layer = dispatcher(config.parallel.dispatcher, span=cross_stage is not None).layer
     extra = {} if cross_stage is None else {"dispatcher": cross_stage}
     moe_layer = partial(pkgutil.resolve_name(layer), **extra) if layer else None
+    full_width = groups.tp if config.model.qk_norm == "full" else None
+    spec = block_spec(provider, megatron, layers, recomputed, moe_layer, full_width)
     models = []
     for chunk in range(chunks):
         model = GPTModel(
             config=megatron,
-            transformer_layer_spec=block_spec(provider, megatron, layers, recomputed, moe_layer),
+            transformer_layer_spec=spec,
             vocab_size=padded_vocab,
             max_sequence_length=config.data.sequence,
             pre_process=stage == 0 and chunk == 0,

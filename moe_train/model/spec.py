@@ -16,9 +16,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from moe_train.model.qk_norm import FullWidthNorm
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch.distributed as dist
     from megatron.core.models.backends import BackendSpecProvider
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -54,12 +57,15 @@ def layer_spec(
     config: TransformerConfig,
     recomputed: frozenset[int],
     moe_layer: Callable[..., Any] | None = None,
+    full_width: dist.ProcessGroup | None = None,
 ) -> ModuleSpec:
     """One MoE transformer layer on the provider's modules.
 
     Args:
         recomputed: 1-based global numbers of the layers that are recomputed whole.
         moe_layer: builds the MoE layer instead of Megatron's class.
+        full_width: tensor-parallel ranks over which queries and keys are normalised
+            (``model.qk_norm=full``); None normalises each head, where Megatron's config says so.
     """
     mlp = get_mlp_module_spec_for_backend(
         backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
@@ -68,7 +74,7 @@ def layer_spec(
         mlp = partial(moe_layer, **mlp.keywords)
     fused = provider.fuse_layernorm_and_linear()
     norm = provider.layer_norm(rms_norm=True, has_residual=True)
-    qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    qk_norms = _qk_norms(provider, config, full_width)
     qkv = (
         provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
     )
@@ -81,8 +87,8 @@ def layer_spec(
                 linear_qkv=qkv,
                 core_attention=provider.core_attention(),
                 linear_proj=provider.row_parallel_linear(),
-                q_layernorm=qk_norm,
-                k_layernorm=qk_norm,
+                q_layernorm=qk_norms[0],
+                k_layernorm=qk_norms[1],
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
@@ -98,15 +104,33 @@ def layer_spec(
     return ModuleSpec(module=Layer, submodules=submodules, params={"recomputed": recomputed})
 
 
+def _qk_norms(
+    provider: BackendSpecProvider, config: TransformerConfig, full_width: dist.ProcessGroup | None
+) -> tuple[Any, Any]:
+    """Builders of the norms of queries and of keys."""
+    if not config.qk_layernorm:
+        return IdentityOp, IdentityOp
+    if full_width is None:
+        each_head = provider.layer_norm(rms_norm=True, for_qk=True)
+        return each_head, each_head
+    assert config.num_query_groups is not None
+    return (
+        partial(FullWidthNorm, heads=config.num_attention_heads, group=full_width),
+        partial(FullWidthNorm, heads=config.num_query_groups, group=full_width),
+    )
+
+
 def block_spec(
     provider: BackendSpecProvider,
     config: TransformerConfig,
     layers: int,
     recomputed: frozenset[int],
     moe_layer: Callable[..., Any] | None = None,
+    full_width: dist.ProcessGroup | None = None,
 ) -> TransformerBlockSubmodules:
     """The ``layers`` layers of one pipeline stage (or chunk of one), and the final norm."""
+    layer = layer_spec(provider, config, recomputed, moe_layer, full_width)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(provider, config, recomputed, moe_layer)] * layers,
+        layer_specs=[layer] * layers,
         layer_norm=provider.layer_norm(rms_norm=True),
     )

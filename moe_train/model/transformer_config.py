@@ -43,6 +43,7 @@ def transformer_config(config: Config, backend: Backend) -> TransformerConfig:
         num_attention_heads=model.heads,
         num_query_groups=model.num_query_groups,
         kv_channels=model.kv_channels,
+        qk_layernorm=model.qk_norm != "none",
         ffn_hidden_size=model.expert_hidden,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
@@ -129,6 +130,8 @@ def identity(model: ModelConfig, padded_vocab: int) -> dict[str, Any]:
         "padded_vocab": padded_vocab,
         "tied_embeddings": model.tied_embeddings,
         "expert_bias": model.router.expert_bias,
+        # Absent where there is none, as in checkpoints of versions that had no such key.
+        **({"qk_norm": model.qk_norm} if model.qk_norm != "none" else {}),
         **{name: True for method in model.router.balancing_methods for name in method.state},
     }
 

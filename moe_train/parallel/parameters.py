@@ -22,7 +22,7 @@ class LayerParameters:
     shared_expert: int
     """The always-active expert, split by TP."""
     replicated: int
-    """Two norms and the router, whole on every rank."""
+    """Norms and the router, whole on every rank."""
     one_expert: int
     """A single routed SwiGLU expert, split by ETP."""
 
@@ -83,7 +83,7 @@ def layer_parameters(model: ModelConfig) -> LayerParameters:
     return LayerParameters(
         attention=model.hidden * 2 * (model.query_width + model.kv_width),
         shared_expert=swiglu * model.shared_expert_hidden,
-        replicated=2 * model.hidden + model.experts * model.hidden,
+        replicated=(2 + model.experts) * model.hidden + sum(model.qk_norm_widths),
         one_expert=swiglu * model.expert_hidden,
     )
 

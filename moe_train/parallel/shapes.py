@@ -65,6 +65,7 @@ class Shapes:
     local_experts: int
     fused: bool
     span: bool
+    qk_norm: str
 
     @property
     def packed_row(self) -> int:
@@ -116,4 +117,5 @@ def shapes(config: Config, layout: Layout, vocab: int, assumptions: Assumptions)
         local_experts=model.experts // layout.expert,
         fused=assumptions.fused,
         span=layout.span,
+        qk_norm=model.qk_norm,
     )

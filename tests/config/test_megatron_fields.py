@@ -91,7 +91,7 @@ def test_illegal_values(section: str, values: dict[str, Any], word: str) -> None
 def test_nothing_heavy_is_imported() -> None:
     code = (
         "import sys; from moe_train.config.compose import compose;"
-        "compose(['megatron.transformer.qk_layernorm=true']);"
+        "compose(['megatron.transformer.attention_dropout=0.1']);"
         "print([m for m in sys.modules if m in ('torch', 'megatron.core')])"
     )
     result = subprocess.run(

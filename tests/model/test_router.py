@@ -53,6 +53,8 @@ OPTIONS: dict[str, tuple[list[str], tuple[tuple[str, ...], ...]]] = {
     "shared": (["model.shared_expert_hidden=16"], BOTH),
     "gqa": (["model.kv_heads=2"], BOTH),
     "tied": (["model.tied_embeddings=true"], BOTH),
+    "qk_norm_head": (["model.qk_norm=head", "model.kv_heads=2"], BOTH),
+    "qk_norm_full": (["model.qk_norm=full", "model.kv_heads=2"], BOTH),
 }
 PARITY = Path(__file__).parents[2] / "docs" / "parity.md"
 PER_RANK = "Counted per rank"

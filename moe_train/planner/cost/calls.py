@@ -25,7 +25,7 @@ from moe_train.planner.cost.links import (
 )
 
 SCORE = 4
-"""Bytes of a loss term (fp32)."""
+"""Bytes of a sum of the loss or of a norm (fp32)."""
 
 OPERATIONS = {
     one.__name__: one
@@ -74,6 +74,9 @@ def tensor_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
         Call("tensor parallel, scatter", "tp", "scatter", reduce_scatter(hardware, where, hidden),
              pairs, pairs, "A H b"),
     ]  # fmt: skip
+    if z.qk_norm == "full":
+        sums = all_reduce(hardware, where, z.A * SCORE)
+        results.append(Call("QK norm, all-reduce", "tp", "gather", sums, 2, 2, "4 A"))
     router = [one for each in config.model.router.balancing_methods for one in each.collectives]
     return results + _priced(config, layout, z, router)
 

@@ -98,9 +98,21 @@ def _norm_bytes(z: Shapes) -> int:
     return z.N * (z.H * z.b + 4) if z.fused else z.N * (8 * z.H + 4)
 
 
+def _qk_norm_bytes(z: Shapes) -> int:
+    """The same of the norms of queries and keys."""
+    if z.qk_norm == "none":
+        return 0
+    if z.qk_norm == "full":
+        # fp32 copies of the input and of its squares, and the output (model/qk_norm).
+        return z.A * ((8 + z.b) * (z.Q + z.G) + 16)
+    scales = 4 * z.A * (z.n + z.G // z.D)
+    return z.A * (z.Q + z.G) * (z.b if z.fused else 8) + scales
+
+
 def _written_bytes(z: Shapes) -> int:
     """Bytes that the kernels of one layer write between its products, experts apart."""
     attention = z.A * (3 * z.Q + 3 * z.G) * z.b + 4 * z.T * z.D * z.b + 4 * z.A * z.n
+    attention += _qk_norm_bytes(z)
     router = z.N * (4 * z.E + 20 * z.K + 8)
     permutation = 4 * z.N * (2 * z.E + 1)
     if not z.fused:

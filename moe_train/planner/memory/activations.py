@@ -41,6 +41,7 @@ def dense_terms(z: Shapes) -> list[Term]:
         *_norm("attention norm", z),
         Term("QKV input", z.N * z.H * z.b, "N H b", gathered),
         Term("QKV", z.A * (z.Q + 2 * z.G) * z.b, "A (Q + 2 G) b", MEGATRON),
+        *_qk_norm(z),
         Term("rotated Q and K", z.A * (z.Q + z.G) * z.b, "A (Q + G) b", MEGATRON),
         Term("rotary tables", 4 * z.T * z.D * z.b, "4 T D b", MEGATRON),
         Term("attention output", z.A * z.Q * z.b, "A Q b", KORTHIKANTI),
@@ -56,6 +57,23 @@ def _norm(name: str, z: Shapes) -> list[Term]:
     if z.fused:
         return [Term(name, z.N * (z.H * z.b + 4), "N (H b + 4)", KORTHIKANTI)]
     return [Term(name, z.N * (8 * z.H + 4), "N (8 H + 4)", TORCH + ": two fp32 copies")]
+
+
+def _qk_norm(z: Shapes) -> list[Term]:
+    """Queries are copied out of QKV where they are normalised; keys are a view of it."""
+    if z.qk_norm == "none":
+        return []
+    if z.qk_norm == "full":
+        size, formula = z.A * (z.Q * z.b + 8), "A (Q b + 8)"
+        return [Term("QK norm", size, formula, "model/qk_norm: input and scale")]
+    scales = 4 * z.A * (z.n + z.G // z.D)
+    if z.fused:
+        return [Term("QK norm", z.A * z.Q * z.b + scales, "A (Q b + 4 n + 4 G / D)", KORTHIKANTI)]
+    # In fp32 the first copy of the keys would be the view of QKV itself.
+    key, formula = (4, "4 G") if z.b == 4 else (8, "8 G")
+    size = z.A * (8 * z.Q + key * z.G) + scales
+    formula = f"A (8 Q + {formula} + 4 n + 4 G / D)"
+    return [Term("QK norm", size, formula, TORCH + ": two fp32 copies")]
 
 
 def _shared(z: Shapes) -> list[Term]:
