@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_train.config.group_files import GroupFiles, is_path
 from moe_train.config.megatron_fields import check_megatron
 from moe_train.config.root import Config
 from moe_train.config.schema import dotted_keys, from_mapping, nearest, walk
@@ -78,7 +79,7 @@ def parse_overrides(overrides: Sequence[str], faults: list[ConfigError]) -> list
     return parsed
 
 
-def _line(override: Override) -> str | ConfigError:
+def _line(override: Override, files: GroupFiles) -> str | ConfigError:
     """The override in the form that Hydra gets, or its fault."""
     key, text = override.key_or_group, override.input_line or ""
     options = group_options().get(key)
@@ -94,10 +95,15 @@ def _line(override: Override) -> str | ConfigError:
             f"quote it if it is one value: '{key}=\"{text.partition('=')[2]}\"'; "
             "to sweep use --multirun",
         )
+    if options and isinstance(path := override.value(), str) and is_path(path):
+        try:
+            return f"{key}={files.add(key, Path(path).expanduser())}"
+        except ConfigError as fault:
+            return fault
     if options and isinstance(value := override.value(), str) and value not in options:
         close = nearest(value, options, 1)
         hint = f"did you mean {key}={close[0]}? " if close else ""
-        fix = hint + "options: " + ", ".join(options)
+        fix = f"{hint}options: {', '.join(options)}, or the path of a file NAME.yaml"
         return ConfigError(key, f"has no option {value!r}", fix)
     if override.is_delete():
         return text.lstrip("+")
@@ -127,12 +133,15 @@ def _merge(overrides: Sequence[str], faults: list[ConfigError]) -> dict[str, Any
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    lines = [_line(override) for override in parse_overrides(overrides, faults)]
-    faults.extend(line for line in lines if isinstance(line, ConfigError))
-    legal = [line for line in lines if isinstance(line, str)]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+        with (
+            GroupFiles() as files,
+            initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"),
+        ):
+            lines = [_line(override, files) for override in parse_overrides(overrides, faults)]
+            faults.extend(line for line in lines if isinstance(line, ConfigError))
+            legal = [line for line in lines if isinstance(line, str)] + files.overrides()
             merged = OmegaConf.to_container(hydra_compose("config", overrides=legal), resolve=True)
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split()) if isinstance(error, YAMLError) else str(error)
@@ -194,7 +203,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
     Args:
         overrides: Hydra overrides, e.g. ``experiment=twin``, ``train.steps=20``,
-            ``megatron.transformer.qk_layernorm=true`` (no leading + needed).
+            ``megatron.transformer.attention_dropout=0.1`` (no leading + needed).
 
     Raises:
         ConfigFaults: all faults together.

@@ -15,6 +15,7 @@ from moe_train.config.compose import (
     group_options,
     typed,
 )
+from moe_train.config.model import ModelConfig
 from moe_train.config.schema import to_mapping
 from moe_train.config.sweep import expand_multirun
 from moe_train.errors import EXIT_CONFIG, ConfigFaults
@@ -108,7 +109,7 @@ def test_overrides_reach_nulls_aliases_and_megatron_without_a_plus() -> None:
             "optim.lr=1e-3",
             "train.steps=1e2",
             "+model.kv_heads=4",
-            "megatron.transformer.qk_layernorm=true",
+            "megatron.transformer.attention_dropout=0.1",
             "recompute.layers='1,4-6'",
         ]
     )
@@ -117,7 +118,7 @@ def test_overrides_reach_nulls_aliases_and_megatron_without_a_plus() -> None:
     assert config.optim.lr == 1e-3
     assert config.train.steps == 100
     assert config.model.kv_heads == 4
-    assert config.megatron.transformer == {"qk_layernorm": True}
+    assert config.megatron.transformer == {"attention_dropout": 0.1}
     assert config.recompute.layers == "1,4-6"
 
 
@@ -182,3 +183,38 @@ def test_collect_hands_faults_back() -> None:
     config, result = collect(["model.layer=3", "train.steps=9"])
     assert config.train.steps == 9
     assert [f.field for f in result] == ["model.layer"]
+
+
+def test_a_group_can_be_a_file_of_the_users(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("layers: 3\nheads: 4\nhead_dim: 12\nrouter: {pre_softmax: true}\n")
+    config = compose(["experiment=twin", "recompute=none", f"model={path}", "model.heads=6"])
+    assert (config.model.layers, config.model.heads, config.model.head_dim) == (3, 6, 12)
+    assert config.model.router.pre_softmax
+    # What neither says has the dataclass's default, not the twin's.
+    assert config.model.hidden == ModelConfig().hidden != compose(["model=twin"]).model.hidden
+    assert config.optim.lr == 6e-4
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("- layers", "is not a mapping"),
+        ("defaults: [/hardware/cpu]", "is not a mapping"),
+        ("layers: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_that_is_no_group(tmp_path: Path, content: str | None, problem: str) -> None:
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigFaults, match=problem):
+        compose([f"model={path}"])
+
+
+def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("layer: 3\n")
+    with pytest.raises(ConfigFaults, match="model.layer: unknown key"):
+        compose(["recompute=none", f"model={path}"])
