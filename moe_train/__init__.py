@@ -24,6 +24,7 @@ _MODULES = {
     "load_config": "moe_train.api",
     "plan": "moe_train.api",
     "train_model": "moe_train.api",
+    "tune": "moe_train.api",
 }
 __all__ = ["__version__", *_MODULES]
 

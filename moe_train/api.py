@@ -37,6 +37,26 @@ def plan(overrides: Sequence[str] = (), world: int = 8) -> dict[str, Any]:
     return estimate(resolve_run(overrides, world)).report()
 
 
+def tune(overrides: Sequence[str] = (), world: int = 8, count: int = 5) -> dict[str, Any]:
+    """The fastest layouts and options for a run on ``world`` ranks; imports no torch.
+
+    Args:
+        overrides: keys set by themselves (``parallel.tensor=2``) are fixed.
+        count: layouts to return.
+
+    Returns:
+        As ``moe-train tune --json``: ``top`` (each with ``overrides``, ``step_seconds``,
+        ``memory_share``, ``separated_by``), ``pareto`` and ``requested``.
+
+    Raises:
+        ConfigFaults: an override is refused.
+        ConfigError: no layout is legal.
+    """
+    from moe_train.planner.search.tuning import tune as search
+
+    return search(overrides, world, count=count).report()
+
+
 def train_model(overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> int:
     """Train on this process's rank, like ``train.py``; errors are reported, not raised.
 

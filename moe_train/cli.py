@@ -48,6 +48,12 @@ GROUPS: dict[str, dict[str, Command]] = {
             "legality, layout, memory and step time, before launch",
             "plan experiment=moe_30b_8x64gb --json plan.json",
         ),
+        "tune": Command(
+            "moe_train.commands.tune",
+            "tune_main",
+            "the fastest layouts that fit, and what separates them",
+            "tune experiment=moe_30b_8x64gb hardware=h100_80gb",
+        ),
         "schedule": Command(
             "moe_train.commands.schedule",
             "schedule_main",

@@ -134,10 +134,14 @@ def _text(value: object) -> str:
     return str(value)
 
 
+STEP = 0.01
+"""Share of a device's memory that a slower candidate must save to be listed."""
+
+
 def frontier(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other one beats in time and memory together, the fastest first."""
+    """Those that no other one beats in time and memory, in steps of `STEP`; the fastest first."""
     chosen: list[Candidate] = []
     for one in sorted(candidates, key=lambda each: (each.seconds, each.bytes, each.rank)):
-        if not chosen or one.bytes < chosen[-1].bytes:
+        if not chosen or one.bytes < chosen[-1].bytes - STEP * one.plan.device_bytes:
             chosen.append(one)
     return chosen

@@ -47,6 +47,9 @@ class Cell:
 class Results:
     """What a search keeps: the best candidate of every layout, and the frontier.
 
+    Layouts that differ in context parallelism alone count as one: fewer sequences of more ranks
+    are mostly the same step.
+
     Args:
         wanted: layouts that are asked for.
         device: bytes of a device.
@@ -59,9 +62,10 @@ class Results:
 
     def add(self, one: Candidate) -> None:
         """Keep `one` where it is of use."""
-        known = self.best.get(one.layout)
+        kind = replace(one.layout, context=1)
+        known = self.best.get(kind)
         if known is None or one.rank < known.rank:
-            self.best[one.layout] = one
+            self.best[kind] = one
         if one.fits and not self.dominated(one.seconds, one.bytes):
             keep = [o for o in self.frontier if o.seconds < one.seconds or o.bytes < one.bytes]
             self.frontier = [*keep, one]
@@ -136,8 +140,7 @@ class Search:
         return sorted(cells, key=lambda cell: cell.bound)
 
     def _bound(self, layout: Layout, micro: int) -> float:
-        config = self.space.config
-        config = replace(config, batch=replace(config.batch, micro=micro))
+        config = replace(self.space.easiest, micro=micro).applied(self.space.config)
         plan = Plan(config, layout, self.vocab, assumptions=self.assumptions)
         z, stages = plan.shapes, layout.pipeline // layout.expert_stages
         if (z, stages) not in self._layers:
