@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   moe-train plan                                  the default run on 8 ranks
   moe-train plan experiment=moe_30b_32x64gb       30 B on 32 devices
   moe-train plan parallel.expert=8 --world 16     another layout
+  moe-train plan experiment=moe_30b_8x64gb --full
   moe-train plan experiment=moe_30b_8x64gb --json plan.json
   moe-train plan experiment=moe_30b_8x64gb hardware=h100_64gb --imbalance 1.3
   moe-train plan experiment=moe_30b_8x64gb --claims source_document --report claims.md
@@ -33,7 +34,7 @@ def plan_main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="moe-train plan",
-        description="Check a layout; show what each rank holds, its memory and the step time.",
+        description="Check a layout: is it legal, does it fit, how fast is it, is another better?",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,6 +46,11 @@ def plan_main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the whole plan there; - is stdout"
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="print the tables: layers, ranks, groups, memory, traffic, times",
     )
     parser.add_argument(
         "--imbalance",
@@ -80,7 +86,9 @@ def plan_main(argv: Sequence[str]) -> int:
     from moe_train.planner.machine.devices import local_facts
     from moe_train.planner.machine.profiles import override_keys
     from moe_train.planner.plan import assumptions_of
+    from moe_train.planner.report.screen import print_screen, print_warnings
     from moe_train.planner.report.tables import print_plan
+    from moe_train.planner.report.warnings import plan_warnings
     from moe_train.planner.resolution import resolve_run
 
     check_imbalance(args.imbalance)
@@ -94,13 +102,12 @@ def plan_main(argv: Sequence[str]) -> int:
         raise ConfigError("--report", "needs --claims", "add --claims FILE")
     console = console_for(args.json)
     config, faults = collect(args.overrides)
-    here = None
+    here, problems = None, []
     named = "hardware" in override_keys(args.overrides)
     if config.experiment == AUTO and config.device != "cpu" and not named:
         here = read_devices()
         if here.problem:
-            target = "" if here.gpus else "planned for a CPU: "
-            console.print(f"[bold]warning[/bold] {target}{here.problem}", markup=True)
+            problems = [f"{'' if here.gpus else 'planned for a CPU: '}{here.problem}"]
     world = plan_world(args.world, None if faults else config)
     if args.world is None and here and here.gpus and world == DEFAULT_WORLD:
         # What `make train` would start here.
@@ -108,13 +115,15 @@ def plan_main(argv: Sequence[str]) -> int:
     run = resolve_run(args.overrides, world, local_facts(here, world) if here else None)
     plan = estimate(run, assumptions_of(run.config, args.imbalance, args.fragmentation))
     report = plan.report()
-    print_plan(report, console)
+    warnings = [*problems, *plan_warnings(plan)]
+    print_screen(report, warnings, console)
+    if args.full:
+        print_plan(report, console)
+        print_warnings(warnings, console)
     if args.json:
         write_text("--json", args.json, json.dumps(report, indent=1) + "\n")
-    if fault := plan.memory_fault:
-        if run.config.hardware.kind == "accelerator":
-            raise fault
-        console.print(f"[bold]warning[/bold] {fault}")
+    if (fault := plan.memory_fault) and run.config.hardware.kind == "accelerator":
+        raise fault
     return EXIT_FINISHED
 
 

@@ -110,7 +110,7 @@ def test_plan_writes_the_whole_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
     target = tmp_path / "plan.json"
     assert cli.main(["plan", *MISSION, "--json", str(target)]) == 0
     shown = capsys.readouterr().out
-    assert "30,063,481,344" in shown
+    assert "30.06 B" in shown
     plan = json.loads(target.read_text())
     assert plan["version"] == VERSION
     assert plan["layout"]["tag"] == "TP2.PP4.EP2"

@@ -98,7 +98,7 @@ def test_a_machine_without_gpus_refuses_what_only_gpus_do(word: str) -> None:
 
 def test_the_plan_says_what_a_parameter_costs(capsys: pytest.CaptureFixture[str]) -> None:
     """So that a reader sees where 18, 12 and the figure without an optimizer come from."""
-    assert main(["plan", *PRECISION]) == 0
+    assert main(["plan", *PRECISION, "--full"]) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "2 weight + 4 gradient + 4 master + 8 moments = 18" in output
     assert "2 weight + 2 gradient + 4 master + 4 moments = 12" in output
@@ -132,7 +132,7 @@ def test_a_run_plans_with_the_kernels_that_are_here(
 def test_the_plan_shows_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "plan.json"
     overrides = ["experiment=moe_30b_8x64gb", "--json", str(target)]
-    assert main(["plan", *overrides, "backend.kernels=torch"]) == 0
+    assert main(["plan", *overrides, "--full", "backend.kernels=torch"]) == 0
     assert "Kernels: torch (backend.kernels=torch)" in capsys.readouterr().out
     ours = json.loads(target.read_text())["kernels"]
     assert main(["plan", *overrides, "backend.kernels=te"]) == 0

@@ -127,9 +127,12 @@ def _time(report: dict[str, Any], console: Console) -> None:
         f"{time['tokens_per_second']:,.0f} tokens/s, "
         f"{time['sequences_per_second']:,.1f} sequences/s{mfu}"
     )
+    table = table_of("What a step is spent on, average of the ranks", "term", "s", "share")
+    for name, seconds in time["terms"].items():
+        if seconds:
+            table.add_row(name, f"{seconds:.4f}", _share(seconds / time["step_seconds"]))
+    console.print(table)
     taken = report["assumptions"]
     console.print(
-        f"Assumed: imbalance {taken['imbalance']:g}, fragmentation {taken['fragmentation']:g}, "
-        + "; ".join(f"{key}: {taken[key]}" for key in ("order", "exchange", "gradients"))
+        f"Assumed: imbalance {taken['imbalance']:g}, fragmentation {taken['fragmentation']:g}"
     )
-    console.print("Formulas: " + "; ".join(f"{k}: {v}" for k, v in report["sources"].items()))

@@ -14,7 +14,8 @@ from moe_train.planner.cost.compute import dense_parts, embedding_parts, expert_
 from moe_train.planner.cost.timing import StepTime
 from moe_train.planner.memory.layers import owner_terms, saved_terms, whole_layer
 from moe_train.planner.memory.stages import StageMemory, plan_memory, worst
-from moe_train.planner.plan import Plan
+from moe_train.planner.plan import BAND, Plan
+from moe_train.planner.report.terms import step_terms
 
 ASSUMED = {
     "routing": "every rank's experts receive imbalance x the average rows",
@@ -58,7 +59,7 @@ def cost_report(plan: Plan, memory: Sequence[StageMemory], time: StepTime) -> di
         },
         "compute": _compute(plan, time),
         "communication": [asdict(one) for one in step_traffic(plan, plan.layout.pipeline // 2)],
-        "time": _time(time),
+        "time": _time(plan, time),
     }
 
 
@@ -146,7 +147,7 @@ def _compute(plan: Plan, time: StepTime) -> dict[str, Any]:
     }
 
 
-def _time(time: StepTime) -> dict[str, Any]:
+def _time(plan: Plan, time: StepTime) -> dict[str, Any]:
     return {
         "stages": [asdict(one) for one in time.stages],
         "pipeline_seconds": time.pipeline,
@@ -157,4 +158,6 @@ def _time(time: StepTime) -> dict[str, Any]:
         "tokens_per_second": time.tokens_per_second,
         "sequences_per_second": time.sequences_per_second,
         "mfu": time.mfu,
+        "band": BAND,
+        "terms": step_terms(plan, time),
     }

@@ -9,16 +9,10 @@ from rich.table import Table
 
 from moe_train.parallel.layout import GROUPS
 from moe_train.planner.report.cost_tables import print_costs
-from moe_train.planner.report.style import table_of
+from moe_train.planner.report.style import billions, table_of
 
 SHOWN = 32
 """Ranks or groups shown at most; the JSON has all."""
-
-
-def _billions(count: int) -> str:
-    if count >= 1e9:
-        return f"{count / 1e9:.2f} B"
-    return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,}"
 
 
 def _rest(table: Table, total: int) -> None:
@@ -79,7 +73,7 @@ def _print_parameters(report: dict[str, Any], counts: dict[str, Any], console: C
         if counts[part]:
             name = {"replicated": "norms and routers", "active": "active for a token"}.get(part)
             table.add_row(
-                name or part.replace("_", " "), f"{counts[part]:,}", _billions(counts[part])
+                name or part.replace("_", " "), f"{counts[part]:,}", billions(counts[part])
             )
     console.print(table)
     vocab = report["vocabulary"]
