@@ -1,15 +1,16 @@
-"""Resources of a check: worker processes, runs, model sizes and its time budget."""
+"""A check, and its resources: worker processes, runs, model sizes and its time budget."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_train.gpu_check.findings import Failed
-from moe_train.gpu_check.programs import Ended, launch, read_json, start, training_lines
-from moe_train.gpu_check.sizes import QUIET, Sizes
+from moe_train.gpu_check.findings import Failed, Findings
+from moe_train.gpu_check.programs import Ended, launch, read_json, start
+from moe_train.gpu_check.sizes import CPU, GPU, QUIET
 from moe_train.gpu_check.workers import Worker
 
 
@@ -32,7 +33,7 @@ class Bench:
 
     def __init__(self, device: str, gpus: int, folder: Path) -> None:
         self.device, self.gpus, self.folder = device, gpus, folder
-        self.sizes = Sizes(device)
+        self.sizes = GPU if device == "gpu" else CPU
         logs = folder / "logs"
         blind = {"CUDA_VISIBLE_DEVICES": ""}
         self._blind = {} if device == "gpu" else blind
@@ -118,14 +119,17 @@ class Bench:
         """Folder of this check's run ``name``."""
         return self.folder / "runs" / f"{self.name}-{name}"
 
-    def _train(self, worker: Worker, name: str, overrides: list[str]) -> Path:
+    def named(self, name: str) -> list[str]:
+        """Overrides that give this check's run ``name`` its folder."""
         folder = self.run_folder(name)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        named = [f"run.dir={folder.parent}", f"run.name={folder.name}"]
-        code = worker.call("train", self.left, overrides=[*overrides, *named])
+        return [f"run.dir={folder.parent}", f"run.name={folder.name}"]
+
+    def _train(self, worker: Worker, name: str, overrides: list[str]) -> Path:
+        code = worker.call("train", self.left, overrides=[*overrides, *self.named(name)])
         if code != 0:
             raise Failed(f"training {name} ended with exit code {code}\n{worker.output_tail()}")
-        return folder
+        return self.run_folder(name)
 
     def _data(self) -> list[str]:
         from moe_train.gpu_check.tokens import write_tokens
@@ -135,6 +139,24 @@ class Bench:
                 f"data.cache={self.folder / 'cache'}"]  # fmt: skip
 
 
-def curve(folder: Path) -> list[dict[str, Any]]:
-    """Training lines of a run folder."""
-    return training_lines(folder)
+@dataclass(frozen=True)
+class Check:
+    """One check: name, question, GPUs needed, time budget, function."""
+
+    name: str
+    asks: str
+    """The question, one line."""
+    gpus: int
+    """GPUs that it needs."""
+    seconds: int
+    """Time budget; a check that takes longer is ended and has failed."""
+    run: Callable[[Bench, Findings], None]
+    cpu: bool = False
+    """Whether its machinery also runs with --device cpu, at a tiny size."""
+
+
+def check(
+    name: str, gpus: int, seconds: int, *, cpu: bool = False
+) -> Callable[[Callable[[Bench, Findings], None]], Check]:
+    """Make the decorated function a :class:`Check`; its docstring begins with the question."""
+    return lambda run: Check(name, (run.__doc__ or "").split("\n")[0], gpus, seconds, run, cpu)

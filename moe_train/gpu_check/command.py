@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from moe_train.backend.cuda.devices import accelerator_present
 from moe_train.errors import ConfigError, MoeTrainError
-from moe_train.gpu_check.bench import Bench
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Bench, Check
 from moe_train.gpu_check.checks import CHECKS
 from moe_train.gpu_check.report import Report
 from moe_train.gpu_check.suite import ONE_GPU_SECONDS, run
@@ -165,7 +165,7 @@ def gpu_count() -> int:
     Raises:
         ConfigError: a driver is there, but neither nvidia-smi nor torch can count its GPUs.
     """
-    if not driver_present():
+    if not accelerator_present():
         return 0
     program = [sys.executable, "-c", "from moe_train.gpu_check.tasks.facts import devices\n"
                "import json\nprint(json.dumps(devices()))"]  # fmt: skip
@@ -182,13 +182,6 @@ def gpu_count() -> int:
         ) from None  # fmt: skip
     # A driver without a usable GPU is a failure to tell: the environment check does.
     return max(1, int(seen["count"]))
-
-
-def driver_present(devices: Path = Path("/dev")) -> bool:
-    """Whether a driver has made any GPU visible; a container may have one without nvidia-smi."""
-    if shutil.which("nvidia-smi"):
-        return True
-    return any(any(devices.glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg"))
 
 
 def commit() -> str:

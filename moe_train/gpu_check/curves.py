@@ -89,13 +89,13 @@ def judge(
 ) -> None:
     """Note how far two curves are apart, and fail where that is beyond the dtype's tolerance."""
     rows, allowed = differences(ours, theirs), TOLERANCES[dtype]
-    early = [row for row in rows if row[0] <= EARLY]
-    late = [row for row in rows if row[0] > EARLY]
     worst = {
-        "loss": max((row[1] for row in early), default=0.0),
-        "norm": max((row[2] for row in early), default=0.0),
-        "late_loss": max((row[1] for row in late), default=0.0),
-        "late_norm": max((row[2] for row in late), default=0.0),
+        prefix + name: max((row[column] for row in part), default=0.0)
+        for prefix, part in (
+            ("", [row for row in rows if row[0] <= EARLY]),
+            ("late_", [row for row in rows if row[0] > EARLY]),
+        )
+        for column, name in ((1, "loss"), (2, "norm"))
     }
     row = {"run": name, "steps": f"{rows[0][0]}-{rows[-1][0]}", **worst,
            "every bit equal": same_bits(ours, theirs)}  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.files import write_atomically
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Check
 from moe_train.gpu_check.findings import Findings, Verdict
 from moe_train.gpu_check.rendering import markdown
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 QUIET = ["log.wandb=disabled", "log.console=lines", "train.eval_every=0", "checkpoint.every=0"]
 """A run that writes its metrics and nothing else."""
 
@@ -57,34 +59,30 @@ HELD_BACK_GB = 3.0
 than half of what it needs."""
 
 
+@dataclass(frozen=True)
 class Sizes:
-    """Sizes for a device: ``gpu`` or ``cpu``."""
+    """Sizes for a kind of device."""
 
-    def __init__(self, device: str) -> None:
-        self.gpu = device == "gpu"
+    gpu: bool
+    large: list[str]
+    """The model of the timings."""
+    rows: list[int]
+    """Rows an expert of the grouped products."""
+    experts: tuple[int, int, int]
+    """Experts, hidden and inner width of the grouped products: those of the 30B's rank."""
+    attention: tuple[int, int, int, int]
+    """Sequences, heads, tokens and width of a head."""
 
     def device(self, kernels: str) -> list[str]:
         """Overrides that choose device and kernels."""
-        if not self.gpu:
-            return ["device=cpu"]
-        return ["device=cuda", f"backend.kernels={kernels}"]
+        return ["device=cuda", f"backend.kernels={kernels}"] if self.gpu else ["device=cpu"]
 
-    @property
-    def large(self) -> list[str]:
-        """The model of the timings."""
-        return FULL if self.gpu else TINY
 
-    @property
-    def rows(self) -> list[int]:
-        """Rows an expert of the grouped products."""
-        return [16, 32, 64, 128, 256, 512, 1024, 2048] if self.gpu else [16, 32]
-
-    @property
-    def experts(self) -> tuple[int, int, int]:
-        """Experts, hidden and inner width of the grouped products: those of the 30B's rank."""
-        return (32, 4608, 2048) if self.gpu else (4, 64, 32)
-
-    @property
-    def attention(self) -> tuple[int, int, int, int]:
-        """Sequences, heads, tokens and width of a head."""
-        return (1, 16, 4096, 128) if self.gpu else (1, 2, 64, 16)
+GPU = Sizes(
+    gpu=True,
+    large=FULL,
+    rows=[16, 32, 64, 128, 256, 512, 1024, 2048],
+    experts=(32, 4608, 2048),
+    attention=(1, 16, 4096, 128),
+)
+CPU = Sizes(gpu=False, large=TINY, rows=[16, 32], experts=(4, 64, 32), attention=(1, 2, 64, 16))

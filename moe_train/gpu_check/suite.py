@@ -10,8 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from moe_train.errors import MoeTrainError
-from moe_train.gpu_check.bench import Bench
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Bench, Check
 from moe_train.gpu_check.findings import Failed, Findings, Skip, Verdict
 from moe_train.gpu_check.report import Report
 

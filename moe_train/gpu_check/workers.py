@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -169,8 +168,3 @@ def _listen(process: subprocess.Popen[bytes], answers: queue.Queue[bytes | None]
     for line in process.stdout:
         answers.put(line)
     answers.put(None)
-
-
-def stopwatch() -> float:
-    """A clock for time budgets, in seconds."""
-    return time.monotonic()

@@ -15,19 +15,19 @@ from typing import Any
 
 import pytest
 
+from moe_train.backend.cuda.devices import accelerator_present
 from moe_train.errors import ConfigError
 from moe_train.gpu_check import command, curves, suite
-from moe_train.gpu_check.bench import Bench
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Bench, Check
 from moe_train.gpu_check.checks import CHECKS
 from moe_train.gpu_check.findings import Failed, Findings, Skip
-from moe_train.gpu_check.reference_curves import fresh, overrides_of
 from moe_train.gpu_check.report import Report
 from moe_train.gpu_check.tasks import profile
 from moe_train.gpu_check.tokens import documents, write_tokens
 from moe_train.gpu_check.worker import TASKS, find
 from moe_train.gpu_check.workers import Worker
 from moe_train.rehearsal.library import build, environment, obstacle
+from tests.support.reference_curves import fresh, overrides_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,15 +98,13 @@ def test_one_check_brings_the_environment_along_and_order_is_the_suites() -> Non
     assert names(result) == ["environment", "curve-fp32", "speed"]
 
 
-def test_a_driver_is_seen_by_its_device_files(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(command.shutil, "which", lambda name: None)
-    assert not command.driver_present(tmp_path)
+def test_a_driver_is_seen_by_its_device_files(tmp_path: Path) -> None:
+    variables = {"PATH": str(tmp_path)}
+    assert not accelerator_present(tmp_path, variables)
     (tmp_path / "nvidiactl").touch()
-    assert not command.driver_present(tmp_path), "the control file alone is no GPU"
+    assert not accelerator_present(tmp_path, variables), "the control file alone is no GPU"
     (tmp_path / "nvidia0").touch()
-    assert command.driver_present(tmp_path)
+    assert accelerator_present(tmp_path, variables)
 
 
 def test_make_needs_no_set_up(tmp_path: Path) -> None:
@@ -204,7 +202,7 @@ PLANTED = """
 import sys, time
 from pathlib import Path
 from moe_train.gpu_check import checks, command
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Check
 
 def first(bench, findings):
     findings.note(kept=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Check
 from moe_train.gpu_check.checks import (
     kernels,
     layouts,
@@ -11,28 +11,29 @@ from moe_train.gpu_check.checks import (
     numbers,
     reference_30b,
     speed,
+    survival,
 )
-from moe_train.gpu_check.checks import survival as survive
 
 CHECKS: list[Check] = [
-    machine.ENVIRONMENT,
-    numbers.INITIAL,
+    machine.environment,
+    numbers.initial,
     numbers.FP32,
     numbers.BF16,
     # These three share an open session.
-    speed.SPEED,
-    speed.PROFILE,
-    limits.STORAGE,
-    limits.MEMORY,
-    numbers.CHECKPOINT,
-    limits.OOM,
-    survive.RESUME,
-    kernels.KERNELS,
-    numbers.TE,
-    numbers.FP8,
-    kernels.ZERO_ROWS,
+    speed.speed,
+    speed.profile,
+    limits.storage,
+    limits.memory,
+    numbers.checkpoint,
+    limits.oom,
+    survival.resume,
+    kernels.kernels,
+    numbers.te,
+    numbers.fp8,
+    kernels.zero_rows,
     *layouts.TWO,
     *layouts.FOUR,
-    *reference_30b.EIGHT,
+    reference_30b.spanning_layout,
+    reference_30b.fastest,
 ]
 """A killed suite has answered the first ones."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from moe_train.gpu_check.bench import Bench
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Bench, check
 from moe_train.gpu_check.findings import Findings
 
 
-def _kernels(bench: Bench, findings: Findings) -> None:
+@check("kernels", 1, 90, cpu=True)
+def kernels(bench: Bench, findings: Findings) -> None:
+    """How fast are grouped products by rows, and attention by backend?"""
     bench.do("close")
     findings.note(dense=bench.do("matrix", size=8192 if bench.sizes.gpu else 64))
     experts, hidden, inner = bench.sizes.experts
@@ -22,19 +23,11 @@ def _kernels(bench: Bench, findings: Findings) -> None:
     findings.require("backward_tflops" in result[0], f"attention did not run: {result[0]}")
 
 
-def _zero_rows(bench: Bench, findings: Findings) -> None:
+@check("te-zero-rows", 1, 45)
+def zero_rows(bench: Bench, findings: Findings) -> None:
+    """Do TransformerEngine's experts without tokens get right gradients?"""
     result = bench.te.call("zero_rows", bench.left, hidden=256, inner=512)
     findings.note(**result)
     for name, value in result.items():
         # One bf16 rounding of the result is 2^-8 of its size.
         findings.require(value <= 2e-2, f"{name} is {value:.2e} from the reference")
-
-
-KERNELS = Check(
-    "kernels", "how fast are grouped products by rows, and attention by backend?", 1, 90, _kernels,
-    cpu=True,
-)  # fmt: skip
-ZERO_ROWS = Check(
-    "te-zero-rows", "do TransformerEngine's experts without tokens get right gradients?", 1, 45,
-    _zero_rows,
-)  # fmt: skip

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from functools import partial
 
-from moe_train.gpu_check.bench import Bench
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Bench, Check, check
 from moe_train.gpu_check.curves import judge, reference
 from moe_train.gpu_check.findings import Findings
 from moe_train.gpu_check.sizes import CURVE, SMALL
@@ -24,7 +23,9 @@ def _layout(ranks: int, sizes: tuple[str, ...], bench: Bench, findings: Findings
     judge(findings, "against the shipped CPU curve", steps, reference("fp32")["steps"], "fp32")
 
 
-def _lost_rank(bench: Bench, findings: Findings) -> None:
+@check("lost-rank", 2, 150, cpu=True)
+def lost_rank(bench: Bench, findings: Findings) -> None:
+    """Is a rank that was killed named?"""
     overrides = [*SMALL, "dtype=fp32", "train.steps=200", "parallel.expert=2",
              "backend.timeout_seconds=40"]  # fmt: skip
     ended = bench.launch("killed", overrides, 2, plant=["kill", "5", str(VICTIM)], spare=5)
@@ -37,7 +38,9 @@ def _lost_rank(bench: Bench, findings: Findings) -> None:
     findings.require(named is not None, f"nobody names rank {VICTIM}\n{ended.output}")
 
 
-def _alltoall(bench: Bench, findings: Findings) -> None:
+@check("alltoall", 2, 90, cpu=True)
+def alltoall(bench: Bench, findings: Findings) -> None:
+    """How fast is an all-to-all, by size?"""
     result = bench.exchange(bench.gpus if bench.device == "gpu" else 2)
     findings.note(ranks=result.get("ranks"), exchanges=result.get("rows"))
     findings.require(bool(result.get("rows")), "no size was measured")
@@ -45,7 +48,7 @@ def _alltoall(bench: Bench, findings: Findings) -> None:
 
 def _checks(gpus: int, table: dict[str, tuple[str, tuple[str, ...]]]) -> list[Check]:
     return [
-        Check(name, f"is {what} on the reference curve?", gpus, 120,
+        Check(name, f"Is {what} on the reference curve?", gpus, 120,
               partial(_layout, gpus, sizes), cpu=True)
         for name, (what, sizes) in table.items()
     ]  # fmt: skip
@@ -68,8 +71,8 @@ TWO = [
             ),
         },
     ),
-    Check("lost-rank", "is a rank that was killed named?", 2, 150, _lost_rank, cpu=True),
-    Check("alltoall", "how fast is an all-to-all, by size?", 2, 90, _alltoall, cpu=True),
+    lost_rank,
+    alltoall,
 ]  # fmt: skip
 FOUR = _checks(
     4,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 
 from moe_train.errors import EXIT_MEMORY
-from moe_train.gpu_check.bench import Bench
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Bench, check
 from moe_train.gpu_check.checks.speed import opened
 from moe_train.gpu_check.findings import Findings, Skip
 from moe_train.gpu_check.sizes import DEEP, HELD_BACK_GB, SMALL, WIDE
@@ -19,7 +18,9 @@ ADDED = 1_000_000_000
 """Bytes that an update, a save or a load may add on the device; one parameter if it is larger."""
 
 
-def _memory(bench: Bench, findings: Findings) -> None:
+@check("memory", 1, 150)
+def memory(bench: Bench, findings: Findings) -> None:
+    """Is the allocator's peak what dry run and plan say?"""
     bench.host.begin(
         "dry_run", overrides=["device=cpu", *DEEP, "data.tokenizer=byte"], policies=list(POLICIES)
     )
@@ -53,7 +54,9 @@ def _memory(bench: Bench, findings: Findings) -> None:
         )
 
 
-def _storage(bench: Bench, findings: Findings) -> None:
+@check("storage", 1, 120, cpu=True)
+def storage(bench: Bench, findings: Findings) -> None:
+    """How fast are save and load, and do they and the update stay below 1 GB?"""
     _, session = opened(bench)
     need = 16 * session["parameters"]
     free = shutil.disk_usage(bench.folder).free
@@ -80,7 +83,9 @@ def _storage(bench: Bench, findings: Findings) -> None:
             )
 
 
-def _oom(bench: Bench, findings: Findings) -> None:
+@check("oom", 1, 90, cpu=True)
+def oom(bench: Bench, findings: Findings) -> None:
+    """Is out of memory reported as such?"""
     if bench.device == "gpu":
         # The plan fits the card, so it is not refused; another process has the memory.
         held = bench.do("fill_memory", leave_gb=HELD_BACK_GB)
@@ -97,11 +102,3 @@ def _oom(bench: Bench, findings: Findings) -> None:
     findings.require(status.get("state") == "failed", f"status.json says {status}")
     findings.require("memory" in str(status.get("reason")), "status.json does not say memory")
     findings.require("peer" not in ended.output, "out of memory is reported as a lost peer")
-
-
-MEMORY = Check("memory", "is the allocator's peak what dry run and plan say?", 1, 150, _memory)
-STORAGE = Check(
-    "storage", "how fast are save and load, and do they and the update stay below 1 GB?", 1, 120,
-    _storage, cpu=True,
-)  # fmt: skip
-OOM = Check("oom", "is out of memory reported as such?", 1, 90, _oom, cpu=True)

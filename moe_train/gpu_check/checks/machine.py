@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from moe_train.gpu_check.bench import Bench
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Bench, check
 from moe_train.gpu_check.findings import Findings
 
 
-def _environment(bench: Bench, findings: Findings) -> None:
+@check("environment", 1, 120, cpu=True)
+def environment(bench: Bench, findings: Findings) -> None:
+    """Do the packages import, and can torch use the GPUs?"""
     gpu = bench.device == "gpu"
     result = bench.do("facts", gpu=gpu)
     bench.machine = result["machine"]
@@ -24,9 +25,3 @@ def _environment(bench: Bench, findings: Findings) -> None:
         )
     # Asking has started CUDA, which reads its environment then: runs set theirs first.
     bench.here.stop()
-
-
-ENVIRONMENT = Check(
-    "environment", "do the packages import, and can torch use the GPUs?", 1, 120,
-    _environment, cpu=True,
-)  # fmt: skip

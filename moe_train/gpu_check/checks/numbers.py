@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from moe_train.gpu_check.bench import Bench, curve
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Bench, Check, check
 from moe_train.gpu_check.curves import judge, reference
 from moe_train.gpu_check.findings import Failed, Findings, Skip
+from moe_train.gpu_check.programs import training_lines
 from moe_train.gpu_check.sizes import CURVE, SMALL, STEPS
 
 
-def _initial(bench: Bench, findings: Findings) -> None:
+@check("initial", 1, 120, cpu=True)
+def initial(bench: Bench, findings: Findings) -> None:
+    """Do GPU and CPU start from the same weights, bit by bit?"""
     overrides = [*SMALL, "dtype=fp32"]
     bench.host.begin("weights", overrides=bench.cpu_overrides(overrides))
     ours = bench.do("weights", overrides=bench.overrides_of(overrides))
@@ -36,29 +38,27 @@ def _curve(dtype: str, bench: Bench, findings: Findings) -> None:
     # Last on the host, so that its time is not the device's.
     bench.host.begin(
         "train",
-        overrides=[*bench.cpu_overrides(overrides), *_named(bench, f"{dtype}-host")],
+        overrides=[*bench.cpu_overrides(overrides), *bench.named(f"{dtype}-host")],
     )
-    ours = curve(bench.train(dtype, overrides))
+    ours = training_lines(bench.train(dtype, overrides))
     findings.note(loss=f"{ours[0]['loss']:.4f} to {ours[-1]['loss']:.4f}")
     findings.require(ours[-1]["loss"] < ours[0]["loss"], "the loss does not fall within the curve")
     judge(findings, "against the shipped CPU curve", ours, shipped, dtype)
-    again = curve(bench.train(f"{dtype}-again", overrides))
+    again = training_lines(bench.train(f"{dtype}-again", overrides))
     judge(findings, "the same run again", again, ours, dtype)
     code = bench.host.finish(bench.left)
     if code != 0:
         raise Failed(f"the CPU's run ended with exit code {code}\n{bench.host.output_tail()}")
-    theirs = curve(bench.run_folder(f"{dtype}-host"))
+    theirs = training_lines(bench.run_folder(f"{dtype}-host"))
     judge(findings, "against this machine's CPU", ours, theirs, dtype)
 
 
-def _named(bench: Bench, name: str) -> list[str]:
-    folder = bench.run_folder(name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return [f"run.dir={folder.parent}", f"run.name={folder.name}"]
+@check("checkpoint", 1, 90, cpu=True)
+def checkpoint(bench: Bench, findings: Findings) -> None:
+    """Does a CPU's checkpoint continue on the GPU, and the GPU's on the CPU?
 
-
-def _checkpoint(bench: Bench, findings: Findings) -> None:
-    """CPU to step 10, device to step 20, CPU to step 30: one curve."""
+    CPU to step 10, device to step 20, CPU to step 30: one curve.
+    """
     overrides = [*SMALL, "dtype=fp32", "checkpoint.keep=1"]
     saving = "checkpoint.every=10"
     first = bench.train_on_cpu("first", [*overrides, saving, "train.steps=10"])
@@ -68,29 +68,33 @@ def _checkpoint(bench: Bench, findings: Findings) -> None:
     third = bench.train_on_cpu("third", [*overrides, f"train.steps={STEPS}", handed])
     shipped = reference("fp32")["steps"]
     for name, folder, start in (("to the device", second, 10), ("back to the CPU", third, CURVE)):
-        steps = curve(folder)
+        steps = training_lines(folder)
         findings.require(
             steps[0]["step"] == start + 1, f"{name}: the first step is {steps[0]['step']}"
         )
         judge(findings, name, steps, shipped, "fp32")
 
 
-def _te(bench: Bench, findings: Findings) -> None:
+@check("te", 1, 90)
+def te(bench: Bench, findings: Findings) -> None:
+    """Do TransformerEngine's kernels and torch's give the same curve?"""
     _need_te(bench)
     for dtype in ("fp32", "bf16"):
         overrides = [*SMALL, f"dtype={dtype}", f"train.steps={CURVE}"]
-        ours = curve(bench.train(f"{dtype}-te", overrides, kernels="te"))
-        theirs = curve(bench.train(f"{dtype}-torch", overrides))
+        ours = training_lines(bench.train(f"{dtype}-te", overrides, kernels="te"))
+        theirs = training_lines(bench.train(f"{dtype}-torch", overrides))
         judge(findings, f"te against torch, {dtype}", ours, theirs, dtype)
 
 
-def _fp8(bench: Bench, findings: Findings) -> None:
+@check("fp8", 1, 60)
+def fp8(bench: Bench, findings: Findings) -> None:
+    """Does fp8 train?"""
     _need_te(bench)
     capability = str(bench.machine.get("capability"))
     if tuple(map(int, capability.split("."))) < (8, 9):
         raise Skip(f"compute capability {capability} has no fp8; 8.9 and newer have")
     overrides = [*SMALL, "dtype=fp8", f"train.steps={CURVE}"]
-    ours = curve(bench.train("fp8", overrides, kernels="te"))
+    ours = training_lines(bench.train("fp8", overrides, kernels="te"))
     judge(findings, "against the shipped bf16 curve", ours, reference("bf16")["steps"], "fp8")
 
 
@@ -99,20 +103,11 @@ def _need_te(bench: Bench) -> None:
         raise Skip("TransformerEngine is not installed")
 
 
-INITIAL = Check(
-    "initial", "do GPU and CPU start from the same weights, bit by bit?", 1, 120, _initial, cpu=True
-)
 FP32 = Check(
-    "curve-fp32", "is the fp32 loss curve the CPU's, and the same when run again?", 1, 90,
+    "curve-fp32", "Is the fp32 loss curve the CPU's, and the same when run again?", 1, 90,
     partial(_curve, "fp32"), cpu=True,
 )  # fmt: skip
 BF16 = Check(
-    "curve-bf16", "is the bf16 loss curve the CPU's, and the same when run again?", 1, 90,
+    "curve-bf16", "Is the bf16 loss curve the CPU's, and the same when run again?", 1, 90,
     partial(_curve, "bf16"), cpu=True,
 )  # fmt: skip
-CHECKPOINT = Check(
-    "checkpoint", "does a CPU's checkpoint continue on the GPU, and the GPU's on the CPU?", 1, 90,
-    _checkpoint, cpu=True,
-)  # fmt: skip
-TE = Check("te", "do TransformerEngine's kernels and torch's give the same curve?", 1, 90, _te)
-FP8 = Check("fp8", "does fp8 train?", 1, 60, _fp8)

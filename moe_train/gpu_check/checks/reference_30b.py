@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 
-from moe_train.gpu_check.bench import Bench
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Bench, check
 from moe_train.gpu_check.findings import Findings
 from moe_train.gpu_check.programs import Ended
 
@@ -20,7 +19,9 @@ CHECKPOINT_BYTES = 14 * 30.1e9
 """bf16 weights and 12 bytes of fp32 master weights and moments a parameter."""
 
 
-def _spanning_layout(bench: Bench, findings: Findings) -> None:
+@check("30b-span", 8, 1500)
+def spanning_layout(bench: Bench, findings: Findings) -> None:
+    """Do five steps and a save of the 30B run as planned, spanning?"""
     saves = shutil.disk_usage(bench.folder).free > 1.2 * CHECKPOINT_BYTES
     findings.note(saves=saves)
     overrides = [*REFERENCE, *(["checkpoint.every=5", "checkpoint.keep=1"] if saves else [])]
@@ -33,7 +34,9 @@ def _spanning_layout(bench: Bench, findings: Findings) -> None:
         shutil.rmtree(saved)
 
 
-def _fastest(bench: Bench, findings: Findings) -> None:
+@check("30b-fastest", 8, 1200)
+def fastest(bench: Bench, findings: Findings) -> None:
+    """Does the planner's fastest layout of the 30B run as planned?"""
     best = bench.do("fastest", overrides=bench.overrides_of(REFERENCE), world=8)
     findings.note(fastest=best["tag"])
     _compare(bench.launch("fastest", [*REFERENCE, *best["overrides"]], 8), findings)
@@ -54,11 +57,3 @@ def _compare(ended: Ended, findings: Findings) -> None:
     planned = max((stage.get("total_bytes", 0) for stage in stages), default=None)
     findings.compare("peak", "bytes", planned, max(step["peak_memory_bytes"] for step in steps))
     findings.require(len(steps) == 5, f"{len(steps)} steps, not 5")
-
-
-EIGHT = [
-    Check("30b-span", "do five steps and a save of the 30B run as planned, spanning?", 8, 1500,
-          _spanning_layout),
-    Check("30b-fastest", "does the planner's fastest layout of the 30B run as planned?", 8, 1200,
-          _fastest),
-]  # fmt: skip

@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from moe_train.gpu_check.bench import Bench
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Bench, check
 from moe_train.gpu_check.findings import Findings
 
 STEPS = 8
@@ -21,7 +20,9 @@ def opened(bench: Bench) -> tuple[list[str], dict[str, Any]]:
     return overrides, bench.do("open", overrides=overrides)
 
 
-def _speed(bench: Bench, findings: Findings) -> None:
+@check("speed", 1, 120, cpu=True)
+def speed(bench: Bench, findings: Findings) -> None:
+    """How long is a step, how many tokens/s, which MFU?"""
     overrides, session = opened(bench)
     findings.note(parameters=session["parameters"], open_seconds=session["seconds"])
     result = bench.do("steps", count=STEPS)
@@ -44,19 +45,12 @@ def _speed(bench: Bench, findings: Findings) -> None:
     findings.require(seconds > 0, "a step took no time")
 
 
-def _profile(bench: Bench, findings: Findings) -> None:
+@check("profile", 1, 90, cpu=True)
+def profile(bench: Bench, findings: Findings) -> None:
+    """Which kernels take the time, and where does the host wait?"""
     opened(bench)
     result = bench.do("profile")
     findings.note(**result)
     findings.require("profiled_error" not in result, f"no profile: {result.get('profiled_error')}")
     if bench.device == "gpu" and "profiled_error" not in result:
         findings.require("kernels" in result, "the profile has no device events")
-
-
-SPEED = Check(
-    "speed", "how long is a step, how many tokens/s, which MFU?", 1, 120, _speed, cpu=True
-)
-PROFILE = Check(
-    "profile", "which kernels take the time, and where does the host wait?", 1, 90, _profile,
-    cpu=True,
-)  # fmt: skip

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 
-from moe_train.gpu_check.bench import Bench, curve
-from moe_train.gpu_check.check import Check
+from moe_train.gpu_check.bench import Bench, check
 from moe_train.gpu_check.curves import judge
 from moe_train.gpu_check.findings import Findings
+from moe_train.gpu_check.programs import training_lines
 from moe_train.gpu_check.sizes import CURVE, SMALL
 
 KILLED_AT = 13
 
 
-def _resume(bench: Bench, findings: Findings) -> None:
+@check("resume", 1, 120, cpu=True)
+def resume(bench: Bench, findings: Findings) -> None:
+    """Does a run that SIGKILL ended continue on the uninterrupted curve?"""
     overrides = [*SMALL, "dtype=bf16", f"train.steps={CURVE}"]
     saving = [*overrides, "checkpoint.every=5"]
     killed = bench.launch("killed", saving, plant=["kill", str(KILLED_AT), "0"])
@@ -25,16 +27,10 @@ def _resume(bench: Bench, findings: Findings) -> None:
         f"the killed run has {len(killed.steps)} steps, not {KILLED_AT - 1}",
     )
     bench.launch("killed", saving).finished()
-    whole = curve(bench.train("whole", overrides))
-    steps = curve(bench.run_folder("killed"))
+    whole = training_lines(bench.train("whole", overrides))
+    steps = training_lines(bench.run_folder("killed"))
     findings.require(
         [step["step"] for step in steps] == list(range(1, CURVE + 1)),
         "steps are missing or twice in the resumed run",
     )
     judge(findings, "against the uninterrupted run", steps, whole, "bf16")
-
-
-RESUME = Check(
-    "resume", "does a run that SIGKILL ended continue on the uninterrupted curve?", 1, 120, _resume,
-    cpu=True,
-)  # fmt: skip

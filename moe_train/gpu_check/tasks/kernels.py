@@ -72,21 +72,8 @@ def grouped(experts: int, hidden: int, inner: int, rows: list[int]) -> list[dict
         def forward(x: Any = x, ends: Any = ends) -> Any:
             return torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends)
 
-        row: dict[str, Any] = {"rows": count}
         work = 2 * total * hidden * 2 * inner / 1e12
-        try:
-            row |= _rate("forward", seconds(forward), work)
-            out = forward()
-            gradient = torch.randn_like(out)
-
-            def backward(out: Any = out, x: Any = x, gradient: Any = gradient) -> Any:
-                return torch.autograd.grad(out, (x, weight), gradient, retain_graph=True)
-
-            row |= _rate("backward", seconds(backward), 2 * work)
-        # One size that this card or this torch does not take leaves the others.
-        except RuntimeError as error:
-            row["error"] = str(error).splitlines()[0][:200]
-        results.append(row)
+        results.append({"rows": count, **_rates(forward, (x, weight), work, 2 * work)})
     return results
 
 
@@ -107,7 +94,6 @@ def attention(sequences: int, heads: int, tokens: int, width: int) -> list[dict[
     for name, backend in choices.items():
         if name in ("ERROR", "OVERRIDEABLE"):
             continue
-        row: dict[str, Any] = {"backend": name}
 
         def forward(backend: Any = backend) -> Any:
             if backend is None:
@@ -115,21 +101,28 @@ def attention(sequences: int, heads: int, tokens: int, width: int) -> list[dict[
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        try:
-            row |= _rate("forward", seconds(forward), work)
-            out = forward()
-            gradient = torch.randn_like(out)
-
-            def backward(out: Any = out, gradient: Any = gradient) -> Any:
-                return torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
-
-            # Five products where the forward pass has two.
-            row |= _rate("backward", seconds(backward), 2.5 * work)
-        # A backend that does not take these shapes says so.
-        except RuntimeError as error:
-            row["error"] = str(error).splitlines()[0][:200]
-        results.append(row)
+        # Five products in the backward pass where the forward pass has two.
+        results.append({"backend": name, **_rates(forward, (q, k, v), work, 2.5 * work)})
     return results
+
+
+def _rates(
+    forward: Callable[[], Any], inputs: tuple[Any, ...], work: float, backward_work: float
+) -> dict[str, Any]:
+    """Times and rates of both passes (work in 1e12 FLOP), or why they do not run."""
+    import torch
+
+    row: dict[str, Any] = {}
+    try:
+        row |= _rate("forward", seconds(forward), work)
+        out = forward()
+        gradient = torch.randn_like(out)
+        backward = partial(torch.autograd.grad, out, inputs, gradient, retain_graph=True)
+        row |= _rate("backward", seconds(backward), backward_work)
+    # One size or backend that this card or this torch does not take leaves the others.
+    except RuntimeError as error:
+        row["error"] = str(error).splitlines()[0][:200]
+    return row
 
 
 def _rate(what: str, took: float, tflop: float) -> dict[str, float]:

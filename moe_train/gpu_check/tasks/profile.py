@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
@@ -126,34 +124,21 @@ def _synchronising(top: int) -> dict[str, Any]:
 
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return {}
-    with _told() as lines:
-        take_step()
-    rows = [{"line": line, "times": times} for line, times in lines.most_common(top)]
-    return {"synchronising_operations": sum(lines.values()), "synchronising_lines": rows}
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[Counter[str]]:
-    """Torch's warnings of synchronising operations, by file and line."""
-    import torch
-
-    lines: Counter[str] = Counter()
-
-    def hear(
-        message: Warning | str, category: type[Warning], file: str, line: int, *_: Any, **__: Any
-    ) -> None:
-        if "synchroniz" in str(message):
-            lines[f"{'/'.join(file.split('/')[-3:])}:{line}"] += 1
-
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warnings.showwarning = hear  # type: ignore[assignment]
-        # Otherwise torch tells of a place once.
+        # Otherwise torch warns of a place once.
         always = torch.is_warn_always_enabled()
         torch.set_warn_always(True)
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield lines
+            take_step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
             torch.set_warn_always(always)
+    lines = Counter(
+        f"{'/'.join(one.filename.split('/')[-3:])}:{one.lineno}"
+        for one in caught
+        if "synchroniz" in str(one.message)
+    )
+    rows = [{"line": line, "times": times} for line, times in lines.most_common(top)]
+    return {"synchronising_operations": sum(lines.values()), "synchronising_lines": rows}

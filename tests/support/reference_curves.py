@@ -1,4 +1,4 @@
-"""Regenerate the reference curves: ``python -m moe_train.gpu_check.reference_curves``.
+"""Regenerate the reference curves: ``python -m tests.support.reference_curves``.
 
 Run it when numerics change on purpose; a test compares the shipped curves with a fresh run.
 """
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.files import write_atomically
-from moe_train.gpu_check.bench import Bench, curve
+from moe_train.gpu_check.bench import Bench
 from moe_train.gpu_check.curves import FIELDS, reference_path
+from moe_train.gpu_check.programs import training_lines
 from moe_train.gpu_check.sizes import SMALL, STEPS
 
 SECONDS = 300.0
@@ -25,7 +26,8 @@ VERSIONS = ("torch", "megatron-core", "numpy", "python", "processor", "cpu_capab
 def fresh(dtype: str, bench: Bench, steps: int) -> list[dict[str, Any]]:
     """The first ``steps`` training lines of a curve, made on this machine's CPU."""
     bench.begin(f"reference-{dtype}", SECONDS)
-    return curve(bench.train_on_cpu("curve", [*overrides_of(dtype), f"train.steps={steps}"]))
+    overrides = [*overrides_of(dtype), f"train.steps={steps}"]
+    return training_lines(bench.train_on_cpu("curve", overrides))
 
 
 def overrides_of(dtype: str) -> list[str]:
