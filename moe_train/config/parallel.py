@@ -114,3 +114,14 @@ class BatchConfig:
     """Rounds per optimizer step; micro-batches per step = microbatches x accumulation."""
     global_: Batch | None = None
     """Sequences per optimizer step over all replicas; when set it fixes the product."""
+
+    def per_step(self, data: int) -> int:
+        """Micro-batches per replica and optimizer step, all in one pipeline flush.
+
+        Args:
+            data: replicas. Whether they divide ``batch.global`` is `moe_train.parallel.rules`'s to
+                check.
+        """
+        if self.global_ is not None:
+            return self.global_ // (self.micro * data)
+        return self.microbatches * self.accumulation

@@ -8,15 +8,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from moe_train.config.root import Config
 from moe_train.config.schema import to_mapping
-from moe_train.parallel.batch import microbatches_per_step
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.parameters import padded_vocab
 from moe_train.parallel.sizes import layout_of
-from moe_train.parallel.vocabulary import vocabulary
+
+BYTE_VOCAB = 257
+EMBEDDED_VOCAB = 4096
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ResolvedRun:
     @cached_property
     def microbatches(self) -> int:
         """Micro-batches per replica and optimizer step, all in one pipeline flush."""
-        return microbatches_per_step(self.config, self.layout.data)
+        return self.config.batch.per_step(self.layout.data)
 
     @property
     def sequences(self) -> int:
@@ -91,3 +93,31 @@ class ResolvedRun:
 def resolved_run(config: Config, world: int) -> ResolvedRun:
     """`ResolvedRun` of a legal config whose parallel sizes are all set."""
     return ResolvedRun(config, layout_of(config, world), *vocabulary(config))
+
+
+def vocabulary(config: Config) -> tuple[int, str]:
+    """Tokens in the vocabulary, unpadded, and where the number comes from.
+
+    A tokenizer file or the embedded corpus is not opened for a plan; a dataset's
+    manifest (``PREFIX.json``) is, since it is small.
+    """
+    if config.model.vocab is not None:
+        return config.model.vocab, "model.vocab"
+    if config.data.tokenizer == "byte":
+        return BYTE_VOCAB, "byte tokenizer"
+    for entry in config.data.train:
+        manifest = Path(entry.rpartition(":")[2] + ".json")
+        if manifest.is_file() and (size := _vocab_size(manifest)) is not None:
+            return size, str(manifest)
+    source = "the data's tokenizer decides" if config.data.train else "embedded corpus"
+    return EMBEDDED_VOCAB, f"assumed ({source}); set model.vocab to fix it"
+
+
+def _vocab_size(manifest: Path) -> int | None:
+    """The manifest's size, or None: opening the data reports what is wrong with the file."""
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    size = content.get("vocab_size") if isinstance(content, dict) else None
+    return size if type(size) is int and 0 < size < 1 << 31 else None

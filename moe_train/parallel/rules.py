@@ -15,7 +15,6 @@ from moe_train.errors import ConfigError
 from moe_train.features.balancing import CAPACITY, RANDOM
 from moe_train.features.dispatchers import DISPATCHERS, SPAN
 from moe_train.features.schedules import SCHEDULES, schedule_of
-from moe_train.parallel.batch import microbatches_per_step
 from moe_train.parallel.layout import Layout, divisors
 from moe_train.parallel.parameters import padded_vocab
 
@@ -331,7 +330,7 @@ def _batch(config: Config, layout: Layout) -> Iterator[ConfigError]:
             f"nearest: {legal}",
         )
         return
-    count = microbatches_per_step(config, data)
+    count = config.batch.per_step(data)
     if layout.virtual_pipeline > 1 and layout.pipeline > 1 and count % layout.pipeline:
         up = -(-count // layout.pipeline) * layout.pipeline
         fix = f"make batch.microbatches x batch.accumulation {up}"

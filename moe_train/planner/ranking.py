@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from moe_train.config.root import Config
 from moe_train.parallel.layout import Layout
+from moe_train.parallel.resolved import vocabulary
 from moe_train.parallel.sizes import layout_of, legal_layouts, reference_layout, with_layout
-from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.cost.timing import step_time
 from moe_train.planner.memory.fit import fits
 from moe_train.planner.plan import Plan, assumptions_of

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import warnings
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from moe_train.rehearsal.library import GIGABYTE
 from moe_train.rehearsal.rank import Case, RankReport, run_rank, to_json
+from moe_train.testing.world import free_port, started
 
 SECONDS = 240.0
 """For one case."""
@@ -37,12 +37,8 @@ def prepare() -> None:
     torch.set_num_threads(1)
     patches.apply_missing_te(lean=True)
 
-    import moe_train.checkpoint.load
-    import moe_train.checkpoint.save
-    import moe_train.data.datasets
     import moe_train.rehearsal.nccl
-    import moe_train.run.training
-    import moe_train.train.loop  # noqa: F401
+    import moe_train.run.training  # noqa: F401
 
     assert not torch.cuda.is_initialized()
 
@@ -53,19 +49,12 @@ def run_case(case: Case) -> list[RankReport]:
     os.environ["MOE_TRAIN_REHEARSAL_BYTES"] = str(int(case.memory_gb * GIGABYTE))
     available = case.memory_gb if case.available_gb is None else case.available_gb
     os.environ["MOE_TRAIN_REHEARSAL_AVAILABLE"] = str(int(available * GIGABYTE))
-    context = multiprocessing.get_context("fork")
-    port = _free_port()
-    processes, pending = [], {}
-    for rank in range(case.world):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, case, rank, port))
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pending[ours] = rank
-    reports = [RankReport(failure="did not end in time") for _ in range(case.world)]
+    port = free_port()
+    arguments = [(case, rank, port) for rank in range(case.world)]
+    reports = [RankReport(failure="did not end in time") for _ in arguments]
     until = time.monotonic() + SECONDS
-    try:
+    with started(multiprocessing.get_context("fork"), _rank, arguments) as connections:
+        pending = {connection: rank for rank, connection in enumerate(connections)}
         while pending and (ready := wait(list(pending), until - time.monotonic())):
             for connection in ready:
                 assert isinstance(connection, Connection)
@@ -76,10 +65,6 @@ def run_case(case: Case) -> list[RankReport]:
                     reports[rank] = RankReport(failure="ended without a report")
                 if reports[rank].code != 0:
                     until = min(until, time.monotonic() + FAREWELL)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
     return reports
 
 
@@ -90,12 +75,6 @@ def _rank(connection: Connection, case: Case, rank: int, port: int) -> None:
     connection.close()
     sys.stdout.flush()
     os._exit(0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def serve(args: Path, answered: Path) -> None:

@@ -8,9 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_train.errors import EXIT_HUNG, EXIT_MEMORY, EXIT_PREEMPTED, HungError, MoeTrainError
+from moe_train.errors import (
+    EXIT_HUNG,
+    EXIT_MEMORY,
+    EXIT_PREEMPTED,
+    DeviceMemoryError,
+    HungError,
+    MemoryFault,
+    MoeTrainError,
+)
+from moe_train.planner.estimate import GB, estimate
 from moe_train.run.logs import FILE_ONLY
-from moe_train.run.memory import explain
 from moe_train.run.torchelastic import write_error_file
 from moe_train.run.watchdog import exit_after
 from moe_train.run_folder.folder import RunFolder
@@ -27,6 +35,7 @@ STOPPED = "stopped"
 """File in the logs of a run that was preempted under a torchrun that may restart its ranks."""
 LOG_SECONDS = 5.0
 """How long a hung rank may take to log why it ends."""
+MORE_MEMORY = "more ranks, or devices with more memory"
 
 
 def report_once(logs: Path | None, text: str) -> bool:
@@ -88,6 +97,32 @@ def diagnose(error: BaseException, state: RunState, run: ResolvedRun) -> MoeTrai
     if lost is None:
         report_once(state.logs, f"{type(error).__name__}: {error}")
     return lost
+
+
+def explain(error: MemoryFault, run: ResolvedRun) -> MemoryFault:
+    """``error`` with the planned peak of its rank, and with overrides that need less.
+
+    Host memory is not planned. A second call changes nothing.
+    """
+    name, _, number = error.field.partition(" ")
+    if (
+        not isinstance(error, DeviceMemoryError)
+        or name != "rank"
+        or "the plan has" in error.problem
+    ):
+        return error
+    stage = run.layout.coordinates(int(number)).dense.pp
+    plan = estimate(run)
+    need = plan.memory[stage]
+    fixes = [f"{overrides} (planned: {size / GB:.1f} GB)" for overrides, size in plan.lighter()]
+    return DeviceMemoryError(
+        error.field,
+        f"{error.problem}; the plan has {need.total / GB:.1f} GB for stage {stage} at its peak "
+        f"({need.peak.name}): {need.state.device / GB:.1f} GB weights, gradients and optimizer, "
+        f"{need.activations / GB:.1f} GB activations, "
+        f"{(need.fragmentation + need.reserved) / GB:.1f} GB spare",
+        "\n      or ".join([*fixes, MORE_MEMORY]),
+    )
 
 
 def _mark_failed(state: RunState, reason: str) -> None:

@@ -10,12 +10,8 @@ from moe_train.config.training import BackendConfig
 
 CpuBackend(BackendConfig()).prepare()
 
-import moe_train.checkpoint.load  # noqa: E402
-import moe_train.checkpoint.save  # noqa: E402
-import moe_train.data.datasets  # noqa: E402
 import moe_train.run.main  # noqa: E402
-import moe_train.run.training  # noqa: E402
-import moe_train.train.loop  # noqa: E402, F401
+import moe_train.run.training  # noqa: E402, F401
 
 # Hydra imports most of itself when it first composes.
 collect([])

@@ -14,7 +14,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -64,26 +65,33 @@ def run_world(
     Raises:
         RankFailed: a rank raised, died or did not end in time; the others are killed.
     """
-    port = _free_port()
+    port, output = str(free_port()), str(log or os.devnull)
+    arguments = [(rank, world, port, output, function, args) for rank in range(world)]
+    with started(_CONTEXT, _rank, arguments) as connections:
+        return _collect(connections, time.monotonic() + timeout, tolerate, unawaited)
+
+
+@contextmanager
+def started(
+    context: Any, target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]
+) -> Iterator[list[Connection]]:
+    """A process ``target(connection, *each)`` for each of ``arguments``, killed at the end.
+
+    Args:
+        context: of multiprocessing.
+
+    Returns:
+        The connections' other ends, from which results are received.
+    """
     processes, connections = [], []
-    for rank in range(world):
-        ours, theirs = _CONTEXT.Pipe(duplex=False)
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        process = _CONTEXT.Process(
-            target=_rank, args=(theirs, environment, str(log) if log else None, function, args)
-        )
-        process.start()
+    for each in arguments:
+        ours, theirs = context.Pipe(duplex=False)
+        processes.append(context.Process(target=target, args=(theirs, *each)))
+        processes[-1].start()
         theirs.close()
-        processes.append(process)
         connections.append(ours)
     try:
-        return _collect(connections, time.monotonic() + timeout, tolerate, unawaited)
+        yield connections
     finally:
         for process in processes:
             if process.is_alive():
@@ -115,20 +123,27 @@ def _collect(
 
 def _rank(
     connection: Connection,
-    environment: dict[str, str],
-    log: str | None,
+    rank: int,
+    world: int,
+    port: str,
+    log: str,
     function: Callable[..., Any],
     args: Sequence[Any],
 ) -> None:
-    os.environ.update(environment)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     # Background jobs of a shell, and nohup, ignore some of these, and children inherit that: a rank
     # must not depend on how the tests were started.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     try:
         outcome = Outcome(value=function(rank, world, *args))
     except BaseException:  # noqa: BLE001  reported to the test that started this rank
@@ -140,7 +155,7 @@ def _rank(
     os._exit(0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port below the range that the system gives out by itself, which could take it again
     before rank 0 listens on it."""
     while True:

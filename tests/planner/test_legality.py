@@ -6,7 +6,6 @@ import pytest
 
 from moe_train.config.compose import compose
 from moe_train.errors import ConfigFaults
-from moe_train.parallel.batch import microbatches_per_step, sequences_per_step
 from moe_train.parallel.sizes import layout_of, legal_layouts
 from moe_train.planner.legality import check
 from moe_train.planner.ranking import resolve
@@ -200,9 +199,8 @@ def test_search_yields_legal_layouts_only_and_keeps_what_is_set() -> None:
 
 def test_global_batch_fixes_the_product_for_every_data_size() -> None:
     config = compose(["batch.global=32", "batch.micro=2"])
-    assert [microbatches_per_step(config, data) for data in (1, 2, 4)] == [16, 8, 4]
-    assert {sequences_per_step(config, data) for data in (1, 2, 4)} == {32}
-    assert sequences_per_step(compose(["batch.accumulation=4"]), 2) == 64
+    assert [config.batch.per_step(data) for data in (1, 2, 4)] == [16, 8, 4]
+    assert compose(["batch.accumulation=4"]).batch.per_step(2) == 32
 
 
 def test_large_worlds_are_searched() -> None:

@@ -14,7 +14,7 @@ import yaml
 from moe_train.commands.calibrate import measure, medians
 from moe_train.config.hardware import HardwareConfig
 from moe_train.config.schema import from_mapping
-from moe_train.parallel.vocabulary import vocabulary
+from moe_train.parallel.resolved import vocabulary
 from moe_train.planner.cost.timing import step_time
 from moe_train.planner.plan import Plan, assumptions_of
 from moe_train.planner.resolution import resolve_run

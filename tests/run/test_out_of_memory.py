@@ -26,7 +26,7 @@ from moe_train.errors import (
     HungError,
 )
 from moe_train.planner.resolution import resolve_run
-from moe_train.run.memory import explain
+from moe_train.run.failure import explain
 from moe_train.run_folder.status import read_status
 from moe_train.testing.world import run_world
 from tests.support.faults import Fault, faulty
