@@ -1,17 +1,20 @@
-"""JSON files, read with a size limit and validated, written atomically; and lock files."""
+"""JSON files, read with a size limit and validated, written atomically; digests; lock files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from moe_train.errors import MoeTrainError
+
+type Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
@@ -41,6 +44,17 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
 def write_json(path: Path, content: Any, *, durable: bool = False) -> None:
     """Write `content` as indented JSON with :func:`write_atomically`."""
     write_atomically(path, json.dumps(content, indent=2) + "\n", durable=durable)
+
+
+def json_digest(content: Any) -> str:
+    """SHA-256 of `content` as JSON, whatever the order of its keys; hexadecimal."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_validated[T](

@@ -16,7 +16,8 @@ from typing import Annotated, Any, BinaryIO, NotRequired, TypedDict
 
 from pydantic import ConfigDict, Field, with_config
 
-type Count = Annotated[int, Field(ge=0, lt=2**63)]
+from moe_train.files import Count
+
 type Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 
 BLOCKS = 256

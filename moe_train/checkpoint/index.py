@@ -7,7 +7,6 @@ and what it says is checked against the manifest before a byte is read.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -26,10 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from moe_train.checkpoint.digests import Count
 from moe_train.checkpoint.manifest import INDEX, Manifest
 from moe_train.errors import CheckpointError
-from moe_train.files import read_validated
+from moe_train.files import Count, read_validated, write_atomically
 
 FORMAT = 1
 MAX_BYTES = 2**30
@@ -97,10 +95,8 @@ def write_index(folder: Path, metadata: Metadata, results: Iterable[Iterable[Wri
         dtype = str(tensor.properties.dtype).removeprefix("torch.")
         assert dtype in _DTYPES, f"{key} has dtype {dtype}"
         tensors[key] = {"dtype": dtype, "shape": list(tensor.size), "chunks": chunks}
-    with open(folder / INDEX, "w", encoding="utf-8") as out:
-        json.dump({"format": FORMAT, "tensors": tensors}, out, sort_keys=True)
-        out.flush()
-        os.fsync(out.fileno())
+    index = {"format": FORMAT, "tensors": tensors}
+    write_atomically(folder / INDEX, json.dumps(index, sort_keys=True))
 
 
 def read_index(folder: Path, manifest: Manifest) -> Metadata:

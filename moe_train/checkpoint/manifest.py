@@ -7,7 +7,6 @@ SHA-256 for each file instead of one for each block, and is still read.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +17,9 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from moe_train.checkpoint.digests import Block, Count, FileEntry, blocks, hash_range
+from moe_train.checkpoint.digests import Block, FileEntry, blocks, hash_range
 from moe_train.errors import CheckpointError
-from moe_train.files import read_validated
+from moe_train.files import Count, read_validated, write_atomically
 
 FORMAT: Final = 3
 NAME = "manifest.json"
@@ -76,10 +75,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write to ``folder`` and flush it to the disk."""
-        with open(folder / NAME, "w", encoding="utf-8") as out:
-            json.dump(asdict(self), out, indent=1, sort_keys=True)
-            out.flush()
-            os.fsync(out.fileno())
+        write_atomically(folder / NAME, json.dumps(asdict(self), indent=1, sort_keys=True))
 
 
 def read_manifest(folder: Path) -> Manifest:

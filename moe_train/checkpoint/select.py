@@ -5,8 +5,6 @@ All ranks verify a checkpoint together, each an even share of its bytes, and act
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +18,7 @@ from moe_train.checkpoint.digests import blocks, rank_share
 from moe_train.checkpoint.manifest import NAME, Manifest, check_blocks, check_files, read_manifest
 from moe_train.errors import CheckpointError
 from moe_train.features.balancing import BALANCING
+from moe_train.files import json_digest
 
 _UNREADABLE = "cannot be read"
 _LIST = "look at the disk: moe-train checkpoint list RUN shows what is sound"
@@ -109,7 +108,7 @@ def verify_on_all_ranks(folder: Path) -> Manifest:
         manifests.append(read_manifest(folder))
         if rank == 0:
             check_files(folder, manifests[0])
-        return hashlib.sha256(json.dumps(asdict(manifests[0])).encode()).hexdigest()
+        return json_digest(asdict(manifests[0]))
 
     digests = run_on_all_ranks(read, folder, _UNREADABLE, _LIST)
     # Shares are cut from the manifest: from different ones they would not make up a whole.

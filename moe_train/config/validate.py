@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from moe_train.config.root import Config
@@ -194,12 +195,11 @@ def _trace(config: Config) -> Iterable[ConfigError]:
 
 
 def _data(config: Config) -> Iterable[ConfigError]:
-    try:
-        shares = [float(part) for part in config.data.split.split(",")]
-        legal = len(shares) == 3 and min(shares) >= 0 and 0 < sum(shares) < float("inf")
-    except ValueError:
-        legal = False
-    if not legal:
+    share = r"\s*(\d+\.?\d*|\.\d+)\s*"
+    split = config.data.split
+    if not re.fullmatch(f"{share},{share},{share}", split) or not 0 < sum(
+        map(float, split.split(","))
+    ) < float("inf"):
         yield ConfigError(
             "data.split",
             f"{config.data.split!r} is not three non-negative numbers",

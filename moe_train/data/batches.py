@@ -7,7 +7,7 @@ number D of them, see every sample of the batch once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,10 +82,6 @@ class BatchSource:
         step = [self._collate(indices) for indices in self.indices()]
         self.consumed += self.global_batch
         return step
-
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        while True:
-            yield self.next_step()
 
     def _collate(self, indices: list[int]) -> MicroBatch:
         samples = [self.dataset[index] for index in indices]

@@ -6,7 +6,6 @@ time, so damage costs seconds; a pickle in their place is no accident and is ref
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import numpy as np
 from filelock import Timeout
 
 from moe_train.errors import DataError
-from moe_train.files import kernel_lock, write_json
+from moe_train.files import file_digest, kernel_lock, write_json
 
 LOGGER = logging.getLogger(__name__)
 RECORD = "sha256.json"
@@ -41,11 +40,6 @@ def cache_folder(configured: str | Path | None = None) -> Path:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_train"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            "data.cache", f"{folder} cannot be made: {error.strerror}", "set data.cache=FOLDER"
-        ) from error
-    try:
         # Not by permission bits: root ignores them, and some file systems report them wrongly.
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -125,11 +119,7 @@ def record_indices(folder: Path) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    digests = {}
-    for path in sorted(folder.glob("*.npy")):
-        with path.open("rb") as stream:
-            digests[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digests
+    return {path.name: file_digest(path) for path in sorted(folder.glob("*.npy"))}
 
 
 def _is_pickle(path: Path) -> bool:

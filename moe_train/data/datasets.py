@@ -1,10 +1,7 @@
-"""Training, validation and test datasets through Megatron's packing and blending."""
+"""Training and validation datasets through Megatron's packing and blending."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +25,8 @@ from moe_train.data.cache import (
     refuse_pickles,
 )
 from moe_train.errors import DataError
+from moe_train.files import json_digest
 
-NAMES = ("train", "valid", "test")
 SURPLUS = 0.5
 """Samples that a blend may take of a part beyond its share; free, since parts are endless."""
 
@@ -43,7 +40,6 @@ class Datasets(NamedTuple):
 
     train: Any
     valid: Any
-    test: Any
 
 
 class EndlessGPTDataset(GPTDataset):  # type: ignore[misc]
@@ -101,7 +97,6 @@ def build_datasets(
     seed: int,
     train_samples: int,
     valid_samples: int = 0,
-    test_samples: int = 0,
     vocab_limit: int | None = None,
     corpus: Corpus | None = None,
 ) -> Datasets:
@@ -117,7 +112,6 @@ def build_datasets(
         seed: seed of the order.
         train_samples: samples that training takes; the order does not depend on it.
         valid_samples: samples per validation; 0 builds none.
-        test_samples: the same for the test split.
         vocab_limit: ids that the model has; None skips this check.
         corpus: what `open_corpus(config)` gave, if it was called before.
 
@@ -127,7 +121,7 @@ def build_datasets(
     corpus = corpus or open_corpus(config)
     if vocab_limit is not None:
         corpus.check_vocabulary(vocab_limit)
-    sizes = [train_samples, valid_samples, test_samples]
+    sizes = [train_samples, valid_samples, 0]
     folder = _index_folder(config, corpus)
     settings: dict[str, Any] = {
         "random_seed": seed,
@@ -143,45 +137,24 @@ def build_datasets(
     if corpus.valid:
         _check_length(corpus.train, (0.0, 1.0), sequence, "train")
         _check_length(corpus.valid, (0.0, 1.0), sequence, "valid")
-        if test_samples:
-            raise DataError("data.valid", "leaves no test split", "use data.split instead")
         per_split = [
             _blend(p) if n else None
             for p, n in ((corpus.train, train_samples), (corpus.valid, valid_samples))
         ]
         if not any(per_split):
-            return Datasets(None, None, None)
+            return Datasets(None, None)
         built = GPTDatasetConfig(blend_per_split=[*per_split, None], **settings)
     else:
-        bounds = split_bounds(config.split)
         built = GPTDatasetConfig(blend=_blend(corpus.train), split=config.split, **settings)
         for index, size in enumerate(sizes):
             if size:
-                _check_length(corpus.train, bounds[index], sequence, NAMES[index])
+                bounds = built.split_matrix[index] or (0.0, 0.0)
+                _check_length(corpus.train, bounds, sequence, ("train", "valid")[index])
             else:
                 built.split_matrix[index] = None
     with _building(folder):
         builder = BlendedMegatronDatasetBuilder(EndlessGPTDataset, sizes, lambda: True, built)
-        return Datasets(*builder.build())
-
-
-def split_bounds(split: str) -> list[tuple[float, float]]:
-    """Begin and end share of train, valid and test of a split string such as ``98,2,0``.
-
-    Raises:
-        DataError: not one to three non-negative numbers with a positive sum.
-    """
-    if not re.fullmatch(r"\s*[0-9.]+\s*(,\s*[0-9.]+\s*){0,2}", split):
-        raise DataError("data.split", f"{split!r} is no split", "such as 98,2,0")
-    try:
-        shares = [float(share) for share in split.split(",")]
-    except ValueError as error:
-        raise DataError("data.split", f"{split!r} has no numbers", "such as 98,2,0") from error
-    shares += [0.0] * (3 - len(shares))
-    if sum(shares) <= 0:
-        raise DataError("data.split", f"{split!r} has no positive share", "such as 98,2,0")
-    ends = (np.cumsum(shares) / sum(shares)).tolist()
-    return list(zip([0.0, *ends[:-1]], ends, strict=True))
+        return Datasets(*builder.build()[:2])
 
 
 def _blend(parts: Sequence[Part]) -> tuple[list[str], list[float] | None]:
@@ -219,8 +192,7 @@ def _index_folder(config: DataConfig, corpus: Corpus) -> Path:
         manifest = part.files.manifest
         digest = manifest.idx_sha256 if manifest else stat.st_mtime_ns
         state.append([str(part.prefix.resolve()), stat.st_size, digest])
-    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:20]
-    return cache_folder(config.cache) / "indices" / key
+    return cache_folder(config.cache) / "indices" / json_digest(state)[:20]
 
 
 @contextmanager

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
 from moe_train.data import tokenizer as tokenizers
 from moe_train.errors import DataError
-from moe_train.files import read_validated, write_json
+from moe_train.files import Count, read_validated, write_json
 
 FORMAT: Final = 1
 MAX_BYTES = 256 * 2**20
 BLOCK = 16 * 2**20
 """Bytes of .bin that one digest of ``bin_blocks`` covers."""
-
-type Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def dataset_file(prefix: Path, ending: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,11 +19,11 @@ from moe_train.data.cache import lock
 from moe_train.data.encode import Encoder, Encoding, End, encode_all, text_of
 from moe_train.data.manifest import Manifest, dataset_file
 from moe_train.data.shards import Shard, ShardFolder, ShardWriter
-from moe_train.data.sources import Source, digest, expand, read
+from moe_train.data.sources import Source, expand, read
 from moe_train.data.statistics import count_tokens, entropy_of_counts
 from moe_train.data.verify import block_digests, check_files
 from moe_train.errors import DataError
-from moe_train.files import write_json
+from moe_train.files import file_digest, json_digest, write_json
 
 OUTPUTS = (".json", ".bin", ".idx", ".tokenizer.json")
 """What a preparation leaves; the manifest is first removed and last written."""
@@ -114,7 +113,7 @@ def _prepare(request: Request, sources: list[Source], work: Path, report: Report
     encoding = Encoding(spec, request.eod_name, request.append_eod, request.text_key)
     tokenizer = Encoder(encoding).tokenizer
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    settings = _digest(
+    settings = json_digest(
         [tokenizer.fingerprint, tokenizer.eod, request.append_eod, request.text_key, dtype.__name__]
     )
     folder = ShardFolder(work / "shards", settings, dtype)
@@ -148,7 +147,7 @@ def _prepare(request: Request, sources: list[Source], work: Path, report: Report
         bin_sha256=whole,
         bin_blocks=blocks,
         idx_bytes=dataset_file(merged, ".idx").stat().st_size,
-        idx_sha256=digest(dataset_file(merged, ".idx")),
+        idx_sha256=file_digest(dataset_file(merged, ".idx")),
         sources=[
             {
                 "path": shard.path,
@@ -175,7 +174,7 @@ def _tokenizer(request: Request, sources: list[Source], work: Path) -> str:
     if not size.isdecimal():
         raise DataError("--tokenizer", f"{request.tokenizer!r} has no size", "such as bpe:4096")
     stats = [(str(s.path), s.path.stat().st_size, s.path.stat().st_mtime_ns) for s in sources]
-    wanted = _digest([size, request.bpe_bytes, request.text_key, stats])
+    wanted = json_digest([size, request.bpe_bytes, request.text_key, stats])
     trained, marker = work / "tokenizer.json", work / "tokenizer.done"
     if not (marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == wanted):
         marker.unlink(missing_ok=True)
@@ -269,7 +268,3 @@ def _publish(merged: Path, output: Path) -> None:
     for ending in reversed(OUTPUTS):
         if dataset_file(merged, ending).exists():
             os.replace(dataset_file(merged, ending), dataset_file(output, ending))
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

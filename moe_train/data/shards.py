@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.data.encode import Encoded
-from moe_train.data.sources import Source, digest
+from moe_train.data.sources import Source
 from moe_train.errors import DataError
-from moe_train.files import write_json
+from moe_train.files import file_digest, json_digest, write_json
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ShardFolder:
         prefix = self.prefix(source)
         try:
             content = json.loads(prefix.with_suffix(".done").read_text(encoding="utf-8"))
-            if content.pop("check") != _check(content):
+            if content.pop("check") != json_digest(content):
                 return None
             shard = Shard(**content)
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
@@ -66,7 +66,7 @@ class ShardFolder:
             return None
         if not self._as_written(prefix, shard):
             return None
-        if shard.mtime_ns != now.st_mtime_ns and shard.sha256 != digest(source.path):
+        if shard.mtime_ns != now.st_mtime_ns and shard.sha256 != file_digest(source.path):
             return None
         return shard
 
@@ -74,7 +74,9 @@ class ShardFolder:
         """Whether the shard's files are what was finished: they may have waited for days."""
         written = {".bin": shard.bin_sha256, ".idx": shard.idx_sha256}
         try:
-            return all(digest(prefix.with_suffix(e)) == sha256 for e, sha256 in written.items())
+            return all(
+                file_digest(prefix.with_suffix(e)) == sha256 for e, sha256 in written.items()
+            )
         except OSError:
             return False
 
@@ -115,7 +117,7 @@ class ShardWriter:
             DataError: the input file changed while it was read.
         """
         self.builder.finalize(str(self.prefix.with_suffix(".idx")))
-        sha256 = digest(self.source.path)
+        sha256 = file_digest(self.source.path)
         after = self.source.path.stat()
         if (after.st_size, after.st_mtime_ns) != (self.before.st_size, self.before.st_mtime_ns):
             raise DataError(
@@ -130,18 +132,13 @@ class ShardWriter:
             documents=self.documents,
             tokens=self.tokens,
             skipped=self.skipped,
-            bin_sha256=digest(self.prefix.with_suffix(".bin")),
-            idx_sha256=digest(self.prefix.with_suffix(".idx")),
+            bin_sha256=file_digest(self.prefix.with_suffix(".bin")),
+            idx_sha256=file_digest(self.prefix.with_suffix(".idx")),
         )
         content = asdict(shard)
-        write_json(self.prefix.with_suffix(".done"), content | {"check": _check(content)})
+        write_json(self.prefix.with_suffix(".done"), content | {"check": json_digest(content)})
         return shard
 
     def close(self) -> None:
         """Close an unfinished shard's file."""
         self.builder.data_file.close()
-
-
-def _check(content: dict[str, Any]) -> str:
-    """Digest of a marker's other fields: its counts go into the dataset's manifest."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

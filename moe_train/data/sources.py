@@ -7,7 +7,6 @@ A raw document is still unchecked (bytes of a line, bytes of a file, or a parque
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,14 +17,13 @@ from typing import Any, NamedTuple
 from moe_train.errors import DataError
 
 CHUNK = 1 << 20
-TEXT = (".txt", ".md", ".py", ".rst")
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-PARQUET = (".parquet",)
 KINDS = {
-    **dict.fromkeys(TEXT, "text"),
-    **dict.fromkeys(LINES, "jsonl"),
-    **dict.fromkeys(PARQUET, "parquet"),
+    **dict.fromkeys((".txt", ".md", ".py", ".rst"), "text"),
+    **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst"), "jsonl"),
+    ".parquet": "parquet",
 }
+"""How a file is read, by the ending of its name."""
+ENDINGS = ", ".join(KINDS)
 
 
 class Raw(NamedTuple):
@@ -61,14 +59,14 @@ def expand(paths: Iterable[Path]) -> list[Source]:
             files = (p for p in path.rglob("*") if p.is_file())
             inside = sorted((p for p in files if _kind(p)), key=lambda p: p.as_posix())
             if not inside:
-                raise DataError(str(path), "holds no file to read", f"endings read: {_endings()}")
+                raise DataError(str(path), "holds no file to read", f"endings read: {ENDINGS}")
             sources += [Source(p, str(_kind(p))) for p in inside]
         elif not path.exists():
             raise DataError(str(path), "does not exist", "give an existing file or folder")
         elif kind := _kind(path):
             sources.append(Source(path, kind))
         else:
-            raise DataError(str(path), "has an unknown ending", f"endings read: {_endings()}")
+            raise DataError(str(path), "has an unknown ending", f"endings read: {ENDINGS}")
     if not sources:
         raise DataError("sources", "none given", "name at least one file or folder")
     seen: set[Path] = set()
@@ -105,19 +103,9 @@ def read(source: Source, text_key: str = "text") -> Iterator[Raw]:
         ) from error
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _kind(path: Path) -> str | None:
     name = path.name.lower()
     return next((kind for ending, kind in KINDS.items() if name.endswith(ending)), None)
-
-
-def _endings() -> str:
-    return ", ".join(KINDS)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

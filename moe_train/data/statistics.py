@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_train.data import tokenizer as tokenizers
-from moe_train.data.sources import digest
 from moe_train.data.verify import check_files, check_vocabulary
 from moe_train.errors import DataError
+from moe_train.files import file_digest
 
 SAMPLE_TOKENS = 200
 
@@ -41,7 +41,7 @@ def inspect(
             raise DataError(str(prefix), "has no manifest to verify against", "prepare it again")
         for ending, expected in ((".bin", manifest.bin_sha256), (".idx", manifest.idx_sha256)):
             path = prefix.with_name(prefix.name + ending)
-            if digest(path) != expected:
+            if file_digest(path) != expected:
                 raise DataError(str(path), "sha256 differs from the manifest", "restore the file")
     decoder = manifest.open_tokenizer(prefix) if manifest else None
     if tokenizer is not None:
@@ -111,11 +111,6 @@ def count_tokens(chunks: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
         total[: counts.size] += counts
         counts = total
     return counts
-
-
-def unigram_entropy(tokens: npt.NDArray[Any]) -> float:
-    """Entropy in nats per token of an array of ids of any shape."""
-    return entropy_of_counts(count_tokens([tokens]))
 
 
 def dataset_entropy(dataset: Sequence[Any], samples: int | None = None) -> float:

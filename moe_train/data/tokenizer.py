@@ -1,4 +1,4 @@
-"""Tokenizers behind one small protocol: bytes, or any Hugging Face tokenizer.json."""
+"""Tokenizers with one interface: bytes, or any Hugging Face tokenizer.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from moe_train.errors import DataError
 
@@ -26,40 +26,15 @@ EOD_NAMES = (
 """Names under which published tokenizers keep their end-of-document token, best first."""
 
 
-class Tokenizer(Protocol):
-    """Protocol of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id that can occur."""
-
-    @property
-    def eod(self) -> int | None:
-        """Id that ends a document; None when the vocabulary has none."""
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of what decides the mapping from text to ids."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without any special token."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; ids without text are left out."""
-
-    def describe(self) -> str:
-        """One line for the console."""
-
-
 class ByteTokenizer:
     """UTF-8 bytes as ids 0-255 and 256 for the end of a document."""
 
     vocab_size = 257
+    """One more than the largest id that can occur."""
     eod = 256
+    """Id that ends a document."""
     fingerprint = hashlib.sha256(b"moe_train byte tokenizer 1").hexdigest()
+    """SHA-256 of what decides the mapping from text to ids."""
 
     def encode(self, text: str) -> list[int]:
         """UTF-8 bytes of the text."""
@@ -122,6 +97,7 @@ class FileTokenizer:
             )
         name = eod if eod is not None else next((n for n in EOD_NAMES if n in ids), None)
         self.eod: int | None = None if name is None else ids[name]
+        """None when the vocabulary has none."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any special token."""
@@ -139,6 +115,9 @@ class FileTokenizer:
     def describe(self) -> str:
         """One line for the console."""
         return f"{self.path.name} (vocabulary {self.vocab_size})"
+
+
+type Tokenizer = ByteTokenizer | FileTokenizer
 
 
 def load(spec: str, eod: str | None = None) -> Tokenizer:

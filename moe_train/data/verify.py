@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from moe_train.data.manifest import BLOCK, Manifest, dataset_file, read_manifest
 from moe_train.errors import DataError
+from moe_train.files import file_digest
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -160,9 +161,7 @@ def largest_id(files: DatasetFiles) -> int:
 
 def _check_digests(files: DatasetFiles, manifest: Manifest) -> None:
     idx = dataset_file(files.prefix, ".idx")
-    with idx.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != manifest.idx_sha256:
+    if file_digest(idx) != manifest.idx_sha256:
         raise DataError(str(idx), "does not match the SHA-256 of its manifest", AGAIN)
     whole, blocks = block_digests(files.bin_path)
     for number, (expected, actual) in enumerate(zip(manifest.bin_blocks, blocks, strict=False)):

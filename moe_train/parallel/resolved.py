@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from moe_train.config.root import Config
 from moe_train.config.schema import to_mapping
+from moe_train.files import json_digest
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.parameters import padded_vocab
 from moe_train.parallel.sizes import layout_of
@@ -71,8 +71,7 @@ class ResolvedRun:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of `to_mapping`, hexadecimal."""
-        text = json.dumps(self.to_mapping(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return json_digest(self.to_mapping())
 
     def with_vocabulary(self, vocab: int, source: str) -> ResolvedRun:
         """With the vocabulary of the opened data."""

@@ -63,7 +63,7 @@ def test_continued_in_another_layout(before: int, size: int, later: int) -> None
 
 def test_shapes_and_iteration() -> None:
     source = BatchSource(Numbers(), 12, 2, 1, 3)
-    step = next(iter(source))
+    step = source.next_step()
     assert source.microbatches == len(step) == 2
     assert all(value.shape == (2, 4) for batch in step for value in batch.values())
     assert (source.consumed, source.indices()) == (12, [[14, 15], [20, 21]])

@@ -14,8 +14,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from moe_train.config.training import DataConfig
 from moe_train.data.blend import open_corpus
-from moe_train.data.datasets import Datasets, build_datasets, split_bounds
-from moe_train.data.statistics import dataset_entropy, unigram_entropy
+from moe_train.data.datasets import Datasets, build_datasets
+from moe_train.data.statistics import count_tokens, dataset_entropy, entropy_of_counts
 from moe_train.errors import DataError
 
 SEQUENCE = 8
@@ -90,10 +90,9 @@ def test_blend_follows_weights(tmp_path: Path) -> None:
 
 def test_split_and_own_validation_are_disjoint(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", 0, 400), write(tmp_path / "b", 1000, 200)
-    split = build(tmp_path, [a], split="80,10,10", valid_samples=4, test_samples=4)
+    split = build(tmp_path, [a], split="80,10,10", valid_samples=4)
     assert max(firsts(split.train, split.train.epoch_samples)) < 320
     assert all(320 <= first < 360 for first in firsts(split.valid, 4))
-    assert all(360 <= first < 400 for first in firsts(split.test, 4))
     own = build(tmp_path, [a], valid=[b], valid_samples=4)
     assert own.train.epoch_samples == 49
     assert all(first >= 1000 for first in firsts(own.valid, 4))
@@ -107,7 +106,7 @@ def test_nothing_asked_nothing_built(tmp_path: Path) -> None:
     a = write(tmp_path / "a", 0, 400)
     assert build(tmp_path, [a]).valid is None
     assert build(tmp_path, [a], samples=0, split="1,1", valid_samples=2).train is None
-    assert build(tmp_path, [a], samples=0, valid=[a]) == Datasets(None, None, None)
+    assert build(tmp_path, [a], samples=0, valid=[a]) == Datasets(None, None)
 
 
 def test_too_short(tmp_path: Path) -> None:
@@ -121,13 +120,6 @@ def test_too_short(tmp_path: Path) -> None:
         build(tmp_path, [long], valid=[a], valid_samples=1)
     one = write(tmp_path / "c", 0, SEQUENCE + 1)
     assert firsts(build(tmp_path, [one]).train, 3) == [0, 0, 0]
-
-
-def test_bad_splits() -> None:
-    assert split_bounds("98,2") == [(0.0, 0.98), (0.98, 1.0), (1.0, 1.0)]
-    for bad in ("", "a", "1,2,3,4", "0,0,0", "1,-1", "1.2.3,1"):
-        with pytest.raises(DataError, match="data.split"):
-            split_bounds(bad)
 
 
 def test_vocabulary_limit(tmp_path: Path) -> None:
@@ -159,9 +151,9 @@ def test_indices_that_a_killed_build_left_torn(tmp_path: Path) -> None:
 def test_entropy_of_samples(tmp_path: Path) -> None:
     train = build(tmp_path, [write(tmp_path / "a", 0, 400)]).train
     assert dataset_entropy(train, 3) == pytest.approx(np.log(3 * SEQUENCE))
-    assert unigram_entropy(np.array([1, 1, 2, 2])) == pytest.approx(np.log(2))
-    assert unigram_entropy(np.array([5, 5])) == 0.0
-    assert unigram_entropy(np.zeros(0, np.int64)) == 0.0
+    assert entropy_of_counts(count_tokens([np.array([1, 1, 2, 2])])) == pytest.approx(np.log(2))
+    assert entropy_of_counts(count_tokens([np.array([5, 5])])) == 0.0
+    assert entropy_of_counts(np.zeros(0, np.int64)) == 0.0
 
 
 def _rank(rank: int, folder: str, train: list[str]) -> None:
