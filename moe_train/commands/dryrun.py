@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,13 +50,6 @@ def dryrun_main(argv: Sequence[str]) -> int:
     from moe_train.commands.common import plan_world, refuse_unwritable, write_text
 
     refuse_unwritable("--json", args.json)
-    refuse_unwritable("--table", args.table)
-
-    if args.table:
-        from moe_train.measure.dryrun.document import write_document
-
-        write_text("--table", args.table, write_document(args.workers, Console(stderr=True)))
-        return EXIT_FINISHED
 
     from moe_train.config.compose import collect
     from moe_train.planner.resolution import resolve_run
@@ -70,8 +62,13 @@ def dryrun_main(argv: Sequence[str]) -> int:
         for one in policies
     ]
     from moe_train.measure.dryrun.prepare import cpu_backend, first_of_stages
-    from moe_train.measure.dryrun.report import VERSION, planned, rank_report
-    from moe_train.measure.dryrun.tables import print_modules, print_stages
+    from moe_train.measure.dryrun.report import (
+        VERSION,
+        planned,
+        print_modules,
+        print_stages,
+        rank_report,
+    )
 
     layout = plans[0].layout
     if plans[0].config.parallel.overlap_expert_comm:
@@ -135,10 +132,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--device-like", action="store_true",
         help=f"count allocations in blocks of {BLOCK} bytes, as a GPU does")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all figures there")
-    add("--table", type=Path, metavar="FILE",
-        help="write the comparison for every layout of the 30 B as Markdown")  # fmt: skip
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
-        help="processes that --table uses (default: one a core)")  # fmt: skip
     return parser
 
 

@@ -110,10 +110,6 @@ class Recorder:
         """Count a finding."""
         self.findings[_event(kind)] += 1
 
-    def copies_at(self, place: str) -> int:
-        """Copies to the host in one part of the program."""
-        return sum(count for event, count in self.copies.items() if event.place == place)
-
 
 def _event(kind: str) -> Event:
     frames = [

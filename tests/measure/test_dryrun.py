@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_train.measure.dryrun.document import READINGS, rows
-from moe_train.measure.dryrun.prepare import enough_microbatches
-from moe_train.measure.dryrun.report import ALLOWED
 from moe_train.parallel.shapes import Assumptions
 from moe_train.planner.memory.stages import stage_memory
 from moe_train.planner.plan import Plan
@@ -27,10 +24,13 @@ from moe_train.testing.layouts import (
     Layout,
 )
 from moe_train.testing.world import run_world
+from tests.support.dryrun_page import READINGS, enough_microbatches, rows
 
 VOCAB = 500
 LONG = [*SMALL, "device=cpu", "data.sequence=256", "batch.global=6", "model.hidden=128"]
 """Activations large enough beside the weights that a mistake in them shows."""
+ALLOWED = 0.05
+"""Difference between closed form and dry run that the planner promises to stay below."""
 SCALARS = 1024
 """Bytes of single numbers, which one rank makes and its peer does not."""
 EVEN = "model.router.force_balance=true"

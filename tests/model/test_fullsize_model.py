@@ -32,9 +32,10 @@ def count_ranks(
 ) -> tuple[str, int, list[tuple[int, int]]]:
     """Layout tag, distinct parameters of all ranks, and (built, planned) for each rank."""
     from moe_train.backend.cpu.backend import CpuBackend
-    from moe_train.measure.dryrun.world import fake_chunks, fake_world, parameter_count
+    from moe_train.measure.dryrun.world import fake_world
     from moe_train.parallel.parameters import rank_parameters
     from moe_train.planner.resolution import resolve_run
+    from tests.support.chunks import fake_chunks, parameter_count
     from tests.support.shards import matrices, whole_model
 
     run = resolve_run(words, world)

@@ -56,8 +56,9 @@ def matrix(row: Sequence[Any]) -> Matrix:
 
 def host_ranks(rank: int, one: int, words: list[str], world: int) -> list[set[Matrix]]:
     from moe_train.backend.cpu.backend import CpuBackend
-    from moe_train.measure.dryrun.world import fake_chunks, fake_world
+    from moe_train.measure.dryrun.world import fake_world
     from moe_train.planner.resolution import resolve_run
+    from tests.support.chunks import fake_chunks
     from tests.support.shards import matrices
 
     run = resolve_run(words, world)

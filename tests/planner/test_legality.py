@@ -92,7 +92,10 @@ def faults(overrides: list[str], world: int) -> dict[str, str]:
         (["device=cpu", "dtype=fp8"], 1, "dtype", "bf16"),
         (["device=cpu", "parallel.dispatcher=flex"], 2, "parallel.dispatcher", "alltoall"),
         (["device=gpu"], 1, "device", "cpu"),
-        (["data.split=1"], 1, "data.split", "98,2,0"),
+        *(
+            ([f"data.split='{split}'"], 1, "data.split", "98,2,0")
+            for split in ("1", "a,1,1", "1,2,3,4", "0,0,0", "1,-1,1", "1.2.3,1,1", "1e1,2,3", "")
+        ),
         (["batch.micro=0"], 1, "batch.micro", ">= 1"),
         (["optim.lr=0.001", "optim.min_lr=1"], 1, "optim.min_lr", "0.001"),
         (["optim.warmup_steps=5", "optim.decay_steps=5"], 1, "optim.decay_steps", "6"),

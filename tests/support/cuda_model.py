@@ -44,7 +44,8 @@ def cuda_ranks(overrides: Sequence[str], world: int) -> list[dict[str, Any]]:
     run = resolve_run(overrides, world)
     backend = pretend_gpu(run.config.backend)
 
-    from moe_train.measure.dryrun.world import fake_chunks, fake_world, parameter_count
+    from moe_train.measure.dryrun.world import fake_world
+    from tests.support.chunks import fake_chunks, parameter_count
     from tests.support.shards import matrices
 
     ranks = []

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from scipy.optimize import nnls
 
 from moe_train.errors import ConfigError
+from moe_train.measure.calibrate.kernels import relative_fit
 
 SIZES = (1_024, 65_536, 1_048_576)
 ROUNDS, SAMPLES = 5, 5
@@ -65,11 +65,9 @@ def measure(worlds: tuple[int, ...] = (2, 4)) -> Links:
                 rows.append([1.0, turns, sent])
                 wanted.append(seconds)
                 busy.append(work)
-    matrix, values = np.array(rows), np.array(wanted)
-    # Relative errors: a small message's time counts as much as a large one's.
-    (latency, message, per_byte), _ = nnls(matrix / values[:, None], np.ones(len(values)))
+    latency, message, per_byte = relative_fit(rows, wanted)
     work = min(1.0, float(sum(busy) / sum(wanted)))
-    return Links(float(latency), float(message), float(1 / max(per_byte, 1e-12)), work)
+    return Links(latency, message, 1 / max(per_byte, 1e-12), work)
 
 
 def _rank(rank: int, world: int, store: str, result: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +51,16 @@ def grouped_flops(dtype: torch.dtype, rows: int, experts: int = 8, width: int = 
     return 2 * tokens.shape[0] * width * width / seconds
 
 
+def relative_fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Costs, none negative, of the quantities in ``rows`` that add up to ``seconds``.
+
+    Errors are relative: a short time counts as much as a long one.
+    """
+    values = np.array(seconds)
+    costs: list[float] = nnls(np.array(rows) / values[:, None], np.ones(len(values)))[0].tolist()
+    return costs
+
+
 class Attention(NamedTuple):
     """Causal attention takes flops / flops_per_second + exponentials / exps_per_second."""
 
@@ -70,9 +80,8 @@ def attention(dtype: torch.dtype) -> Attention:
         pairs = heads * sequence * (sequence + 1) / 2
         rows.append([2 * 2 * pairs * width, pairs])
         wanted.append(median_seconds(partial(attend, query, query, query, is_causal=True)))
-    matrix, values = np.array(rows), np.array(wanted)
-    (per_flop, per_exp), _ = nnls(matrix / values[:, None], np.ones(len(values)))
-    return Attention(1 / max(float(per_flop), 1e-15), 1 / max(float(per_exp), 1e-15))
+    per_flop, per_exp = relative_fit(rows, wanted)
+    return Attention(1 / max(per_flop, 1e-15), 1 / max(per_exp, 1e-15))
 
 
 def memory_bytes_per_second(cores: int = 1) -> float:

@@ -14,12 +14,11 @@ import statistics
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from scipy.optimize import nnls
 
 from moe_train.backend.groups import close_world, open_groups, open_world
 from moe_train.backend.select import select_backend
+from moe_train.measure.calibrate.kernels import relative_fit
 from moe_train.planner.resolution import resolve_run
 
 VOCABULARY, SEQUENCE = 64, 64
@@ -48,9 +47,7 @@ def measure() -> Overheads:
     for layers, experts, count in SHAPES:
         rows.append([3 * count * layers, 3 * count * layers * experts, count])
         wanted.append(_step_seconds(layers, experts, count))
-    matrix, values = np.array(rows, float), np.array(wanted)
-    (layer, expert, microbatch), _ = nnls(matrix / values[:, None], np.ones(len(values)))
-    return Overheads(float(layer), float(expert), float(microbatch))
+    return Overheads(*relative_fit(rows, wanted))
 
 
 def _step_seconds(layers: int, experts: int, count: int) -> float:

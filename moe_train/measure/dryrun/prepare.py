@@ -1,4 +1,4 @@
-"""Set-up of a dry run: the CPU backend, one rank per stage, enough micro-batches."""
+"""Set-up of a dry run: the CPU backend, one rank per stage."""
 
 from __future__ import annotations
 
@@ -31,14 +31,3 @@ def first_of_stages(layout: Layout) -> list[int]:
     divided evenly (legality sees to that), and rows are routed evenly.
     """
     return [layout.stage_ranks(stage)[0] for stage in range(layout.pipeline)]
-
-
-def enough_microbatches(layout: Layout) -> int:
-    """Micro-batches after which a step repeats itself on every rank, and its peak with it.
-
-    1F1B is steady once the first stage holds P of them and went back by one; the spanning
-    schedule once it holds 2 P - 1.
-    """
-    if layout.pipeline == 1:
-        return 2
-    return 2 * layout.pipeline if layout.span else layout.pipeline + 1

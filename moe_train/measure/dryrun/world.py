@@ -20,15 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_train.backend.groups import close_world, open_groups
 from moe_train.model import build
-from moe_train.model.transformer_config import transformer_config
 from moe_train.train import engine as engines
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     from moe_train.backend.protocol import Backend
-    from moe_train.parallel.layout import Layout
     from moe_train.parallel.resolved import ResolvedRun
 
 
@@ -80,11 +75,6 @@ class _Finished(contextlib.AbstractContextManager["_Finished"]):
         """Nothing to wait for."""
 
 
-def fake_groups(layout: Layout) -> ProcessGroupCollection:
-    """Every process group of ``layout``; call inside :func:`fake_world`."""
-    return open_groups(layout, timeout_seconds=60)
-
-
 def fake_engine(run: ResolvedRun, backend: Backend) -> engines.Engine:
     """This rank's engine with uninitialised weights; call inside :func:`fake_world`."""
     seed = engines.seed_everything
@@ -101,33 +91,9 @@ def fake_engine(run: ResolvedRun, backend: Backend) -> engines.Engine:
         mock.patch.object(build.GPTModel, "to", lambda model, *_: model),
         mock.patch.object(dist, "all_gather_object", _gather_own),
     ):
-        return engines.build_engine(run, backend, fake_groups(run.layout))
+        return engines.build_engine(run, backend, open_groups(run.layout, timeout_seconds=60))
 
 
 def _gather_own(gathered: list[Any], own: Any, group: Any = None) -> None:
     """Every rank's object is like this one's: parameter groups are aligned by their keys alone."""
     gathered[:] = [own] * len(gathered)
-
-
-def fake_chunks(run: ResolvedRun, backend: Backend) -> list[GPTModel]:
-    """This rank's model chunks, uninitialised; call inside :func:`fake_world`."""
-    config, groups = run.config, fake_groups(run.layout)
-    with unset_fake_temporarily():
-        engines.seed_everything(config.run.seed)
-    megatron = transformer_config(config, backend)
-    span = engines.build_dispatcher(config, megatron, backend, groups) if run.layout.span else None
-    return build.build_chunks(
-        config,
-        megatron,
-        backend,
-        groups,
-        padded_vocab=run.padded_vocab,
-        recomputed=config.recomputed_layers,
-        cross_stage=span,
-    )
-
-
-def parameter_count(chunks: list[GPTModel]) -> int:
-    """Parameters of a rank, a shared one counted once."""
-    distinct: dict[int, Any] = {id(p): p for chunk in chunks for p in chunk.parameters()}
-    return sum(parameter.numel() for parameter in distinct.values())

@@ -1,15 +1,19 @@
-"""Write docs/dryrun.md: the planner's closed form against dry runs of the 30B config."""
+"""Page of the planner's closed form against dry runs of the 30B config, a long run.
+
+``python -m tests.support.dryrun_page > docs/dryrun.md`` writes it.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
-from rich.console import Console
-
-from moe_train.measure.dryrun.prepare import cpu_backend, enough_microbatches, first_of_stages
+from moe_train.measure.dryrun.prepare import cpu_backend, first_of_stages
 from moe_train.measure.dryrun.report import activation_difference, difference, planned
+from moe_train.parallel.layout import Layout
 from moe_train.planner.memory.stages import GB
 from moe_train.planner.resolution import resolve_run
 
@@ -29,7 +33,7 @@ POLICIES = ("none", "2-15", "all")
 
 HEAD = """# Dry run against closed form
 
-Written by `moe-train dryrun --table docs/dryrun.md`.
+Written by `python -m tests.support.dryrun_page > docs/dryrun.md`.
 
 The dry run builds the real 30 B model of a rank, its gradient buffers and its optimizer state on
 fake tensors and runs its schedule, forward and backward, then gradient norm, clipping and update;
@@ -90,8 +94,19 @@ def rows(reading: str, policy: str) -> list[Row]:
     return results
 
 
-def write_document(workers: int, console: Console) -> str:
-    """The whole page, from as many processes as ``workers``; progress goes to ``console``."""
+def enough_microbatches(layout: Layout) -> int:
+    """Micro-batches after which a step repeats itself on every rank, and its peak with it.
+
+    1F1B is steady once the first stage holds P of them and went back by one; the spanning
+    schedule once it holds 2 P - 1.
+    """
+    if layout.pipeline == 1:
+        return 2
+    return 2 * layout.pipeline if layout.span else layout.pipeline + 1
+
+
+def page(workers: int) -> str:
+    """The whole page, from as many processes as ``workers``; progress goes to standard error."""
     lines, worst = [], (0.0, 0.0)
     tasks = [(reading, policy) for reading in READINGS for policy in POLICIES]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -107,6 +122,10 @@ def write_document(workers: int, console: Console) -> str:
                     max(worst[0], abs(row.difference)),
                     max(worst[1], abs(row.activation_difference)),
                 )
-                console.print(lines[-1], soft_wrap=True, markup=False)
+                print(lines[-1], file=sys.stderr)
     tail = f"\nLargest difference: {worst[0]:.2%}, and {worst[1]:.1%} without state.\n"
     return HEAD + "\n".join(lines) + "\n" + tail
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page(os.cpu_count() or 1))
