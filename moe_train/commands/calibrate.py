@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import platform
@@ -12,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
 
+from moe_train.commands.output import command_parser
 from moe_train.config.compose import config_dir
 from moe_train.errors import EXIT_FINISHED, ConfigError
 
@@ -38,11 +38,10 @@ def calibrate_main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: the file cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        prog="moe-train plan --calibrate",
-        description="Time matrix products, memory, operators and gloo; write a hardware profile.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "plan --calibrate",
+        "Time matrix products, memory, operators and gloo; write a hardware profile.",
+        EXAMPLES,
     )
     parser.add_argument(
         "--calibrate",

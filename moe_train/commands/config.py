@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from moe_train.commands.plan import write_text
+from moe_train.commands.output import add_json_option, command_parser, write_json_option
 from moe_train.errors import EXIT_FINISHED
 
 EXAMPLES = """examples:
@@ -30,23 +28,17 @@ def config_main(argv: Sequence[str]) -> int:
         ConfigFaults: every fault in the overrides.
         ConfigError: ``--keys`` names a key that does not exist, or FILE cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        prog="moe-train config",
-        description="Print the configuration that overrides compose, as YAML.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "config", "Print the configuration that overrides compose, as YAML.", EXAMPLES
     )
     parser.add_argument("overrides", nargs="*", help="config overrides, key=value; keys for --keys")
     parser.add_argument("--keys", action="store_true", help="list keys instead")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write JSON there (-: stdout)")
+    add_json_option(parser, "it")
     args = parser.parse_intermixed_args(argv)
     content, text = _keys(args.overrides) if args.keys else _composed(args.overrides)
-    if args.json is not None:
-        text = json.dumps(content, indent=1) + "\n"
-    if args.json is None or str(args.json) == "-":
+    if args.json is None:
         sys.stdout.write(text)
-    else:
-        write_text("--json", args.json, text)
+    write_json_option(args, content)
     return EXIT_FINISHED
 
 

@@ -6,13 +6,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moe_train.commands.common import check_imbalance
 from moe_train.errors import EXIT_FINISHED, ConfigError
-
-if TYPE_CHECKING:
-    from moe_train.parallel.layout import Layout
+from moe_train.parallel.layout import Layout
 
 EXAMPLES = """examples:
   moe-train dryrun experiment=moe_30b_8x64gb               one rank of each stage of the 30 B

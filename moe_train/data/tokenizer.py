@@ -6,12 +6,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moe_train.errors import DataError
-
-if TYPE_CHECKING:
-    import tokenizers
 
 EOD_NAMES = (
     "<|endoftext|>",
@@ -76,7 +72,7 @@ class FileTokenizer:
                 str(path), f"cannot be read as a tokenizer: {error}", "give a tokenizer.json file"
             ) from error
         try:
-            self._library: tokenizers.Tokenizer = Library.from_str(self.source)
+            self._library = Library.from_str(self.source)
         except Exception as error:  # the library raises bare Exception for every fault
             raise DataError(
                 str(path), f"is no tokenizers file: {error}", "give a tokenizer.json file"

@@ -6,7 +6,6 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moe_train.errors import (
     EXIT_HUNG,
@@ -17,16 +16,14 @@ from moe_train.errors import (
     MemoryFault,
     MoeTrainError,
 )
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.planner.estimate import GB, estimate
 from moe_train.run.logs import FILE_ONLY
+from moe_train.run.state import RunState
 from moe_train.run.torchelastic import write_error_file
 from moe_train.run.watchdog import exit_after
 from moe_train.run_folder.folder import RunFolder
 from moe_train.run_folder.status import State, read_status, write_status
-
-if TYPE_CHECKING:
-    from moe_train.parallel.resolved import ResolvedRun
-    from moe_train.run.state import RunState
 
 LOGGER = logging.getLogger(__name__)
 FIRST_FAILURE = "cause"

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
 
 import moe_train
 from moe_train.checkpoint.folders import recover_interrupted_commit
@@ -22,6 +21,7 @@ from moe_train.errors import (
     MoeTrainError,
     Preempted,
 )
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.run.failure import (
     STOPPED,
     diagnose,
@@ -43,10 +43,7 @@ from moe_train.run_folder.folder import (
 )
 from moe_train.run_folder.lock import lock_run_folder
 from moe_train.run_folder.status import read_status
-
-if TYPE_CHECKING:
-    from moe_train.parallel.resolved import ResolvedRun
-    from moe_train.train.callback import Callback
+from moe_train.train.callback import Callback
 
 LOGGER = logging.getLogger(__name__)
 MULTIRUN = ("-m", "--multirun")

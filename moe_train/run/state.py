@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from moe_train.config.kernels import KernelChoice
 from moe_train.config.schema import to_mapping
 from moe_train.errors import MoeTrainError
 from moe_train.files import write_atomically
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.run_folder.folder import RunFolder
 from moe_train.run_folder.status import write_status
 from moe_train.train.callback import Callback, RollbackEvent, StartEvent, StepEvent
-
-if TYPE_CHECKING:
-    from moe_train.config.kernels import KernelChoice
-    from moe_train.parallel.resolved import ResolvedRun
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_train.callbacks.garbage import GarbageCollection
 from moe_train.callbacks.progress import ConsoleProgress
@@ -15,7 +15,7 @@ from moe_train.callbacks.trace import StepTrace, TorchProfiler
 from moe_train.callbacks.wandb import WandbFollower
 from moe_train.checkpoint.folders import prune
 from moe_train.config.schema import to_mapping
-from moe_train.data.batches import BatchSource
+from moe_train.data.batches import BatchSource, MicroBatch
 from moe_train.data.datasets import build_datasets
 from moe_train.data.statistics import dataset_entropy
 from moe_train.errors import NonFiniteError
@@ -33,9 +33,6 @@ from moe_train.run_folder.folder import RunFolder
 from moe_train.train.callback import Callback, CallbackList, StartEvent
 from moe_train.train.loop import Intervals, NonFinitePolicy, run_loop
 from moe_train.train.metrics import StepWork, device_peak
-
-if TYPE_CHECKING:
-    from moe_train.data.batches import MicroBatch
 
 LOGGER = logging.getLogger(__name__)
 

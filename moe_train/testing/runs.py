@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_train.run_folder.metrics import read
 from moe_train.testing.world import run_world
-
-if TYPE_CHECKING:
-    from moe_train.train.callback import Callback
+from moe_train.train.callback import Callback
 
 QUIET = ["device=cpu", "log.wandb=disabled", "log.console=none"]
 """Overrides of every run: on the CPU, without W&B and step lines."""

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_train.backend import patches
+from moe_train.backend.protocol import Backend
+from moe_train.config.root import Config
 from moe_train.features.optimizers import OPTIMIZERS
 from moe_train.features.schedules import schedule_of
 from moe_train.model.build import build_model
 from moe_train.model.span.dispatcher import CrossStageDispatcher
 from moe_train.model.transformer_config import optimizer_config, transformer_config
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.train.lr_schedule import build_scheduler
 from moe_train.train.router_stats import RoutingRecorder
 from moe_train.train.tracing import Tracer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from moe_train.backend.protocol import Backend
-    from moe_train.config.root import Config
-    from moe_train.parallel.resolved import ResolvedRun
 
 
 @dataclass

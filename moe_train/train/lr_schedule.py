@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-if TYPE_CHECKING:
-    from moe_train.config.training import OptimConfig
+from moe_train.config.training import OptimConfig
 
 STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 

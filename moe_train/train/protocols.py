@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from moe_train.train.callback import SaveEvent
-    from moe_train.train.forward import MicroBatch
+from moe_train.train.callback import SaveEvent
+from moe_train.train.forward import MicroBatch
 
 
 class Source(Protocol):

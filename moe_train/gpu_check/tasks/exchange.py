@@ -12,6 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from moe_train.gpu_check.tasks.kernels import seconds
 
 SIZES = [2**power for power in range(12, 31, 2)]
@@ -21,9 +24,6 @@ TINY = SIZES[:2]
 
 def measure(device: Any, sizes: list[int]) -> list[dict[str, Any]]:
     """Time of equal exchanges among all ranks, and the bandwidth of what leaves a rank."""
-    import torch
-    import torch.distributed as dist
-
     world = dist.get_world_size()
     rows = []
     for size in sizes:
@@ -40,9 +40,6 @@ def measure(device: Any, sizes: list[int]) -> list[dict[str, Any]]:
 
 def main(path: Path, on: str) -> None:
     """Open the world, measure, write."""
-    import torch
-    import torch.distributed as dist
-
     local = int(os.environ["LOCAL_RANK"])
     if on == "gpu":
         torch.cuda.set_device(local)

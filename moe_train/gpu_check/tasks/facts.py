@@ -34,23 +34,11 @@ def devices() -> dict[str, Any]:
     """How many GPUs torch can use, and what it says of them."""
     import torch
 
-    available = torch.cuda.is_available()
-    return {
-        "count": torch.cuda.device_count() if available else 0,
-        "built_for": torch.version.cuda or torch.version.hip,
-        "error": "" if available else _why_not(),
-    }
+    from moe_train.backend.cuda.probe import cuda_facts
 
-
-def _why_not() -> str:
-    import torch
-
-    try:
-        torch.cuda.init()
-    # Whatever keeps it from starting is the answer.
-    except Exception as error:  # noqa: BLE001
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return "torch.cuda.is_available() is False without a reason"
+    count, reason = cuda_facts()
+    built_for = torch.version.cuda or torch.version.hip
+    return {"count": count, "built_for": built_for, "error": reason}
 
 
 def facts(gpu: bool) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
 ROUNDS = 10
 
 
 def _device() -> Any:
-    import torch
-
     if torch.cuda.is_available():
         return torch.device(torch.cuda.current_device())
     return torch.device("cpu")
@@ -20,8 +22,6 @@ def _device() -> Any:
 
 def seconds(function: Callable[[], Any], rounds: int = ROUNDS) -> float:
     """Mean time of a call, after two that do not count; device work included."""
-    import torch
-
     for _ in range(2):
         function()
     if torch.cuda.is_available():
@@ -41,8 +41,6 @@ def seconds(function: Callable[[], Any], rounds: int = ROUNDS) -> float:
 
 def matrix(size: int) -> list[dict[str, Any]]:
     """A square product in each dtype, and a copy: what the hardware profile takes as the peak."""
-    import torch
-
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(size, size, device=_device(), dtype=dtype) for _ in range(2))
@@ -58,8 +56,6 @@ def matrix(size: int) -> list[dict[str, Any]]:
 
 def grouped(experts: int, hidden: int, inner: int, rows: list[int]) -> list[dict[str, Any]]:
     """The first expert product by rows an expert: forward, and both gradients; bf16."""
-    import torch
-
     device = _device()
     weight = torch.randn(experts, 2 * inner, hidden, device=device, dtype=torch.bfloat16)
     weight = (weight * 0.02).requires_grad_()
@@ -79,10 +75,6 @@ def grouped(experts: int, hidden: int, inner: int, rows: list[int]) -> list[dict
 
 def attention(sequences: int, heads: int, tokens: int, width: int) -> list[dict[str, Any]]:
     """Causal attention forward and backward by backend, and as torch chooses; bf16."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
     shape = (sequences, heads, tokens, width)
     q, k, v = (
         torch.randn(shape, device=_device(), dtype=torch.bfloat16, requires_grad=True)
@@ -110,8 +102,6 @@ def _rates(
     forward: Callable[[], Any], inputs: tuple[Any, ...], work: float, backward_work: float
 ) -> dict[str, Any]:
     """Times and rates of both passes (work in 1e12 FLOP), or why they do not run."""
-    import torch
-
     row: dict[str, Any] = {}
     try:
         row |= _rate("forward", seconds(forward), work)

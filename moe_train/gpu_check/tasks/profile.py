@@ -8,6 +8,11 @@ import warnings
 from collections import Counter
 from typing import Any
 
+import torch
+from torch.profiler import ProfilerActivity
+
+from moe_train.gpu_check.tasks.session import take_step
+
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
          "hipStreamSynchronize", "hipDeviceSynchronize")  # fmt: skip
 """Runtime calls in which the host waits for the device."""
@@ -17,8 +22,6 @@ READS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_n
 
 def profile(top: int = 15) -> dict[str, Any]:
     """Profile one step; every part is left out, with its reason, where it cannot be had."""
-    from moe_train.gpu_check.tasks.session import take_step
-
     take_step()
     result: dict[str, Any] = {}
     for part in (_profiled, _synchronising):
@@ -31,11 +34,6 @@ def profile(top: int = 15) -> dict[str, Any]:
 
 
 def _profiled(top: int) -> dict[str, Any]:
-    import torch
-    from torch.profiler import ProfilerActivity
-
-    from moe_train.gpu_check.tasks.session import take_step
-
     kinds = [ProfilerActivity.CPU]
     on_device = torch.cuda.is_available() and torch.cuda.is_initialized()
     if on_device:
@@ -118,10 +116,6 @@ def union(spans: list[tuple[float, float]]) -> float:
 
 def _synchronising(top: int) -> dict[str, Any]:
     """Source lines at which torch itself says that an operation synchronises, in one step."""
-    import torch
-
-    from moe_train.gpu_check.tasks.session import take_step
-
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return {}
     with warnings.catch_warnings(record=True) as caught:

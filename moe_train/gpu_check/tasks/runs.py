@@ -9,15 +9,16 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from moe_train.parallel.resolved import ResolvedRun
+import torch
+
+from moe_train.gpu_check.tasks.session import close
+from moe_train.parallel.resolved import ResolvedRun
 
 
 def train(overrides: list[str]) -> int:
     """``train.py`` with ``overrides`` on this process's one rank; returns its exit code."""
-    from moe_train.gpu_check.tasks.session import close
     from moe_train.run.main import main
 
     close()
@@ -46,7 +47,6 @@ def _resolved(overrides: list[str], world: int) -> ResolvedRun:
 
 def weights(overrides: list[str]) -> dict[str, str]:
     """SHA-256 of every parameter's initial value, by name."""
-    from moe_train.gpu_check.tasks.session import close
     from moe_train.run.opening import open_session
     from moe_train.run.resolution import resolve_on_all_ranks
 
@@ -63,8 +63,6 @@ def weights(overrides: list[str]) -> dict[str, str]:
 
 def digest(tensor: Any) -> str:
     """SHA-256 of a tensor's bytes."""
-    import torch
-
     flat = tensor.cpu().contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 

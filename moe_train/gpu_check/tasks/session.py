@@ -11,6 +11,8 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from moe_train.data.batches import BatchSource
     from moe_train.run.opening import Session
@@ -101,8 +103,6 @@ def _start(overrides: list[str]) -> None:
 
 def close() -> None:
     """Close the open session and free what it and :func:`fill_memory` hold."""
-    import torch
-
     _held.clear()
     if _open.overrides is not None:
         _open.overrides = None
@@ -192,8 +192,6 @@ def save_and_load() -> dict[str, Any]:
 
 def fill_memory(leave_gb: float) -> float:
     """Allocate the device's memory but ``leave_gb`` (1e9 bytes); returns the GB held."""
-    import torch
-
     close()
     free, _ = torch.cuda.mem_get_info()
     size = max(0, int(free - leave_gb * 1e9))
@@ -206,19 +204,15 @@ class DeviceMemory:
     """The allocator's peaks since this was made; on a CPU there are none."""
 
     def __init__(self) -> None:
-        import torch
-
-        self._on = torch.cuda.is_available() and torch.cuda.is_initialized()
-        if self._on:
+        self._before: int | None = None
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
 
     def peaks(self) -> dict[str, int]:
         """Peak bytes allocated and reserved."""
-        import torch
-
-        if not self._on:
+        if self._before is None:
             return {}
         return {
             "allocated_bytes": torch.cuda.max_memory_allocated(),
@@ -227,6 +221,6 @@ class DeviceMemory:
 
     def added(self) -> dict[str, int]:
         """Peak bytes allocated over what was allocated before."""
-        import torch
-
-        return {"added_bytes": torch.cuda.max_memory_allocated() - self._before} if self._on else {}
+        if self._before is None:
+            return {}
+        return {"added_bytes": torch.cuda.max_memory_allocated() - self._before}

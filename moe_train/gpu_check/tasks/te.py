@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from moe_train.gpu_check.findings import Skip
 
 COUNTS = (64, 0, 128, 0)
@@ -18,8 +20,6 @@ def zero_rows(hidden: int, inner: int, counts: Sequence[int] = COUNTS) -> dict[s
         Largest relative differences of output, input gradient and accumulated weight gradients
         from products made one by one; the expert without rows must have a gradient of zero.
     """
-    import torch
-
     try:
         te = importlib.import_module("transformer_engine.pytorch")
     except ImportError as missing:

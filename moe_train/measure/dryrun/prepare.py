@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from moe_train.backend.cpu.backend import CpuBackend
-    from moe_train.config.root import Config
-    from moe_train.parallel.layout import Layout
+from moe_train.backend.cpu.backend import CpuBackend
+from moe_train.config.root import Config
+from moe_train.parallel.layout import Layout
 
 
 def cpu_backend(config: Config) -> CpuBackend:
     """The CPU backend, prepared: a dry run needs no device."""
-    from moe_train.backend.cpu.backend import CpuBackend
-
     backend = CpuBackend(config.backend)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from moe_train.backend.protocol import Backend
 from moe_train.checkpoint.optimizer_state import initialise_state
 from moe_train.config.root import Config
 from moe_train.measure.dryrun.routing import known_routing
@@ -15,10 +15,7 @@ from moe_train.measure.dryrun.tracker import GRADIENTS, OPTIMIZER, WEIGHTS, Memo
 from moe_train.measure.dryrun.world import fake_engine, fake_world
 from moe_train.parallel.resolved import ResolvedRun
 from moe_train.parallel.shapes import Assumptions, capacity_factor
-
-if TYPE_CHECKING:
-    from moe_train.backend.protocol import Backend
-    from moe_train.train.forward import MicroBatch
+from moe_train.train.forward import MicroBatch
 
 
 @dataclass(frozen=True)

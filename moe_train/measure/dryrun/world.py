@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -19,12 +19,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_train.backend.groups import close_world, open_groups
+from moe_train.backend.protocol import Backend
 from moe_train.model import build
+from moe_train.parallel.resolved import ResolvedRun
 from moe_train.train import engine as engines
-
-if TYPE_CHECKING:
-    from moe_train.backend.protocol import Backend
-    from moe_train.parallel.resolved import ResolvedRun
 
 
 @contextlib.contextmanager
