@@ -41,11 +41,6 @@ class Source:
     kind: str
     """text (the file is one document) | jsonl | parquet."""
 
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return self.path.stat().st_size
-
 
 def expand(paths: Iterable[Path]) -> list[Source]:
     """Files named by the request, folders walked in sorted order.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from moe_train.errors import DataError
 
 HEX_TWINS = ("loss", "grad_norm", "valid_loss")
 """Fields that get a `<field>_hex` beside them, for bitwise comparison of two runs."""
-BLOCK = 1 << 16
-"""Bytes read at once from the end of a file."""
 
 
 def hex_float(value: float) -> str:
@@ -108,22 +106,14 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
 
 def _complete_lines_backwards(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that end in a newline, the last one first, each with the offset of its start."""
-    with path.open("rb") as file:
-        offset = file.seek(0, os.SEEK_END)
-        rest, torn = b"", True
-        while offset:
-            size = min(BLOCK, offset)
-            offset = file.seek(offset - size)
-            # The first piece may have begun in an earlier block.
-            rest, *lines = (file.read(size) + rest).split(b"\n")
-            start = offset + len(rest) + sum(len(line) + 1 for line in lines) + 1
-            for line in reversed(lines):
-                start -= len(line) + 1
-                if not torn:
-                    yield start, line
-                torn = False
-        if not torn:
-            yield 0, rest
+    if not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        end = content.rfind(b"\n")
+        while end >= 0:
+            start = content.rfind(b"\n", 0, end) + 1
+            yield start, content[start:end]
+            end = start - 1
 
 
 def _json_value(value: Any) -> Any:

@@ -276,7 +276,7 @@ def test_source_that_changes_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     source = tmp_path / "a.txt"
     source.write_text("text")
     monkeypatch.setattr(
-        "moe_train.data.shards.digest", lambda p: source.write_text("longer text") and "x"
+        "moe_train.data.shards.file_digest", lambda p: source.write_text("longer text") and "x"
     )
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(Request((source,), tmp_path / "o"))

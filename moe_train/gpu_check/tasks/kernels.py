@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.benchmark import Timer
 
 ROUNDS = 10
 
@@ -20,23 +20,9 @@ def _device() -> Any:
     return torch.device("cpu")
 
 
-def seconds(function: Callable[[], Any], rounds: int = ROUNDS) -> float:
+def seconds(function: Callable[[], Any]) -> float:
     """Mean time of a call, after two that do not count; device work included."""
-    for _ in range(2):
-        function()
-    if torch.cuda.is_available():
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        for _ in range(rounds):
-            function()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3 / rounds
-    begun = time.perf_counter()
-    for _ in range(rounds):
-        function()
-    return (time.perf_counter() - begun) / rounds
+    return float(Timer("function()", globals={"function": function}).timeit(ROUNDS).mean)
 
 
 def matrix(size: int) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,26 +13,16 @@ import numpy as np
 import torch
 import torch.multiprocessing
 from scipy.optimize import nnls
+from torch.utils.benchmark import Timer
 
-REPEATS = 7
 ATTENTION = [(16, 128, 8), (16, 128, 64), (8, 512, 8), (8, 512, 64)]
 """Heads, sequence, head width."""
 
 
-def median_seconds(work: Callable[[], object], least: float = 0.02) -> float:
-    """Median time of one call, each sample at least ``least`` seconds long."""
-    work()
-    calls = 1
-    while (once := _timed(work, calls)) < least:
-        calls = max(calls + 1, int(calls * least / max(once, 1e-9)))
-    return statistics.median(_timed(work, calls) for _ in range(REPEATS)) / calls
-
-
-def _timed(work: Callable[[], object], calls: int) -> float:
-    begun = time.perf_counter()
-    for _ in range(calls):
-        work()
-    return time.perf_counter() - begun
+def median_seconds(work: Callable[[], object], least: float = 0.15) -> float:
+    """Median time of one call on one thread, measured for at least ``least`` seconds."""
+    timer = Timer("work()", globals={"work": work})
+    return float(timer.blocked_autorange(min_run_time=least).median)
 
 
 def gemm_flops(dtype: torch.dtype, rows: int, width: int = 512) -> float:
@@ -102,5 +91,5 @@ def _copy(rank: int, cores: int, folder: str, megabytes: int = 64) -> None:
     (Path(folder) / f"{rank}.ready").touch()
     while len(list(Path(folder).glob("*.ready"))) < cores:
         time.sleep(0.001)
-    rate = 2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source), least=0.1)
+    rate = 2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source), least=0.7)
     (Path(folder) / f"{rank}.rate").write_text(repr(rate))
