@@ -125,3 +125,7 @@ class BatchConfig:
         if self.global_ is not None:
             return self.global_ // (self.micro * data)
         return self.microbatches * self.accumulation
+
+    def sequences(self, data: int) -> int:
+        """Sequences per optimizer step over all ``data`` replicas."""
+        return self.per_step(data) * self.micro * data

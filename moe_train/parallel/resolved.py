@@ -53,7 +53,7 @@ class ResolvedRun:
     @property
     def sequences(self) -> int:
         """Sequences per optimizer step, over all replicas."""
-        return self.microbatches * self.config.batch.micro * self.layout.data
+        return self.config.batch.sequences(self.layout.data)
 
     @property
     def tokens(self) -> int:

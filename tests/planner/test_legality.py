@@ -203,7 +203,8 @@ def test_search_yields_legal_layouts_only_and_keeps_what_is_set() -> None:
 def test_global_batch_fixes_the_product_for_every_data_size() -> None:
     config = compose(["batch.global=32", "batch.micro=2"])
     assert [config.batch.per_step(data) for data in (1, 2, 4)] == [16, 8, 4]
-    assert compose(["batch.accumulation=4"]).batch.per_step(2) == 32
+    assert {config.batch.sequences(data) for data in (1, 2, 4)} == {32}
+    assert compose(["batch.accumulation=4"]).batch.sequences(2) == 64
 
 
 def test_large_worlds_are_searched() -> None:

@@ -13,8 +13,8 @@ from moe_train.config.compose import compose
 from moe_train.config.root import Config
 from moe_train.config.schema import value_at, with_values
 from moe_train.parallel.layout import divisors
+from moe_train.parallel.resolved import vocabulary
 from moe_train.parallel.sizes import is_legal, layout_of
-from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.cost.timing import step_time
 from moe_train.planner.legality import check
 from moe_train.planner.memory.stages import plan_memory, worst

@@ -7,7 +7,6 @@ from dataclasses import replace
 from math import inf
 
 from moe_train.config.root import Config
-from moe_train.parallel.batch import sequences_per_step
 from moe_train.parallel.shapes import Assumptions
 from moe_train.planner.cost.timing import step_time
 from moe_train.planner.plan import BAND, Plan
@@ -32,7 +31,7 @@ def search_of(
     if config.batch.global_ is None:
         sizes = config.parallel
         dense = (sizes.tensor or 1) * (sizes.pipeline or 1) * (sizes.context or 1)
-        sequences = sequences_per_step(config, max(world // dense, 1))
+        sequences = config.batch.sequences(max(world // dense, 1))
         config = replace(config, batch=replace(config.batch, global_=sequences))
     return Search(Space(config, world, frozenset(fixed)), assumptions)
 

@@ -19,9 +19,9 @@ from math import inf
 
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.optimizer_state import state_bytes
+from moe_train.parallel.resolved import vocabulary
 from moe_train.parallel.shapes import Assumptions, Shapes
 from moe_train.parallel.sizes import with_layout
-from moe_train.parallel.vocabulary import vocabulary
 from moe_train.planner.cost.compute import dense_parts, expert_parts
 from moe_train.planner.cost.passes import passes_of
 from moe_train.planner.cost.timing import step_time
