@@ -86,6 +86,7 @@ def plan_main(argv: Sequence[str]) -> int:
     from moe_train.planner.machine.devices import local_facts
     from moe_train.planner.machine.profiles import override_keys
     from moe_train.planner.plan import assumptions_of
+    from moe_train.planner.report.better import better_report
     from moe_train.planner.report.screen import print_screen, print_warnings
     from moe_train.planner.report.tables import print_plan
     from moe_train.planner.report.warnings import plan_warnings
@@ -114,7 +115,7 @@ def plan_main(argv: Sequence[str]) -> int:
         world = min(world, len(here.gpus))
     run = resolve_run(args.overrides, world, local_facts(here, world) if here else None)
     plan = estimate(run, assumptions_of(run.config, args.imbalance, args.fragmentation))
-    report = plan.report()
+    report = {**plan.report(), "better": better_report(plan)}
     warnings = [*problems, *plan_warnings(plan)]
     print_screen(report, warnings, console)
     if args.full:

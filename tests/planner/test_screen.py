@@ -61,6 +61,21 @@ def test_the_screens_figures_are_the_reports(capsys: pytest.CaptureFixture[str])
         assert text in screen
 
 
+def test_the_better_layout_is_one_when_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its overrides, added to the plan's own, give the time and memory that are quoted."""
+    words = ["experiment=moe_30b_8x64gb", "parallel.overlap_expert_comm=true"]
+    assert main(["plan", *words, "--json", "-"]) == 0
+    asked = json.loads(capsys.readouterr().out)
+    better = asked["better"]
+    assert main(["plan", *words, *better["overrides"], "--json", "-"]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["layout"]["tag"] == better["layout"]
+    assert other["fits"] and other["batch"]["tokens_per_step"] == asked["batch"]["tokens_per_step"]
+    assert other["time"]["step_seconds"] == pytest.approx(better["step_seconds"])
+    assert max(one["total_bytes"] for one in other["memory"]["stages"]) == better["total_bytes"]
+    assert better["step_seconds"] < asked["time"]["step_seconds"] * (1 - asked["time"]["band"])
+
+
 @pytest.mark.parametrize(
     ("words", "world"),
     [

@@ -97,16 +97,15 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         low, high = time["mfu"] / (1 + band), time["mfu"] / (1 - band)
         text = f"{share_text(time['mfu'])}, {share_text(low)} to {share_text(high)}"
         lines.append(("MFU", text))
-    lines += [
+    return [
+        *lines,
         ("bubble", f"{share_text(time['bubble'])} of the pipeline's time"),
         (
             "bottleneck",
             f"{term}: {seconds_text(spent)} of a step, {share_text(spent / step)}",
         ),
+        ("better", _better(report["better"], step, band)),
     ]
-    if "better" in report:
-        lines.append(("better", _better(report["better"], step, band)))
-    return lines
 
 
 def _fits(report: dict[str, Any]) -> str:
@@ -123,9 +122,12 @@ def _fits(report: dict[str, Any]) -> str:
     return f"NO: {figures}too much"
 
 
-def _better(better: dict[str, Any] | None, step: float, band: float) -> str:
-    if better is None:
-        return f"no layout is faster by more than {share_text(band, 0)}"
+def _better(better: dict[str, Any], step: float, band: float) -> str:
+    if not better["searched"]:
+        return f"not searched on {better['world']:,} ranks: moe-train tune"
+    if not better["overrides"]:
+        more = f"none by more than {share_text(band, 0)} among the most promising layouts"
+        return f"{more}; moe-train tune tries all"
     saved = 1 - better["step_seconds"] / step
     return (
         f"{seconds_text(better['step_seconds'])} a step ({share_text(saved, 0)} less), "

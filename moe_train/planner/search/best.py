@@ -65,14 +65,17 @@ def best(
     return results[0] if results else None
 
 
-def better_than(plan: Plan) -> Candidate | None:
+def better_than(plan: Plan, effort: float = inf) -> Candidate | None:
     """A candidate that fits and beats `plan` by more than the band, the best one; None without.
 
     Beside a plan that does not fit, any candidate that does is better.
+
+    Args:
+        effort: step times to compute; with a limit the best one may be missed.
     """
     fits = bytes_needed(plan) <= plan.device_bytes
     below = step_time(plan).step * (1 - BAND) if fits else inf
     config = replace(plan.config, batch=replace(plan.config.batch, global_=plan.sequences))
     search = search_of(config, plan.layout.world, assumptions=plan.assumptions)
-    results = search.explore(1, below=below).ranked
+    results = search.explore(1, below=below, effort=effort).ranked
     return results[0] if results else None

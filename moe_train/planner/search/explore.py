@@ -152,12 +152,15 @@ class Search:
         filled = count + (layout.pipeline - 1) / layout.virtual_pipeline
         return local * (filled * dense + (count if layout.span else filled) * experts)
 
-    def explore(self, wanted: int = 5, *, below: float = inf, pareto: bool = False) -> Results:
+    def explore(
+        self, wanted: int = 5, *, below: float = inf, pareto: bool = False, effort: float = inf
+    ) -> Results:
         """The `wanted` best layouts, each with its best options.
 
         Args:
             below: seconds that a candidate must beat to be of interest.
             pareto: keep the whole frontier of time and memory, out to `REACH` x the fastest.
+            effort: step times after which no further cell is opened; the most promising come first.
         """
         results = Results(wanted, self.space.config.hardware.memory_gb * GB)
 
@@ -167,7 +170,7 @@ class Search:
             return pareto and results.widens(seconds, size)
 
         for cell in self.cells():
-            if not useful(cell.bound, 0.0):
+            if not useful(cell.bound, 0.0) or self.evaluated >= effort:
                 break
             self._open(cell, results, useful)
         return results
