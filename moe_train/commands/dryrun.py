@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_train.commands.common import check_imbalance
-from moe_train.errors import EXIT_FINISHED, ConfigError
+from moe_train.errors import EXIT_FINISHED, ConfigError, ConfigFaults
 from moe_train.parallel.layout import Layout
 
 EXAMPLES = """examples:
@@ -49,6 +49,7 @@ def dryrun_main(argv: Sequence[str]) -> int:
     refuse_unwritable("--json", args.json)
 
     from moe_train.config.compose import collect
+    from moe_train.planner.plan_only import plan_only
     from moe_train.planner.resolution import resolve_run
 
     config, faults = collect(args.overrides)
@@ -68,6 +69,8 @@ def dryrun_main(argv: Sequence[str]) -> int:
     )
 
     layout = plans[0].layout
+    if refused := plan_only(plans[0].config):
+        raise ConfigFaults(refused)
     if plans[0].config.parallel.overlap_expert_comm:
         raise ConfigError(
             "parallel.overlap_expert_comm",

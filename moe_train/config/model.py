@@ -85,6 +85,23 @@ class ModelConfig:
     """Inner width of a SwiGLU expert."""
     shared_expert_hidden: Annotated[NonNegativeInteger, Field(le=2**24)] = 0
     """Inner width of the always-active shared expert; 0 is none."""
+    dense_layers: NonNegativeInteger = 0
+    """First layers with a dense SwiGLU in place of router and experts. Planned only."""
+    dense_hidden: Annotated[NonNegativeInteger, Field(le=2**24)] = 0
+    """Inner width of the SwiGLU of dense layers."""
+    mtp_layers: Annotated[NonNegativeInteger, Field(le=16)] = 0
+    """Multi-token-prediction layers behind the last one (DeepSeek-V3). Planned only."""
+    kv_lora_rank: Width | None = None
+    """Latent width of keys and values: multi-latent attention (DeepSeek-V2); null is grouped-query
+    attention. Planned only."""
+    q_lora_rank: Width | None = None
+    """Latent width of queries with kv_lora_rank; null projects them from the hidden state."""
+    qk_nope_head_dim: Width = 128
+    """Width of a query or key head that is not rotated, with kv_lora_rank."""
+    qk_rope_head_dim: Width = 64
+    """Width of a query head, and of the one key, that is rotated, with kv_lora_rank."""
+    v_head_dim: Width = 128
+    """Width of a value head with kv_lora_rank."""
     vocab: Tokens | None = None
     """Vocabulary size; null is the tokenizer's. Rows are padded as in Megatron."""
     vocab_multiple: Tokens = 128
@@ -103,23 +120,40 @@ class ModelConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
 
     @property
+    def latent(self) -> bool:
+        """Whether attention is multi-latent."""
+        return self.kv_lora_rank is not None
+
+    @property
     def kv_channels(self) -> int:
-        """Width of an attention head, by Megatron's name for it."""
+        """Width of an attention head, by Megatron's name for it; the rotated part of a latent
+        one.
+        """
+        if self.latent:
+            return self.qk_rope_head_dim
         return self.head_dim or self.hidden // self.heads
 
     @property
     def num_query_groups(self) -> int:
         """Key/value heads, by Megatron's name for them."""
-        return self.kv_heads or self.heads
+        return self.heads if self.latent else self.kv_heads or self.heads
 
     @property
     def query_width(self) -> int:
         """Columns of Q, all heads."""
-        return self.heads * self.kv_channels
+        each = self.qk_nope_head_dim + self.qk_rope_head_dim if self.latent else self.kv_channels
+        return self.heads * each
+
+    @property
+    def output_width(self) -> int:
+        """Columns that attention hands to its output projection, all heads."""
+        return self.heads * self.v_head_dim if self.latent else self.query_width
 
     @property
     def kv_width(self) -> int:
-        """Columns of K, and of V."""
+        """Columns of K, and of V; their mean, where latent attention's differ."""
+        if self.latent:
+            return (self.query_width + self.output_width) // 2
         return self.num_query_groups * self.kv_channels
 
     @property
@@ -131,3 +165,35 @@ class ModelConfig:
             "full": (self.query_width, self.kv_width),
         }
         return widths[self.qk_norm]
+
+    @property
+    def latent_width(self) -> int:
+        """Columns of multi-latent attention's down-projections; 0 without."""
+        if self.kv_lora_rank is None:
+            return 0
+        return (self.q_lora_rank or 0) + self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def projection_weights(self) -> int:
+        """Weights of a layer's attention that tensor parallelism splits: the projections, and of
+        multi-latent attention those up from the latents (DeepSeek-V2, arXiv:2405.04434, section
+        2.1).
+        """
+        out = self.output_width * self.hidden
+        if self.kv_lora_rank is None:
+            return self.hidden * (self.query_width + 2 * self.kv_width) + out
+        up = self.kv_lora_rank * self.heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return (self.q_lora_rank or self.hidden) * self.query_width + up + out
+
+    @property
+    def latent_weights(self) -> int:
+        """Weights of the down-projections to the latents and of their norms, whole on every rank
+        (Megatron's ``linear_q_down_proj`` and ``linear_kv_down_proj``).
+        """
+        norms = (self.q_lora_rank or 0) + (self.kv_lora_rank or 0)
+        return self.hidden * self.latent_width + norms
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers with experts, multi-token prediction's included."""
+        return self.layers - self.dense_layers + self.mtp_layers

@@ -34,6 +34,9 @@ class ParallelConfig:
     """Model chunks per stage (interleaved 1F1B); null or 1 is plain 1F1B."""
     schedule: ScheduleName = "auto"
     """Pipeline schedule; auto is the one of virtual_pipeline and placement."""
+    stages: Text = ""
+    """Layers of each chunk of each stage in Megatron's notation, such as Ett|(ttt|)*6tL (E
+    embedding, t layer, m multi-token prediction, L loss); empty deals them evenly. Planned only."""
     context: PositiveInteger | None = None
     """Context-parallel ranks: each holds part of every sequence."""
     expert: PositiveInteger | None = None
@@ -60,7 +63,9 @@ class ParallelConfig:
 
 _RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
 
-RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts"]
+RecomputeModule = Literal[
+    "core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"
+]
 
 
 @dataclass(frozen=True)

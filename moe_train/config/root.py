@@ -72,4 +72,4 @@ class Config:
         Raises:
             ConfigError: ``recompute.layers`` is malformed or names a layer that does not exist.
         """
-        return self.recompute.selected(self.model.layers)
+        return self.recompute.selected(self.model.layers + self.model.mtp_layers)

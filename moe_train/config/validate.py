@@ -49,7 +49,23 @@ def _hardware(config: Config) -> Iterable[ConfigError]:
 
 def _model(config: Config) -> Iterable[ConfigError]:
     model = config.model
-    if model.head_dim is None and model.hidden % model.heads:
+    if model.dense_layers >= model.layers:
+        yield ConfigError(
+            "model.dense_layers",
+            f"{model.dense_layers} leave no layer with experts",
+            f"at most {model.layers - 1}",
+        )
+    if bool(model.dense_layers) != bool(model.dense_hidden):
+        yield ConfigError(
+            "model.dense_hidden",
+            f"{model.dense_hidden} with model.dense_layers={model.dense_layers}",
+            "set both or neither",
+        )
+    if model.q_lora_rank and not model.latent:
+        yield ConfigError(
+            "model.q_lora_rank", "belongs to multi-latent attention", "set model.kv_lora_rank"
+        )
+    if model.head_dim is None and not model.latent and model.hidden % model.heads:
         legal = [h for h in range(1, model.hidden + 1) if model.hidden % h == 0]
         legal.sort(key=lambda h: abs(h - model.heads))
         yield ConfigError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from moe_train.config.model import ModelConfig
+from moe_train.parallel.parameters import mtp_parameters
 
 MULTIPLY_ADD = 2
 FORWARD_AND_BACKWARD = 3
@@ -32,8 +33,10 @@ class FlopsPerToken:
     """SwiGLU of the k chosen experts."""
     shared_expert: float
     """SwiGLU of the shared expert."""
+    feed_forward: float
+    """SwiGLU of dense layers, and the projections of multi-token prediction."""
     head: float
-    """Output logits."""
+    """Output logits, of every predicted token."""
 
     @property
     def total(self) -> float:
@@ -49,15 +52,19 @@ def flops_per_token(model: ModelConfig, sequence: int, vocab: int) -> FlopsPerTo
         sequence: tokens per sequence (T); scores grow with it.
         vocab: rows of the output head; the useful ones, without padding.
     """
-    per_layer = FORWARD_AND_BACKWARD * MULTIPLY_ADD * model.layers
+    weight = FORWARD_AND_BACKWARD * MULTIPLY_ADD  # of one weight that a token passes
     swiglu = 3 * model.hidden  # gate, up and down matrices, per unit of inner width
+    layers, moe = model.layers + model.mtp_layers, weight * model.moe_layers
+    latent = model.hidden * model.latent_width
+    joined = model.mtp_layers * mtp_parameters(model)[0]
     return FlopsPerToken(
-        projections=per_layer * model.hidden * (2 * model.query_width + 2 * model.kv_width),
-        scores=per_layer * 2 * model.query_width * (sequence + 1) / 2,
-        router=per_layer * model.hidden * model.experts,
-        experts=per_layer * model.experts_per_token * swiglu * model.expert_hidden,
-        shared_expert=per_layer * swiglu * model.shared_expert_hidden,
-        head=FORWARD_AND_BACKWARD * MULTIPLY_ADD * model.hidden * vocab,
+        projections=weight * layers * (model.projection_weights + latent),
+        scores=weight * layers * (model.query_width + model.output_width) * (sequence + 1) / 2,
+        router=moe * model.hidden * model.experts,
+        experts=moe * model.experts_per_token * swiglu * model.expert_hidden,
+        shared_expert=moe * swiglu * model.shared_expert_hidden,
+        feed_forward=weight * (model.dense_layers * swiglu * model.dense_hidden + joined),
+        head=weight * (1 + model.mtp_layers) * model.hidden * vocab,
     )
 
 

@@ -16,6 +16,7 @@ from itertools import product
 from typing import NamedTuple
 
 from moe_train.config.types import Placement
+from moe_train.parallel.stages import text_of
 
 
 class GroupKind(NamedTuple):
@@ -107,6 +108,10 @@ class Layout:
     placement: Placement = "stage"
     layers: int = 0
     experts: int = 0
+    stages: tuple[int, ...] = ()
+    """Layers of each slot (chunk c of stage s is slot c x pipeline + s); empty is an even share."""
+    mtp_layers: int = 0
+    """Multi-token-prediction layers, numbered after `layers`, in the last slot."""
 
     @property
     def span(self) -> bool:
@@ -209,6 +214,11 @@ class Layout:
             f"parallel.expert={self.expert}",
             *([f"parallel.expert_tensor={self.expert_tensor}"] if self.expert_tensor > 1 else []),
             f"parallel.placement={self.placement}",
+            *(
+                [f"parallel.stages='{text_of(self.stages, self.mtp_layers)}'"]
+                if self.stages
+                else []
+            ),
         ]
 
     def coordinates(self, rank: int) -> Coordinates:
@@ -285,12 +295,16 @@ class Layout:
         ``get_transformer_layer_offset``): chunk c of stage s starts after
         c * layers / chunks + s * layers / (chunks * stages) layers.
         """
-        per_chunk = self.layers // (self.pipeline * self.virtual_pipeline)
+        slots = self.pipeline * self.virtual_pipeline
+        dealt = self.stages or (self.layers // slots,) * slots
         chunks = range(self.virtual_pipeline) if chunk is None else (chunk,)
         layers: list[int] = []
         for index in chunks:
-            first = index * (self.layers // self.virtual_pipeline) + stage * per_chunk
-            layers.extend(range(first + 1, first + per_chunk + 1))
+            slot = index * self.pipeline + stage
+            first = sum(dealt[:slot])
+            layers.extend(range(first + 1, first + dealt[slot] + 1))
+            if slot == slots - 1:
+                layers.extend(range(self.layers + 1, self.layers + self.mtp_layers + 1))
         return layers
 
     def local_experts(self, rank: int) -> range:

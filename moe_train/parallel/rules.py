@@ -17,6 +17,7 @@ from moe_train.features.dispatchers import DISPATCHERS, SPAN
 from moe_train.features.schedules import SCHEDULES, schedule_of
 from moe_train.parallel.layout import Layout, divisors
 from moe_train.parallel.parameters import padded_vocab
+from moe_train.parallel.stages import stages_faults
 
 
 def layout_faults(config: Config, layout: Layout) -> Iterator[ConfigError]:
@@ -111,6 +112,8 @@ def _span_layout(layout: Layout) -> Iterator[ConfigError]:
         )
     if layout.context != 1:
         yield ConfigError("parallel.context", "span keeps sequences whole", "parallel.context=1")
+    if layout.stages:
+        yield ConfigError("parallel.stages", "span deals layers evenly", "parallel.stages=''")
 
 
 def _indivisible(
@@ -164,6 +167,14 @@ def _model_shapes(config: Config, layout: Layout) -> Iterator[ConfigError]:
             "model.expert_hidden",
             model.expert_hidden,
         )
+    if model.dense_hidden % tensor:
+        yield _indivisible("parallel.tensor", tensor, "model.dense_hidden", model.dense_hidden)
+    if layout.span and (model.dense_layers or model.mtp_layers):
+        yield ConfigError(
+            "parallel.placement",
+            "span needs the same experts in all layers: no model.dense_layers or mtp_layers",
+            "parallel.placement=stage",
+        )
     if model.shared_expert_hidden % tensor:
         yield _indivisible(
             "parallel.tensor", tensor, "model.shared_expert_hidden", model.shared_expert_hidden
@@ -187,7 +198,9 @@ def _experts(layout: Layout, experts: int, dealt: int) -> ConfigError:
 
 def _pipeline(config: Config, layout: Layout) -> Iterator[ConfigError]:
     stages, chunks, layers = layout.pipeline, layout.virtual_pipeline, config.model.layers
-    if layers % stages:
+    if dealt := config.parallel.stages:
+        yield from stages_faults(dealt, config.model, stages * chunks)
+    elif layers % stages:
         yield _indivisible("parallel.pipeline", stages, "model.layers", layers)
     elif chunks > 1 and stages == 1:
         yield ConfigError(

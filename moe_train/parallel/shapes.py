@@ -8,7 +8,10 @@ Letters in formulas, here and in all modules that count bytes:
     A = S B / c       tokens that attention and head see, gathered over TP
     K                 experts a token is sent to; N K routed rows leave a rank
     R                 rows that a rank's experts receive, on average N K x, times imbalance
-    H hidden, Q query and G key/value width on a rank, D head width, n heads on a rank
+    H hidden, Q query and G key/value width on a rank, D rotated head width, n heads on a rank
+    U width that attention hands to its output projection on a rank, Q without latents
+    P weights of attention's projections that a rank holds its share of, H (Q + 2 G) + U H
+    C columns of multi-latent attention's down-projections, whole on every rank; 0 without
     E experts of a layer, F expert width on a rank (f / x), W shared width on a rank
     V vocabulary rows on a rank, b bytes of the compute dtype
     w bytes of a row packed for the spanning exchange
@@ -16,7 +19,7 @@ Letters in formulas, here and in all modules that count bytes:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_train.config.root import Config
 from moe_train.parallel.layout import Layout
@@ -54,6 +57,9 @@ class Shapes:
     Q: int
     G: int
     D: int
+    U: int
+    P: int
+    C: int
     n: int
     E: int
     F: int
@@ -73,6 +79,13 @@ class Shapes:
         H b + 4 up to the next multiple of 16.
         """
         return -(-(self.H * self.b + 4) // 16) * 16
+
+    def dense(self, width: int) -> Shapes:
+        """The shapes of a layer without router and experts, whose SwiGLU is `width` wide in all.
+
+        It has the place of a shared expert: W is its width on a rank.
+        """
+        return replace(self, E=0, K=0, R=0.0, F=0, W=width // self.t, local_experts=0)
 
 
 def capacity_factor(config: Config, assumptions: Assumptions) -> float:
@@ -94,6 +107,7 @@ def shapes(config: Config, layout: Layout, vocab: int, assumptions: Assumptions)
     attended = config.data.sequence * config.batch.micro // layout.context
     tokens = attended // tensor
     factor = capacity_factor(config, assumptions)
+    query, keys = model.query_width // tensor, max(model.kv_width // tensor, model.kv_channels)
     # A rank with fewer experts than all of them receives as many rows as it sends, on average.
     rows = tokens * model.experts_per_token * layout.expert_tensor
     return Shapes(
@@ -103,9 +117,12 @@ def shapes(config: Config, layout: Layout, vocab: int, assumptions: Assumptions)
         K=model.experts_per_token,
         R=rows * (factor if layout.expert > 1 or model.router.pad_to_capacity else 1.0),
         H=model.hidden,
-        Q=model.query_width // tensor,
-        G=max(model.num_query_groups // tensor, 1) * model.kv_channels,
+        Q=query,
+        G=keys,
         D=model.kv_channels,
+        U=model.output_width // tensor,
+        P=model.projection_weights // tensor if model.latent else model.hidden * 2 * (query + keys),
+        C=model.latent_width,
         n=model.heads // tensor,
         E=model.experts,
         F=model.expert_hidden // layout.expert_tensor,

@@ -10,6 +10,7 @@ from moe_train.config.root import Config
 from moe_train.config.types import Placement
 from moe_train.parallel.layout import Layout, divisors
 from moe_train.parallel.rules import layout_faults
+from moe_train.parallel.stages import layers_of, text_of
 
 
 def default_expert(
@@ -49,6 +50,8 @@ def layout_of(config: Config, world: int) -> Layout:
         placement=placement,
         layers=model.layers,
         experts=model.experts,
+        stages=layers_of(parallel.stages),
+        mtp_layers=model.mtp_layers,
     )
 
 
@@ -64,6 +67,7 @@ def with_layout(config: Config, layout: Layout) -> Config:
         expert=layout.expert,
         expert_tensor=layout.expert_tensor,
         placement=layout.placement,
+        stages=text_of(layout.stages, layout.mtp_layers) if layout.stages else "",
     )
     return replace(config, parallel=parallel)
 

@@ -53,6 +53,14 @@ class Plan(ResolvedRun):
         """Sizes of one micro-batch on one rank."""
         return shapes(self.config, self.layout, self.vocab, self.assumptions)
 
+    @cached_property
+    def _dense_shapes(self) -> Shapes:
+        return self.shapes.dense(self.config.model.dense_hidden)
+
+    def layer_shapes(self, number: int) -> Shapes:
+        """`shapes` in layer `number` (1-based), which is dense or has experts."""
+        return self._dense_shapes if number <= self.config.model.dense_layers else self.shapes
+
     def parameters(self, stage: int) -> RankParameters:
         """Parameters on each rank of pipeline stage `stage` (0-based): all have as many."""
         rank = self.layout.stage_ranks(stage)[0]

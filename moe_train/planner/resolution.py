@@ -21,6 +21,7 @@ from moe_train.planner.machine.experiment import (
 )
 from moe_train.planner.machine.profiles import unknown_device_warning
 from moe_train.planner.memory.fit import launch_fault, unmodelled_overrides
+from moe_train.planner.plan_only import plan_only, plan_only_notes
 from moe_train.planner.ranking import resolve
 
 Composed = tuple[Config, list[ConfigError]]
@@ -66,7 +67,7 @@ def resolve_run(
         faults.extend(dtype_faults(config))
     if faults:
         raise ConfigFaults(faults)
-    return resolved_run(config, world)
+    return resolved_run(config, world).with_notes(plan_only_notes(config))
 
 
 def resolve_launch(
@@ -78,10 +79,12 @@ def resolve_launch(
     """As `resolve_run`, for a run that is to start on these devices now: it must fit them.
 
     Raises:
-        ConfigFaults: as `resolve_run`.
+        ConfigFaults: as `resolve_run`, and what can only be planned.
         ConfigError: the plan does not fit the GPUs' memory.
     """
     run = resolve_run(overrides, world, facts, composed)
+    if refused := plan_only(run.config):
+        raise ConfigFaults(refused)
     notes = [*facts.notes, *per_rank_options(run.config, run.layout).values()]
     if facts.kind != "cpu":
         notes += filter(None, [unknown_device_warning(run.config.hardware)])

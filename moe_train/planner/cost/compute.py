@@ -67,14 +67,14 @@ def _scores(config: Config, z: Shapes) -> Part:
     arXiv:2307.08691, section 4.1), since it computes the scores again.
     """
     hardware, pairs = config.hardware, z.A * (config.data.sequence + 1) / 2
-    flops = 2 * 2 * pairs * z.Q
+    flops = 2 * pairs * (z.Q + z.U)
     once = flops / max(peak_flops(config) * hardware.attention_efficiency, 1.0)
     softmax = 0.0
     if hardware.attention_exp_gops:
         # Small heads have few products for each exponential (FlashAttention-3,
         # arXiv:2407.08608, section 3.2).
         softmax = pairs * z.n / (hardware.attention_exp_gops * 1e9)
-    return Part("scores", flops, once + softmax, 2.5 * (once + softmax), "2 A Q (S + 1), causal")
+    return Part("scores", flops, once + softmax, 2.5 * (once + softmax), "A (Q + U) (S + 1)")
 
 
 def _accumulated(config: Config, z: Shapes, weights: float) -> float:
@@ -124,14 +124,17 @@ def _written_bytes(z: Shapes) -> int:
 def dense_parts(config: Config, z: Shapes) -> list[Part]:
     """Attention, norms, router and shared expert of one layer, forward."""
     hardware = config.hardware
-    width = 2 * z.Q + 2 * z.G
     parts = [
-        _product(config, z, "projections", 2 * z.A * z.H * width, hardware.gemm_efficiency,
-                 z.H * width, "2 A H (2 Q + 2 G)"),
+        _product(config, z, "projections", 2 * z.A * z.P, hardware.gemm_efficiency, z.P, "2 A P"),
         _scores(config, z),
         _product(config, z, "router", 2 * z.N * z.H * z.E, hardware.gemm_efficiency / 2,
                  z.H * z.E, "2 N H E, in fp32"),
     ]  # fmt: skip
+    if z.C:
+        parts.append(
+            _product(config, z, "latents", 2 * z.N * z.H * z.C, hardware.gemm_efficiency,
+                     z.H * z.C, "2 N H C")
+        )  # fmt: skip
     if z.W:
         parts.append(
             _product(config, z, "shared expert", 6 * z.A * z.H * z.W, hardware.gemm_efficiency,

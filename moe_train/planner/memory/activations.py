@@ -44,7 +44,8 @@ def dense_terms(z: Shapes) -> list[Term]:
         *_qk_norm(z),
         Term("rotated Q and K", z.A * (z.Q + z.G) * z.b, "A (Q + G) b", MEGATRON),
         Term("rotary tables", 4 * z.T * z.D * z.b, "4 T D b", MEGATRON),
-        Term("attention output", z.A * z.Q * z.b, "A Q b", KORTHIKANTI),
+        *_latents(z),
+        Term("attention output", z.A * z.U * z.b, "A U b", KORTHIKANTI),
         Term("attention log-sum", z.A * z.n * 4, "4 A n", "FlashAttention, arXiv:2205.14135"),
         *_norm("MoE norm", z),
         Term("router and expert input", z.N * z.H * z.b, "N H b", MEGATRON),
@@ -74,6 +75,13 @@ def _qk_norm(z: Shapes) -> list[Term]:
     size = z.A * (8 * z.Q + key * z.G) + scales
     formula = f"A (8 Q + {formula} + 4 n + 4 G / D)"
     return [Term("QK norm", size, formula, TORCH + ": two fp32 copies")]
+
+
+def _latents(z: Shapes) -> list[Term]:
+    if not z.C:
+        return []
+    # The down-projections' results, and the latents behind their norms, gathered over TP.
+    return [Term("latents", (z.N + z.A) * z.C * z.b, "(N + A) C b", MEGATRON)]
 
 
 def _shared(z: Shapes) -> list[Term]:

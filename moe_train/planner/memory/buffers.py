@@ -86,7 +86,7 @@ def _chunk(
     tied = model.tied_embeddings and layout.pipeline > 1
     if first:
         yield Parameter(rows, shared=tied)
-    for _ in range(len(layout.stage_layers(stage)) // layout.virtual_pipeline):
+    for _ in layout.stage_layers(stage, chunk):
         yield Parameter(hidden)
         yield Parameter(query * hidden // tensor)
         yield Parameter((query + 2 * groups) * hidden // tensor)

@@ -22,6 +22,7 @@ SELECTIVE = {
     "core_attn": ("attention output", "attention log-sum"),
     "layernorm": ("QKV input", "router and expert input"),
     "moe_act": ("fc2 input",),
+    "mla_up_proj": ("QKV", "rotated Q and K"),
     "shared_experts": ("shared expert fc1 output", "shared expert fc2 input"),
     "moe": (
         "router scores", "permutation map", "permutation", "combined rows", "expert input",

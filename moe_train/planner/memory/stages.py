@@ -91,7 +91,10 @@ def stage_memory(plan: Plan, stage: int) -> StageMemory:
     modules, recomputed = config.recompute.modules, config.recomputed_layers
     layers = layout.stage_layers(stage)
     saved = [
-        total(saved_terms(z, recomputed=number in recomputed, modules=modules)) for number in layers
+        total(
+            saved_terms(plan.layer_shapes(number), recomputed=number in recomputed, modules=modules)
+        )
+        for number in layers
     ]
     first = stage == 0
     ends = total(embedding_terms(z)) * first / layout.virtual_pipeline
@@ -131,15 +134,15 @@ def _moments(plan: Plan, stage: int, saved: list[float], floor: float) -> Iterat
     always = [*([messages] if layout.pipeline > 1 else []), *persistent_buffers(z)]
     yield Moment("end of the forward pass", floor, (*forward_buffers(z), *always))
     if stage == layout.pipeline - 1:
-        head = total(head_terms(z))
+        head = total(head_terms(z)) * (1 + plan.config.model.mtp_layers)
         for phase in loss_phases(z):
             yield Moment(phase.name, floor + head, (*phase.terms, *always))
     layers = layout.stage_layers(stage)
-    chunk = len(layers) // layout.virtual_pipeline
+    chunk = len(layout.stage_layers(stage, layout.virtual_pipeline - 1))
     freed, done = 0.0, 0
     # The last chunk runs backward first; its layers free what they saved one after the other.
-    for number, size in reversed(list(zip(layers, saved, strict=True))[-chunk:]):
-        recomputed = number in whole
+    for number, size in reversed(list(zip(layers, saved, strict=True))[len(layers) - chunk :]):
+        recomputed, z = number in whole, plan.layer_shapes(number)
         again = recomputed_terms(z, recomputed=recomputed, modules=modules)
         alive = [*again, *saved_terms(z, recomputed=recomputed, modules=modules)]
         alive += owner_terms(z, modules) if layout.span else []
