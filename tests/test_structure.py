@@ -32,6 +32,7 @@ LAYER = {
     "train": 6,
     "checkpoint": 6,
     "callbacks": 7,
+    "inference": 7,
     "convert": 7,
     "run": 8,
     "measure": 9,
