@@ -134,7 +134,7 @@ def entries() -> tuple[Entry, ...]:
     Raises:
         ValueError: a file with an unknown key, a value of another type, or two rows of one name.
     """
-    results: list[Entry] = []
+    found: list[Entry] = []
     for path in sorted(FOLDER.glob("*.yaml")):
         if path.name == MODELS:
             continue
@@ -147,11 +147,11 @@ def entries() -> tuple[Entry, ...]:
             if values["routing"] == "natural":
                 values.setdefault("unscored", NATURAL)
             run = TypeAdapter(Run).validate_python(values)
-            results.append(Entry(run, models()[run.model], source, path.name))
-    names = [one.run.id for one in results]
+            found.append(Entry(run, models()[run.model], source, path.name))
+    names = [one.run.id for one in found]
     if len(set(names)) < len(names):
         raise ValueError(f"two rows of one name among {sorted(names)}")
-    return tuple(results)
+    return tuple(found)
 
 
 def scored() -> tuple[Entry, ...]:

@@ -17,10 +17,6 @@ from moe_train.config.types import (
     Text,
 )
 
-CONTEXT_GB = 1.5
-"""The part of ``reserved_gb`` that a single rank has as well: the driver's context and kernels'
-workspaces. Assumed."""
-
 
 @dataclass(frozen=True)
 class HardwareConfig:
@@ -35,20 +31,32 @@ class HardwareConfig:
     memory_gb: PositiveNumber = 24.0
     """Memory of one device in GB (1e9 bytes)."""
     reserved_gb: NonNegativeNumber = 0.0
-    """Memory outside of tensors in a run of several ranks, in GB: driver context, kernels'
-    workspaces, communicators."""
+    """Memory of driver, context and communication buffers in GB."""
     peak_tflops: dict[Text, PositiveNumber] = field(default_factory=dict)
     """Dense peak per dtype (fp32, bf16, fp8) in TFLOP/s."""
     memory_gbps: NonNegativeNumber = 0.0
     """Device memory bandwidth in GB/s."""
     intra_node_gbps: NonNegativeNumber = 0.0
     """Bandwidth between two devices of a node, one direction, GB/s."""
+    paired_links: Bool = False
+    """Whether each pair of a node's devices has a link of intra_node_gbps of its own, so that a
+    device sends to all others at once; otherwise a device sends that much in all, by a switch."""
+    fast_domain: NonNegativeInteger = 0
+    """Devices that share fast links where that is more than a node's (NVLink over nodes); 0:
+    devices_per_node."""
     inter_node_gbps: NonNegativeNumber = 0.0
     """Bandwidth per device between nodes, one direction, GB/s."""
+    intra_message_kb: NonNegativeNumber = 0.0
+    """Message to one peer of a node that reaches half of the links' bandwidth, in kB."""
+    inter_message_kb: NonNegativeNumber = 0.0
+    """The same between nodes."""
     gemm_efficiency: Fraction = 0.7
     """Share of peak_tflops that large matrix products reach."""
     grouped_efficiency: Fraction = 0.6
-    """The same for grouped expert products."""
+    """The same for grouped expert products of many rows an expert."""
+    tile_rows: NonNegativeInteger = 0
+    """Rows of a tile of grouped products: each expert's last tile is half empty on average; 0: no
+    loss with few rows."""
     attention_efficiency: Fraction = 0.5
     """The same for fused attention; with ``attention_exp_gops``, of its products alone."""
     attention_exp_gops: NonNegativeNumber = 0.0
@@ -63,6 +71,12 @@ class HardwareConfig:
     message_us: NonNegativeNumber = 0.0
     """Latency of each step of a ring collective in microseconds: n - 1 steps on n ranks, twice as
     many for an all-reduce."""
+    launch_us: NonNegativeNumber = 0.0
+    """Time of the host to start one kernel in microseconds; a layer takes the longer of its kernels
+    and of their launches. 0: launches take the device's own time (layer_overhead_us)."""
+    overlap_share: Annotated[NonNegativeNumber, Field(lt=1)] = 0.0
+    """Share of a device's multiprocessors that communication takes while it overlaps with
+    compute."""
     layer_overhead_us: NonNegativeNumber = 0.0
     """Overhead of kernel launches in a layer's forward pass in microseconds; a backward pass has it
     twice."""
@@ -84,9 +98,10 @@ class HardwareConfig:
     sources: dict[Text, Text] = field(default_factory=dict)
     """Source of each number, or \"assumed\"."""
 
-    def outside_gb(self, world: int) -> float:
-        """Memory outside of tensors on each of `world` ranks, in GB."""
-        return self.reserved_gb if world > 1 else min(self.reserved_gb, CONTEXT_GB)
+    @property
+    def fast_devices(self) -> int:
+        """Consecutive ranks that fast links join."""
+        return self.fast_domain or self.devices_per_node
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from math import comb
 from typing import Any
 
 COUNT, PROBABILITY = 8, 4
@@ -34,6 +36,8 @@ class Collective:
     backward: int = 1
     unpadded: bool = False
     """Only without model.router.pad_to_capacity, under which every count is known."""
+    routed: bool = False
+    """Whether its bytes follow the routing, so that all ranks wait for the busiest one."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,35 @@ class Dispatcher:
     """Whether Megatron's combined 1F1B hides it (parallel.overlap_expert_comm)."""
     fused_permutation: bool = False
     """Whether it needs TransformerEngine's permutation."""
+    launches: tuple[int, int] = (17, 25)
+    """Kernels of a forward and of a backward pass, permutations included: counted in
+    token_dispatcher.py with TransformerEngine's fused permutation."""
+
+
+@lru_cache(maxsize=1024)
+def reached(parts: int, experts: int, chosen: int, groups: int = 0, taken: int = 0) -> float:
+    """Share of tokens with an expert in one of `parts` equal parts of all experts.
+
+    `chosen` of `experts` are drawn at random; with group-limited routing out of `taken` of `groups`
+    equal groups, themselves drawn at random. Hypergeometric.
+    """
+    if not groups:
+        return 1.0 - _missed(experts, experts // parts, chosen)
+    # Of a part's experts as many can be chosen as lie in chosen groups: a part is some whole
+    # groups, or lies in one.
+    inside = max(groups // parts, 1)
+    each = min(experts // groups, experts // parts)
+    total = comb(groups, taken)
+    share = 0.0
+    for hit in range(1, min(inside, taken) + 1):
+        ways = comb(inside, hit) * comb(groups - inside, taken - hit) / total
+        share += ways * (1.0 - _missed(experts // groups * taken, hit * each, chosen))
+    return share
+
+
+def _missed(experts: int, there: int, chosen: int) -> float:
+    """Chance that none of `chosen` of `experts` is among `there`."""
+    return comb(experts - there, chosen) / comb(experts, chosen)
 
 
 def _rows(z: Any, _: int) -> float:
@@ -69,7 +102,9 @@ def _scores(z: Any, _: int) -> float:
     return float(z.R * PROBABILITY)
 
 
-_BACK = Collective("experts, rows back", "all_to_all", "ep", "combine", _rows, "N K H b")
+_BACK = Collective(
+    "experts, rows back", "all_to_all", "ep", "combine", _rows, "N K H b", routed=True
+)
 _TENSOR = "expert tensor parallel"
 # Rows, as many as were routed, are shared by the ranks that hold parts of the same experts.
 _EXPERT_TENSOR = (
@@ -103,9 +138,10 @@ DISPATCHERS = {
             collectives=(
                 Collective("experts, counts", "all_gather", "tp_ep", "dispatch",
                            lambda z, ranks: ranks * z.E * COUNT, "8 E e x", 1, 0, unpadded=True),
-                Collective("experts, rows out", "all_to_all", "ep", "dispatch", _rows, "N K H b"),
+                Collective("experts, rows out", "all_to_all", "ep", "dispatch", _rows, "N K H b",
+                           routed=True),
                 Collective("experts, probabilities", "all_to_all", "ep", "dispatch",
-                           lambda z, _: z.N * z.K * PROBABILITY, "4 N K"),
+                           lambda z, _: z.N * z.K * PROBABILITY, "4 N K", routed=True),
                 _BACK,
                 *_EXPERT_TENSOR,
             ),
@@ -134,15 +170,19 @@ DISPATCHERS = {
         ),
         Dispatcher(
             name="flex",
-            about="DeepEP: one kernel sends rows with their probabilities and counts by itself",
+            about="DeepEP or HybridEP: one kernel sends a row once to each node, with its "
+            "probabilities",
             megatron="flex",
             pads=False,
             single=False,
             fused_permutation=True,
+            launches=(9, 17),
             collectives=(
-                Collective("experts, rows out", "all_to_all", "ep", "dispatch",
-                           lambda z, _: z.N * z.K * (z.H * z.b + PROBABILITY), "N K (H b + 4)"),
-                _BACK,
+                Collective("experts, rows out", "once_a_node", "ep", "dispatch",
+                           lambda z, _: z.N * (z.H * z.b + z.K * PROBABILITY),
+                           "N (H b + 4 K), to each node with an expert", routed=True),
+                Collective("experts, rows back", "once_a_node", "ep", "combine",
+                           lambda z, _: z.N * z.H * z.b, "N H b, from each node", routed=True),
                 *_EXPERT_TENSOR,
             ),
         ),
@@ -159,8 +199,9 @@ SPAN = Dispatcher(
                    lambda z, _: z.E * COUNT, "8 E", 1, 0),
         Collective("experts, rows and probabilities", "all_to_all", "ep", "dispatch",
                    lambda z, _: z.N * z.K * z.packed_row,
-                   "N K (H b + 4), rows in multiples of 16"),
-        Collective("experts, results", "all_to_all", "ep", "combine", _rows, "N K H b"),
+                   "N K (H b + 4), rows in multiples of 16", routed=True),
+        Collective("experts, results", "all_to_all", "ep", "combine", _rows, "N K H b",
+                   routed=True),
     ),
 )  # fmt: skip
 

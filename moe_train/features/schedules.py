@@ -23,9 +23,7 @@ class Pipeline(NamedTuple):
     chunks: int = 1
     """v, model chunks of a stage (parallel.virtual_pipeline)."""
     delay: int = 0
-    """Passes (under span: ticks, see `ticks`) by which backward passes come later, so that a
-    forward and a backward pass that run side by side never depend on each other: 1 where the
-    expert exchange overlaps (``parallel.overlap_expert_comm``), else 0."""
+    """Ticks by which the backward passes of span come later, see `ticks`."""
 
 
 class Pass(NamedTuple):
@@ -81,7 +79,7 @@ def _order(pipeline: Pipeline, stage: int, table: list[tuple[int, int]], ahead: 
 
 def _1f1b(pipeline: Pipeline, stage: int) -> list[Pass]:
     table = [(batch, 0) for batch in range(pipeline.microbatches)]
-    return _order(pipeline, stage, table, pipeline.stages - stage - 1 + pipeline.delay)
+    return _order(pipeline, stage, table, pipeline.stages - stage - 1)
 
 
 def interleaved_table(pipeline: Pipeline) -> list[tuple[int, int]]:
@@ -96,8 +94,7 @@ def interleaved_table(pipeline: Pipeline) -> list[tuple[int, int]]:
 
 
 def _interleaved_ahead(pipeline: Pipeline, stage: int) -> int:
-    between = 2 * (pipeline.stages - stage - 1)
-    return between + (pipeline.chunks - 1) * pipeline.stages + pipeline.delay
+    return 2 * (pipeline.stages - stage - 1) + (pipeline.chunks - 1) * pipeline.stages
 
 
 def _interleaved(pipeline: Pipeline, stage: int) -> list[Pass]:
@@ -113,17 +110,14 @@ def _gpipe(pipeline: Pipeline, stage: int) -> list[Pass]:
 SCHEDULES = {
     one.name: one
     for one in (
-        # Narayanan et al., arXiv:2104.04473, section 2.2.1. With a delay, Megatron-Core's combined
-        # 1F1B, which it has for one stage (combined_1f1b_schedule_for_no_pipelining): the forward
-        # pass of the next micro-batch runs beside each backward pass.
+        # Narayanan et al., arXiv:2104.04473, section 2.2.1.
         PipelineSchedule(
             name="1f1b",
             title="1F1B",
             order=_1f1b,
-            in_flight=lambda p, stage: min(p.stages - stage + p.delay, p.microbatches),
+            in_flight=lambda p, stage: min(p.stages - stage, p.microbatches),
         ),
-        # The same paper, section 2.2.2, in Megatron-Core's order. A delay is one more forward pass
-        # before the first backward pass (get_pp_rank_microbatches).
+        # The same paper, section 2.2.2, in Megatron-Core's order.
         PipelineSchedule(
             name="interleaved",
             title="interleaved 1F1B",

@@ -14,7 +14,6 @@ Letters in formulas, here and in all modules that count bytes:
     C columns of multi-latent attention's down-projections, whole on every rank; 0 without
     E experts of a layer, F expert width on a rank (f / x), W shared width on a rank
     V vocabulary rows on a rank, b bytes of the compute dtype
-    s bytes in which a matrix product saves its input: 1 in fp8, else b
     w bytes of a row packed for the spanning exchange
 """
 
@@ -27,8 +26,7 @@ from moe_train.parallel.layout import Layout
 from moe_train.parallel.parameters import padded_vocab
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
-"""Bytes of a weight or activation; fp8 runs have both in bf16, and copies in fp8 of what matrix
-products take."""
+"""Bytes of a weight or activation; fp8 runs keep both in bf16."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +35,13 @@ class Assumptions:
 
     Args:
         imbalance: rows of the busiest rank's experts over the average (1: even routing).
-        fragmentation: share of all tensors at the peak that the allocator wastes.
+        fragmentation: share of the peak that the allocator wastes.
         fused: kernels of TransformerEngine or torch's own.
-        memory_imbalance: the least imbalance that memory has to hold: time follows the usual
-            step, memory the worst one.
     """
 
     imbalance: float = 1.0
     fragmentation: float = 0.05
     fused: bool = True
-    memory_imbalance: float = 1.0
-
-    def for_memory(self) -> Assumptions:
-        """The same with the imbalance that memory has to hold."""
-        return replace(self, imbalance=max(self.imbalance, self.memory_imbalance))
 
 
 @dataclass(frozen=True)
@@ -75,13 +66,20 @@ class Shapes:
     W: int
     V: int
     b: int
-    s: int
     t: int
     x: int
     local_experts: int
     fused: bool
     span: bool
     qk_norm: str
+    groups: int = 0
+    """Expert groups of group-limited routing; 0: none."""
+    groups_per_token: int = 0
+
+    @property
+    def busiest(self) -> float:
+        """Rows of the busiest rank over the average."""
+        return self.R / (self.N * self.K * self.x)
 
     @property
     def packed_row(self) -> int:
@@ -139,11 +137,12 @@ def shapes(config: Config, layout: Layout, vocab: int, assumptions: Assumptions)
         W=model.shared_expert_hidden // tensor,
         V=padded_vocab(vocab, model.vocab_multiple) // tensor,
         b=DTYPE_BYTES[config.dtype],
-        s=1 if config.dtype == "fp8" else DTYPE_BYTES[config.dtype],
         t=tensor,
         x=layout.expert_tensor,
         local_experts=model.experts // layout.expert,
         fused=assumptions.fused,
         span=layout.span,
         qk_norm=model.qk_norm,
+        groups=(model.router.groups or 0) if model.router.groups_per_token else 0,
+        groups_per_token=model.router.groups_per_token or 0,
     )

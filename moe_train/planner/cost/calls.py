@@ -7,19 +7,22 @@ section 4.2.2). What experts exchange is in `moe_train.features.dispatchers`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from moe_train.config.hardware import HardwareConfig
 from moe_train.config.root import Config
-from moe_train.features.dispatchers import Collective, dispatcher
+from moe_train.features.dispatchers import Collective, dispatcher, reached
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.shapes import Shapes
 from moe_train.planner.cost.links import (
+    Group,
     Sent,
     all_gather,
     all_reduce,
     all_to_all,
     group,
+    once_a_node,
     reduce_scatter,
     uneven_reduce_scatter,
 )
@@ -27,9 +30,16 @@ from moe_train.planner.cost.links import (
 SCORE = 4
 """Bytes of a sum of the loss or of a norm (fp32)."""
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., Sent]] = {
     one.__name__: one
-    for one in (all_gather, all_reduce, all_to_all, reduce_scatter, uneven_reduce_scatter)
+    for one in (
+        all_gather,
+        all_reduce,
+        all_to_all,
+        once_a_node,
+        reduce_scatter,
+        uneven_reduce_scatter,
+    )
 }
 
 
@@ -90,15 +100,32 @@ def expert_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
 def _priced(
     config: Config, layout: Layout, z: Shapes, collectives: Iterable[Collective]
 ) -> list[Call]:
+    # Where Megatron recomputes MoE layers, it repeats the exchange; under span the schedule
+    # counts that.
+    again = 1 if "moe" in config.recompute.modules and not layout.span else 0
     results = []
     for one in collectives:
         where = group(layout, config.hardware, one.group)
         if not (one.unpadded and config.model.router.pad_to_capacity):
-            sent = OPERATIONS[one.operation](config.hardware, where, one.size(z, where.size))
+            sent = _sent(config.hardware, where, z, one)
+            back = one.backward + (again * one.forward if one.part != "router" else 0)
             results.append(
-                Call(one.name, one.group, one.part, sent, one.forward, one.backward, one.formula)
+                Call(one.name, one.group, one.part, sent, one.forward, back, one.formula)
             )
     return results
+
+
+def _sent(hardware: HardwareConfig, where: Group, z: Shapes, one: Collective) -> Sent:
+    size = one.size(z, where.size)
+    if one.operation == "once_a_node":
+
+        def share(parts: int) -> float:
+            return reached(parts, z.E, z.K, z.groups, z.groups_per_token)
+
+        return once_a_node(hardware, where, size, z.busiest, share)
+    if one.routed:
+        return all_to_all(hardware, where, size, z.busiest)
+    return OPERATIONS[one.operation](hardware, where, size)
 
 
 def end_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:

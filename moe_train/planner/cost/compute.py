@@ -10,6 +10,16 @@ inputs, and a second product makes theirs:
     otherwise  writes a gradient of its own, which an addition then moves into the buffer
                (``DistributedDataParallel``'s hook: reads both, writes one)
 
+Grouped products lose half a tile of rows an expert on average: with r rows they reach
+r / (r + tile / 2) of their share of the peak.
+
+In fp8 the products of TransformerEngine's layers are at the fp8 peak, attention and head in bf16.
+Each cast reads a product's input, or the gradient of its output, in bf16, twice where the scale is
+the tensor's own, and writes it twice, as it is and transposed. The router's logits come of bf16
+inputs; their backward products are fp32 by TF32, at half of the bf16 peak (NVIDIA's A100 and H100
+data sheets), or at the fp32 peak without TransformerEngine (``RouterGatingLinearFunction`` in
+Megatron-Core's moe_utils.py).
+
 Elementwise kernels write every tensor once and read it once. Their bytes are counted here, apart
 from those of `moe_train.planner.memory`: a change of the memory model leaves every time as it is,
 and so the layout that ``parallel=auto`` takes among those that fit.
@@ -23,6 +33,11 @@ from moe_train.config.hardware import HardwareConfig
 from moe_train.config.root import Config
 from moe_train.parallel.optimizer_state import bytes_per_parameter
 from moe_train.parallel.shapes import Shapes
+from moe_train.planner.cost.constants import constants
+
+CAST = 6
+"""Bytes that an fp8 cast moves for each element: 2 read for the scale, 2 read again, 1 written and
+1 more transposed."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +59,87 @@ def peak_flops(config: Config) -> float:
     return 1e12 * peaks.get(config.dtype, peaks.get("bf16", 0.0) if config.dtype == "fp8" else 0.0)
 
 
+def _half_peak(config: Config) -> float:
+    """FLOP/s of what stays in bf16 in an fp8 run; of another run its own dtype's."""
+    bf16 = config.hardware.peak_tflops.get("bf16", 0.0)
+    return 1e12 * bf16 if config.dtype == "fp8" and bf16 else peak_flops(config)
+
+
 def _bandwidth(hardware: HardwareConfig) -> float:
     return max(hardware.memory_gbps * hardware.memory_efficiency * 1e9, 1.0)
 
 
 def _product(
-    config: Config, z: Shapes, name: str, flops: float, share: float, weights: float, formula: str
+    config: Config,
+    z: Shapes,
+    name: str,
+    flops: float,
+    share: float,
+    weights: float,
+    formula: str,
+    *,
+    peak: float | None = None,
+    fused: bool | None = None,
+    again: bool = False,
 ) -> Part:
-    """A product with `weights` parameters, which are all read."""
-    rate, bandwidth = max(peak_flops(config) * share, 1.0), _bandwidth(config.hardware)
+    """A product with `weights` parameters, which are all read.
+
+    Args:
+        peak: FLOP/s where they are not the compute dtype's.
+        fused: whether it adds its weights' gradient to the buffer itself.
+        again: whether the backward pass computes it once more (selective recomputation).
+    """
+    fitted = constants(config.hardware)
+    share *= fitted.products * (fitted.fp8 if peak is None and config.dtype == "fp8" else 1.0)
+    rate = max((peak_flops(config) if peak is None else peak) * share, 1.0)
+    bandwidth = _bandwidth(config.hardware)
     once = max(flops / rate, weights * z.b / bandwidth)
     buffer = weights * bytes_per_parameter(config.dtype, config.optim).gradient
-    if z.fused:
+    if z.fused if fused is None else fused:
         gradient = max(flops / rate, 2 * buffer / bandwidth)
     else:
         gradient = once + _accumulated(config, z, weights)
-    return Part(name, flops, once, once + gradient, formula)
+    return Part(name, flops, once, once + gradient + again * once, formula)
+
+
+def _router(config: Config, z: Shapes, again: bool) -> Part:
+    """Logits of all experts; a narrow product reaches half of the usual share."""
+    share, name = config.hardware.gemm_efficiency / 2, "router"
+    flops, formula = 2.0 * z.N * z.H * z.E, "2 N H E, in fp32"
+    if config.hardware.kind == "cpu":
+        return _product(config, z, name, flops, share, z.H * z.E, formula, again=again)
+    half, exact = _half_peak(config), 1e12 * config.hardware.peak_tflops.get("fp32", 0.0)
+    ahead, back = (half, half / 2) if z.fused else (exact, exact)
+    weights, fused = z.H * z.E, False
+    first = _product(config, z, name, flops, share, weights, formula, peak=ahead, fused=fused)
+    then = _product(config, z, name, flops, share, weights, formula, peak=back, fused=fused)
+    backward = then.backward_seconds + again * first.seconds
+    return Part(name, flops, first.seconds, backward, formula)
+
+
+def _casts(config: Config, inputs: float, outputs: float) -> Part:
+    """Casts of fp8 products with so many elements of input and of output."""
+    elements = (inputs, outputs) if config.dtype == "fp8" else (0.0, 0.0)
+    rate = _bandwidth(config.hardware) / constants(config.hardware).elementwise
+    ahead, back = (CAST * count / rate for count in elements)
+    return Part("fp8 casts", 0.0, ahead, back, "6 bytes an element of input, then of output")
 
 
 def _scores(config: Config, z: Shapes) -> Part:
-    """Fused attention. Its backward pass has 5 products for 2 (FlashAttention-2,
-    arXiv:2307.08691, section 4.1), since it computes the scores again.
+    """Fused attention, in bf16 where products are in fp8. Its backward pass has 5 products for 2
+    (FlashAttention-2, arXiv:2307.08691, section 4.1), since it computes the scores again.
     """
     hardware, pairs = config.hardware, z.A * (config.data.sequence + 1) / 2
     flops = 2 * pairs * (z.Q + z.U)
-    once = flops / max(peak_flops(config) * hardware.attention_efficiency, 1.0)
+    once = flops / max(_half_peak(config) * hardware.attention_efficiency, 1.0)
     softmax = 0.0
     if hardware.attention_exp_gops:
         # Small heads have few products for each exponential (FlashAttention-3,
         # arXiv:2407.08608, section 3.2).
         softmax = pairs * z.n / (hardware.attention_exp_gops * 1e9)
-    return Part("scores", flops, once + softmax, 2.5 * (once + softmax), "A (Q + U) (S + 1)")
+    again = once + softmax if "core_attn" in config.recompute.modules else 0.0
+    back = 2.5 * (once + softmax) + again
+    return Part("scores", flops, once + softmax, back, "A (Q + U) (S + 1)")
 
 
 def _accumulated(config: Config, z: Shapes, weights: float) -> float:
@@ -83,10 +148,10 @@ def _accumulated(config: Config, z: Shapes, weights: float) -> float:
     return (weights * z.b + 2 * buffer) / _bandwidth(config.hardware)
 
 
-def _moved(config: Config, name: str, size: float) -> Part:
-    """Elementwise kernels that move `size` bytes forward and twice as many backward."""
-    once = size / _bandwidth(config.hardware)
-    return Part(name, 0.0, once, 2 * once, "2 x saved bytes")
+def _moved(config: Config, name: str, size: float, again: float = 0.0) -> Part:
+    """Elementwise kernels: `size` bytes forward, twice as many and `again` backward."""
+    rate = _bandwidth(config.hardware) / constants(config.hardware).elementwise
+    return Part(name, 0.0, size / rate, (2 * size + again) / rate, "2 x saved bytes")
 
 
 def _launches(forward: float, backward: float) -> Part:
@@ -123,27 +188,40 @@ def _written_bytes(z: Shapes) -> int:
 
 def dense_parts(config: Config, z: Shapes) -> list[Part]:
     """Attention, norms, router and shared expert of one layer, forward."""
-    hardware = config.hardware
+    hardware, modules = config.hardware, config.recompute.modules
+    # Under span the schedule repeats the experts of a recomputed MoE layer.
+    moe = "moe" in modules and not z.span
     parts = [
         _product(config, z, "projections", 2 * z.A * z.P, hardware.gemm_efficiency, z.P, "2 A P"),
         _scores(config, z),
-        _product(config, z, "router", 2 * z.N * z.H * z.E, hardware.gemm_efficiency / 2,
-                 z.H * z.E, "2 N H E, in fp32"),
+        _router(config, z, moe),
     ]  # fmt: skip
     if z.C:
         parts.append(
             _product(config, z, "latents", 2 * z.N * z.H * z.C, hardware.gemm_efficiency,
                      z.H * z.C, "2 N H C")
         )  # fmt: skip
+    inputs, outputs = z.A * (z.H + z.U), z.A * (z.Q + 2 * z.G + z.H)
     if z.W:
         parts.append(
             _product(config, z, "shared expert", 6 * z.A * z.H * z.W, hardware.gemm_efficiency,
-                     3 * z.H * z.W, "6 A H W")
+                     3 * z.H * z.W, "6 A H W", again=moe or "shared_experts" in modules)
         )  # fmt: skip
-    parts.append(_moved(config, "norms and other kernels", 2 * _written_bytes(z)))
+        inputs, outputs = inputs + z.A * (z.H + z.W), outputs + z.A * (2 * z.W + z.H)
+    parts.append(_casts(config, inputs, outputs))
+    norms = 4 * _norm_bytes(z) if "layernorm" in modules else 0
+    parts.append(_moved(config, "norms and other kernels", 2 * _written_bytes(z), norms))
     once = hardware.layer_overhead_us * 1e-6
     parts.append(_launches(once, 2 * once))
     return parts
+
+
+def grouped_share(hardware: HardwareConfig, rows: float) -> float:
+    """Share of the peak that grouped products of `rows` rows an expert reach."""
+    share = hardware.grouped_efficiency
+    if not hardware.tile_rows:
+        return share
+    return share * rows / (rows + hardware.tile_rows / 2)
 
 
 def expert_parts(config: Config, z: Shapes, share: float = 1.0, layers: int = 1) -> list[Part]:
@@ -151,18 +229,23 @@ def expert_parts(config: Config, z: Shapes, share: float = 1.0, layers: int = 1)
 
     Under ``placement=span`` these belong to `layers` layers, one of each active stage.
     """
-    hardware, rows = config.hardware, z.R * share
+    hardware, rows, chosen = config.hardware, z.R * share, config.recompute.modules
+    again = "moe" in chosen and not z.span
     # Input, both halves of fc1, the product of SwiGLU and the probability of every row; then the
     # buffers that are sent and received.
-    swiglu = rows * z.H * z.b + 2 * rows * z.F * z.b + rows * z.F * z.b + 4 * rows
+    activation = 2 * rows * z.F * z.b + rows * z.F * z.b
+    swiglu = rows * z.H * z.b + activation + 4 * rows
     exchanged = z.N * z.K * z.H * z.b + z.R * z.H * z.b
     moved = 2 * swiglu + 2 * share * exchanged
+    repeated = moved if again else activation if "moe_act" in chosen else 0.0
     modules = layers * z.local_experts
     once = modules * hardware.expert_overhead_us * 1e-6
+    reached = grouped_share(hardware, rows / modules)
     return [
-        _product(config, z, "experts", 6 * rows * z.H * z.F, hardware.grouped_efficiency,
-                 modules * 3 * z.H * z.F, "6 R H F"),
-        _moved(config, "permutation and SwiGLU", moved),
+        _product(config, z, "experts", 6 * rows * z.H * z.F, reached,
+                 modules * 3 * z.H * z.F, "6 R H F", again=again),
+        _casts(config, rows * (z.H + z.F), rows * (2 * z.F + z.H)),
+        _moved(config, "permutation and SwiGLU", moved, repeated),
         _launches(once, 2 * once),
     ]  # fmt: skip
 
@@ -176,13 +259,15 @@ def embedding_parts(config: Config, z: Shapes) -> list[Part]:
 
 
 def head_parts(config: Config, z: Shapes) -> list[Part]:
-    """Output projection and loss on the last stage."""
+    """Output projection, in bf16, and loss on the last stage."""
+    # Megatron's own layer needs Apex to add to the buffer; the kernels may come without it.
+    apex = config.megatron.transformer.get("gradient_accumulation_fusion", False)
     loss = _norm_bytes(z) + z.N * z.H * z.b + 4 * z.A * z.V + 9 * z.A
     # The profile has both passes together.
     launches = config.hardware.microbatch_overhead_us * 1e-6
     return [
         _product(config, z, "head", 2 * z.A * z.H * z.V, config.hardware.gemm_efficiency,
-                 z.H * z.V, "2 A H V"),
+                 z.H * z.V, "2 A H V", peak=_half_peak(config), fused=z.fused and bool(apex)),
         _moved(config, "loss", 2 * loss),
         _launches(launches / 3, 2 * launches / 3),
     ]  # fmt: skip

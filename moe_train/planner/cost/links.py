@@ -6,15 +6,24 @@ communication operations in MPICH" (2005): a ring all-gather or reduce-scatter o
 peer. Between nodes, the m members that a group has on a node use m ports at once (as NCCL's
 parallel rings do). A ring all-reduce is one call of 2 (n - 1) turns. gloo has no reduce-scatter of
 its own: torch's ProcessGroupGloo all-reduces the whole buffer and keeps a part.
+
+A link's bandwidth saturates with the size m of what it sends to one peer at once, as
+m / (m + half) (Hockney's model, "The communication challenge for MPP", 1994, with half the message
+that reaches half of the bandwidth). So every turn costs `half` bytes more.
+
+Where pairs of devices have links of their own, rings and exchanges of a node's k members use k - 1
+of them at once, and a pair its own alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 from moe_train.config.hardware import HardwareConfig
 from moe_train.parallel.layout import Layout
+from moe_train.planner.cost.constants import constants
 
 
 class Group(NamedTuple):
@@ -41,7 +50,7 @@ class Sent(NamedTuple):
 
 def group(layout: Layout, hardware: HardwareConfig, kind: str) -> Group:
     """The worse placed of the first and the last rank's groups of one kind."""
-    return _worse(layout, hardware.devices_per_node, kind)
+    return _worse(layout, hardware.fast_devices, kind)
 
 
 @lru_cache(maxsize=4096)
@@ -57,25 +66,44 @@ def _worse(layout: Layout, devices_per_node: int, kind: str) -> Group:
     return min(results, key=lambda one: one.per_node)
 
 
-def _rates(hardware: HardwareConfig, turns: int = 1) -> tuple[float, float, float]:
-    """Bytes per second inside and between nodes, and the latency of `turns` turns in seconds."""
+class _Rates(NamedTuple):
+    """Bytes per second of a rank, and the bytes that every turn costs more."""
+
+    fast: float
+    slow: float
+    half_fast: float
+    half_slow: float
+
+
+def _rates(hardware: HardwareConfig, members: int) -> _Rates:
+    """Of a rank whose group has `members` ranks on a node."""
     share = hardware.link_efficiency * 1e9
-    fast = max(hardware.intra_node_gbps * share, 1.0)
-    slow = max(hardware.inter_node_gbps * share, 1.0)
-    return fast, slow, (hardware.latency_us + turns * hardware.message_us) * 1e-6
+    at_once = max(members - 1, 1) if hardware.paired_links else 1
+    return _Rates(
+        max(hardware.intra_node_gbps * share * at_once, 1.0),
+        max(hardware.inter_node_gbps * share, 1.0),
+        1e3 * hardware.intra_message_kb,
+        1e3 * hardware.inter_message_kb,
+    )
+
+
+def _latency(hardware: HardwareConfig, turns: int = 1) -> float:
+    return (hardware.latency_us + turns * hardware.message_us) * 1e-6
 
 
 def _around(hardware: HardwareConfig, where: Group, full: float, rounds: int) -> Sent:
     """One call that passes every share of `full` bytes `rounds` times around a ring."""
     if where.size == 1:
         return Sent(0.0, 0.0, 0.0)
-    fast, slow, latency = _rates(hardware, rounds * (where.size - 1))
+    rates, turns = _rates(hardware, where.per_node), rounds * (where.size - 1)
+    latency = _latency(hardware, turns)
     sent = rounds * full * (where.size - 1) / where.size
     if where.inside:
-        return Sent(sent, 0.0, latency + sent / fast)
+        return Sent(sent, 0.0, latency + (sent + turns * rates.half_fast) / rates.fast)
     crossing = sent / where.per_node
-    rate = min(fast, slow * where.per_node) if where.per_node > 1 else slow
-    return Sent(sent - crossing, crossing, latency + sent / rate)
+    rate = min(rates.fast, rates.slow * where.per_node) if where.per_node > 1 else rates.slow
+    seconds = latency + sent / rate + turns * rates.half_slow / rates.slow
+    return Sent(sent - crossing, crossing, seconds)
 
 
 def all_gather(hardware: HardwareConfig, where: Group, full: float) -> Sent:
@@ -101,20 +129,60 @@ def all_reduce(hardware: HardwareConfig, where: Group, full: float) -> Sent:
     return _around(hardware, where, full, 2)
 
 
-def all_to_all(hardware: HardwareConfig, where: Group, data: float) -> Sent:
-    """An exchange in which each rank starts with `data` bytes, evenly addressed."""
+def all_to_all(hardware: HardwareConfig, where: Group, data: float, busiest: float = 1.0) -> Sent:
+    """An exchange in which each rank starts with `data` bytes.
+
+    Args:
+        busiest: bytes that the busiest rank receives over the average; all wait for it.
+    """
     if where.size == 1:
         return Sent(0.0, 0.0, 0.0)
-    fast, slow, latency = _rates(hardware, where.size - 1)
     intra = data * (where.per_node - 1) / where.size
     inter = data * (where.size - where.per_node) / where.size
-    return Sent(intra, inter, latency + max(intra / fast, inter / slow))
+    return _exchanged(hardware, where, intra, inter, busiest)
+
+
+def once_a_node(
+    hardware: HardwareConfig,
+    where: Group,
+    data: float,
+    busiest: float,
+    reached: Callable[[int], float],
+) -> Sent:
+    """An exchange that sends a row once to each node, which passes it on to its ranks.
+
+    DeepEP's and HybridEP's (github.com/deepseek-ai/DeepEP): rows cross to the device of the same
+    place on the other node, and go on over fast links to the ranks that have experts of theirs.
+
+    Args:
+        data: bytes of a rank's rows, each counted once.
+        busiest: as in `all_to_all`.
+        reached: share of rows with an expert among one of so many equal parts of all experts.
+    """
+    if where.size == 1:
+        return Sent(0.0, 0.0, 0.0)
+    nodes = where.size // where.per_node
+    inter = data * (nodes - 1) * reached(nodes)
+    intra = data * nodes * (where.per_node - 1) * reached(where.size)
+    return _exchanged(hardware, where, intra, inter, busiest)
+
+
+def _exchanged(
+    hardware: HardwareConfig, where: Group, intra: float, inter: float, busiest: float
+) -> Sent:
+    rates, share = _rates(hardware, where.per_node), constants(hardware).exchange
+    inside, outside = where.per_node - 1, where.size - where.per_node
+    seconds = max(
+        (busiest * intra / share + inside * rates.half_fast) / rates.fast,
+        (busiest * inter / share + outside * rates.half_slow) / rates.slow,
+    )
+    return Sent(intra, inter, _latency(hardware, where.size - 1) + seconds)
 
 
 def point_to_point(layout: Layout, hardware: HardwareConfig, stage: int, data: float) -> Sent:
     """A message of `data` bytes from `stage` to the next one."""
-    fast, slow, latency = _rates(hardware)
+    rates, latency = _rates(hardware, 2), _latency(hardware)
     ours, theirs = (layout.stage_ranks(s)[0] for s in (stage, (stage + 1) % layout.pipeline))
-    if ours // hardware.devices_per_node == theirs // hardware.devices_per_node:
-        return Sent(data, 0.0, latency + data / fast)
-    return Sent(0.0, data, latency + data / slow)
+    if ours // hardware.fast_devices == theirs // hardware.fast_devices:
+        return Sent(data, 0.0, latency + (data + rates.half_fast) / rates.fast)
+    return Sent(0.0, data, latency + (data + rates.half_slow) / rates.slow)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_train.planner.cost.calls import end_calls, sum_of
@@ -16,6 +16,8 @@ from moe_train.planner.cost.compute import (
     head_parts,
     seconds,
 )
+from moe_train.planner.cost.constants import constants
+from moe_train.planner.cost.launches import host_seconds
 from moe_train.planner.plan import Plan
 
 
@@ -35,17 +37,22 @@ class LayerTime:
     experts: Passes
     tensor: Passes
     exchange: Passes
-    """Exposed part."""
+    """Exposed part, and what overlap takes from compute."""
+    waiting: Passes = Passes(0.0, 0.0)
+    """For the host, where its launches take longer than the kernels. Under ``placement=span``
+    `experts` have that, and this is what overlapping exchanges take from compute."""
 
     def forward(self) -> float:
         """Seconds of a forward pass."""
-        parts = (self.dense, self.experts, self.tensor, self.exchange)
-        return sum(part.forward for part in parts)
+        return sum(part.forward for part in self._parts)
 
     def backward(self, *, recomputed: bool) -> float:
         """Seconds of a backward pass; a recomputed layer runs forward once more."""
-        parts = (self.dense, self.experts, self.tensor, self.exchange)
-        return sum(part.backward for part in parts) + (self.forward() if recomputed else 0.0)
+        return sum(part.backward for part in self._parts) + (self.forward() if recomputed else 0.0)
+
+    @property
+    def _parts(self) -> tuple[Passes, ...]:
+        return (self.dense, self.experts, self.tensor, self.exchange, self.waiting)
 
 
 def passes_of(parts: list[Part]) -> Passes:
@@ -62,18 +69,64 @@ def layer_time(plan: Plan) -> LayerTime:
     traffic = layer_traffic(config, layout, z)
     exchange = Passes(traffic.expert_forward.seconds, traffic.expert_backward.seconds)
     if config.parallel.overlap_expert_comm and not layout.span:
-        hidden = dense.forward + experts.forward
-        exchange = Passes(*(max(0.0, each - hidden) for each in exchange))
+        exchange = _overlapped(plan, exchange, dense, experts)
     tensor = Passes(traffic.tensor_forward.seconds, traffic.tensor_backward.seconds)
-    return LayerTime(dense, experts, tensor, exchange)
+    layer = LayerTime(dense, experts, tensor, exchange)
+    waiting = _waits(plan, layer, experts, stages)
+    if not layout.span:
+        return replace(layer, waiting=waiting)
+    taken = [0.0, 0.0]
+    if config.parallel.overlap_expert_comm:
+        # Each slot of a tick computes while the other one's exchange takes multiprocessors.
+        share = config.hardware.overlap_share
+        computed = [sum(both) for both in zip(dense, experts, strict=True)]
+        taken = [share * min(computed[i], exchange[1 - i]) for i in range(2)]
+    return replace(layer, experts=_plus(experts, waiting), waiting=Passes(*taken))
 
 
-def served_times(plan: Plan, active: int) -> Passes:
-    """A rank's experts while `active` of the stages send it their tokens (``placement=span``)."""
+def _waits(plan: Plan, layer: LayerTime, experts: Passes, active: int) -> Passes:
+    """Seconds in which a layer's kernels are done and the host has not launched the next ones."""
+    in_chunk = max(len(plan.layout.stage_layers(0, 0)), 1)
+    host = host_seconds(plan.config, plan.shapes, active, in_chunk)
+    busy = zip(layer.dense, experts, layer.tensor, layer.exchange, strict=True)
+    return Passes(*(max(0.0, one - sum(ran)) for one, ran in zip(host, busy, strict=True)))
+
+
+def _plus(one: Passes, other: Passes) -> Passes:
+    return Passes(one.forward + other.forward, one.backward + other.backward)
+
+
+def _overlapped(plan: Plan, exchange: Passes, dense: Passes, experts: Passes) -> Passes:
+    """What Megatron's combined 1F1B leaves of the exchange, and what it costs.
+
+    Where it is steady a forward and a backward pass of different micro-batches hide each other's
+    exchange; the first and the last ones have none beside them. While the exchange runs it takes
+    multiprocessors from compute.
+    """
+    hardware = plan.config.hardware
+    if hardware.kind == "cpu":
+        hidden = dense.forward + experts.forward
+        return Passes(*(max(0.0, each - hidden) for each in exchange))
+    whole = sum(exchange)
+    passes = plan.microbatches * plan.layout.virtual_pipeline
+    ahead = plan.schedule.in_flight(plan.pipeline, 0)
+    steady = max(0.0, 1.0 - ahead / passes)
+    room = (sum(dense) + sum(experts)) * (1.0 - hardware.overlap_share)
+    hidden = min(constants(hardware).hidden * whole, room) * steady
+    left = whole - hidden * (1.0 - hardware.overlap_share)
+    return Passes(*(each * left / whole for each in exchange)) if whole else exchange
+
+
+def served_times(plan: Plan, layer: LayerTime, active: int) -> Passes:
+    """A rank's experts while `active` of the stages send it their tokens (``placement=span``).
+
+    With what it waits for the host, which launches every active stage's experts.
+    """
     if not active:
         return Passes(0.0, 0.0)
     share = active / plan.layout.pipeline
-    return passes_of(expert_parts(plan.config, plan.shapes, share, active))
+    experts = passes_of(expert_parts(plan.config, plan.shapes, share, active))
+    return _plus(experts, _waits(plan, layer, experts, active))
 
 
 def end_times(plan: Plan) -> dict[str, Passes]:

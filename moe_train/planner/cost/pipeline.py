@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_train.features.schedules import ticks
+from moe_train.planner.cost.constants import constants
 from moe_train.planner.cost.links import point_to_point
 from moe_train.planner.cost.passes import LayerTime, Passes, end_times, layer_time, served_times
 from moe_train.planner.plan import Plan
@@ -54,10 +55,22 @@ def stage_times(plan: Plan, layer: LayerTime) -> tuple[StageTime, ...]:
         if layout.pipeline > 1:
             link = min(stage, layout.pipeline - 2)
             message = point_to_point(layout, plan.config.hardware, link, z.N * z.H * z.b)
-            forward += message.seconds * layout.virtual_pipeline
-            backward += message.seconds * layout.virtual_pipeline
+            exposed = message.seconds * layout.virtual_pipeline * _exposed_messages(plan)
+            forward, backward = forward + exposed, backward + exposed
         times.append(StageTime(stage, forward, backward))
     return tuple(times)
+
+
+def _exposed_messages(plan: Plan) -> float:
+    """Share of the messages between stages that is waited for.
+
+    Megatron overlaps them with the passes of other chunks when interleaving (overlap_p2p_comm); on
+    a CPU they take a core's time.
+    """
+    hardware = plan.config.hardware
+    if plan.layout.virtual_pipeline == 1 or hardware.kind == "cpu":
+        return 1.0
+    return 1.0 - constants(hardware).hidden * (1.0 - hardware.overlap_share)
 
 
 def pipeline_time(plan: Plan, layer: LayerTime, stages: tuple[StageTime, ...]) -> PipelineTime:
@@ -85,12 +98,13 @@ def _span_time(plan: Plan, layer: LayerTime) -> PipelineTime:
     ends = end_times(plan)
     message = point_to_point(layout, config.hardware, 0, z.N * z.H * z.b).seconds
     message = message if stages > 1 else 0.0
-    served = [served_times(plan, active) for active in range(stages + 1)]
+    served = [served_times(plan, layer, active) for active in range(stages + 1)]
     again = [
         [layout.stage_layers(stage)[i] in whole for i in range(local)] for stage in range(stages)
     ]
     expert_again = "moe" in config.recompute.modules
-    forward_dense = layer.dense.forward + layer.tensor.forward
+    forward_dense = layer.dense.forward + layer.tensor.forward + layer.waiting.forward
+    backward_dense = layer.dense.backward + layer.tensor.backward + layer.waiting.backward
     overlap, spent, shared = config.parallel.overlap_expert_comm, 0.0, 0.0
     for tick in ticks(stages, plan.microbatches, delay=int(overlap)):
         forward = backward = 0.0
@@ -105,7 +119,7 @@ def _span_time(plan: Plan, layer: LayerTime) -> PipelineTime:
             shared += local * rows
             for i in range(local):
                 repeat = any(again[stage][i] for stage in tick.backward)
-                backward += layer.dense.backward + layer.tensor.backward + rows
+                backward += backward_dense + rows
                 backward += forward_dense if repeat else 0.0
             backward += _slower(ends, tick.backward, stages).backward
         spent += forward + backward
@@ -116,7 +130,7 @@ def _span_time(plan: Plan, layer: LayerTime) -> PipelineTime:
             if slot:
                 exposed = max(0.0, local * exchange - (other if overlap else 0.0))
                 spent, shared = spent + exposed + message, shared + exposed
-    layers = forward_dense + layer.dense.backward + layer.tensor.backward
+    layers = forward_dense + backward_dense
     own = stages * local * layers + forward_dense * sum(map(sum, again))
     own += sum(map(sum, ends.values())) + 2 * (stages - 1) * message
     # Every rank takes part in what is shared; for the rest a stage waits unless it is its own.
@@ -164,7 +178,7 @@ def core_seconds(plan: Plan) -> float:
     for tick in ticks(layout.pipeline, count):
         for slot, back in ((tick.forward, False), (tick.backward, True)):
             if slot:
-                experts = served_times(plan, len(slot))
+                experts = served_times(plan, layer, len(slot))
                 computed = experts.backward + again * experts.forward if back else experts.forward
                 served += local * (computed + layer.exchange[back])
     replicas = layout.world // (layout.tensor * layout.pipeline)

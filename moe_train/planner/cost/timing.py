@@ -15,7 +15,7 @@ from moe_train.parallel.flops import flops_per_token, mfu
 from moe_train.parallel.optimizer_state import owned_parameters
 from moe_train.planner.cost.communication import gradient_traffic
 from moe_train.planner.cost.compute import optimizer_seconds, peak_flops
-from moe_train.planner.cost.passes import LayerTime, layer_time
+from moe_train.planner.cost.passes import LayerTime, Passes, layer_time
 from moe_train.planner.cost.pipeline import (
     StageTime,
     core_seconds,
@@ -65,7 +65,7 @@ def step_time(plan: Plan) -> StepTime:
     layer = layer_time(plan)
     stages = stage_times(plan, layer)
     pipeline, bubble = pipeline_time(plan, layer, stages)
-    gradients, optimizer = _update(plan, stages)
+    gradients, optimizer = _update(plan, stages, layer)
     if 0 < (cores := config.hardware.cores) < layout.world:
         busy = core_seconds(plan) / layout.world
         variation = BUNCHED if layout.span else VARIATION
@@ -91,21 +91,24 @@ def step_time(plan: Plan) -> StepTime:
     )
 
 
-def _update(plan: Plan, stages: tuple[StageTime, ...]) -> tuple[float, float]:
+def _update(plan: Plan, stages: tuple[StageTime, ...], layer: LayerTime) -> tuple[float, float]:
     """(exposed gradient and weight traffic, optimizer) of the slowest stage, in seconds."""
     config, layout = plan.config, plan.layout
     # On a CPU a collective takes a core's time, and hides where there is one to spare.
     busy = 0 < config.hardware.cores <= layout.world
     exposed = slowest = 0.0
+    # The links that an exchange keeps busy are not free for gradients.
+    layers = len(layout.stage_layers(0))
+    exchange = Passes(*(layers * each for each in layer.exchange))
     for stage in {0, layout.pipeline - 1}:
         held = plan.parameters(stage)
         traffic = gradient_traffic(config, layout, held)
         reduce = sum(sent.seconds for name, _, sent in traffic if "weights" not in name)
         gather = sum(sent.seconds for name, _, sent in traffic if "weights" in name)
         if config.parallel.overlap_grad_reduce and not layout.span and not busy:
-            reduce = max(reduce - stages[stage].backward, reduce * 0.1)
+            reduce = max(reduce - (stages[stage].backward - exchange.backward), reduce * 0.1)
         if config.parallel.overlap_param_gather and not busy:
-            gather = max(gather - stages[stage].forward, gather * 0.1)
+            gather = max(gather - (stages[stage].forward - exchange.forward), gather * 0.1)
         exposed = max(exposed, reduce + gather)
         owned = owned_parameters(config, layout, held)
         slowest = max(slowest, optimizer_seconds(config, held.total, owned))

@@ -12,21 +12,22 @@ from moe_train.parallel.optimizer_state import bytes_per_parameter, variants
 from moe_train.planner.cost.communication import step_traffic
 from moe_train.planner.cost.compute import dense_parts, embedding_parts, expert_parts, head_parts
 from moe_train.planner.cost.timing import StepTime
-from moe_train.planner.memory.fit import TIGHT
 from moe_train.planner.memory.layers import owner_terms, saved_terms, whole_layer
-from moe_train.planner.memory.stages import GB, StageMemory, plan_memory, worst
+from moe_train.planner.memory.stages import StageMemory, plan_memory, worst
 from moe_train.planner.plan import BAND, Plan
 from moe_train.planner.report.terms import step_terms
 
 ASSUMED = {
-    "routing": "every rank's experts receive imbalance x the average rows; memory holds "
-    "memory_imbalance x the average if that is more",
-    "allocator": "fragmentation is that share of all tensors",
+    "routing": "every rank's experts receive imbalance x the average rows",
+    "allocator": "fragmentation is that share of what comes and goes; state is allocated once",
     "optimizer": "master weights are whole: precision-aware is 12 bytes a parameter, and would be "
     "10 with TransformerEngine's 16-bit remainders, which checkpoints cannot hold",
-    "order": "kernels of one device run one after the other",
-    "exchange": "expert all-to-all is exposed unless parallel.overlap_expert_comm is on",
-    "gradients": "reduction hides behind one micro-batch's backward pass where it overlaps",
+    "order": "kernels of one device run one after the other; a layer takes the longer of its "
+    "kernels and of the host's launches",
+    "exchange": "waits for the busiest rank; exposed unless parallel.overlap_expert_comm is on, "
+    "which hides a share of it and slows compute meanwhile",
+    "gradients": "reduction hides behind one micro-batch's backward pass where it overlaps, its "
+    "exchange left out",
     "weights": "backward reads them once and moves their gradients into the buffer: inside the "
     "product on an accelerator, by an addition of its own on a CPU",
     "flops": "backward is twice the forward pass; recomputation is time, not useful work",
@@ -40,6 +41,7 @@ SOURCES = {
     "kernels": "roofline, Williams et al. 2009, with the profile's efficiencies",
     "collectives": "Thakur et al. 2005: ring (n-1)/n, all-to-all 1/n to each peer; calls of "
     "Megatron-Core 0.19",
+    "constants": "six, fitted to published runs on GPUs (planner/cost/constants.py)",
     "bubble": "share of the pipeline's time in which a stage waits, averaged over the stages; of "
     "uniform stages (P-1)/(vM+P-1), arXiv:2104.04473",
 }
@@ -56,9 +58,6 @@ def cost_report(plan: Plan, memory: Sequence[StageMemory], time: StepTime) -> di
             "device_bytes": plan.device_bytes,
             "stages": [_stage(plan, one) for one in memory],
             "worst_stage": worst(memory).stage,
-            "margin_gb": worst(memory).margin / GB,
-            "margin_share": worst(memory).margin / plan.device_bytes,
-            "tight": worst(memory).margin < TIGHT * plan.device_bytes,
             "optimizers": optimizer_rows(plan),
             "layer_terms": _layer_terms(plan),
         },
@@ -85,7 +84,6 @@ def _stage(plan: Plan, one: StageMemory) -> dict[str, Any]:
         "fragmentation_bytes": one.fragmentation,
         "reserved_bytes": one.reserved,
         "total_bytes": one.total,
-        "margin_bytes": one.margin,
         "fraction": one.total / plan.device_bytes if plan.device_bytes else None,
     }
 
@@ -122,7 +120,7 @@ def optimizer_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _layer_terms(plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    z, modules = plan.memory_shapes, plan.config.recompute.modules
+    z, modules = plan.shapes, plan.config.recompute.modules
     terms = {
         "kept": saved_terms(z, recomputed=False, modules=modules),
         "kept_when_recomputed": saved_terms(z, recomputed=True),

@@ -35,8 +35,7 @@ def piped_graph(work: PipedWork, kind: str, detail: str) -> Any:
     """
     order = SCHEDULES[kind].order
     assert order is not None, kind
-    sizes = Pipeline(work.stages, work.microbatches, work.chunks, work.delay)
-    builder = Builder(work.ends)
+    builder, sizes = Builder(work.ends), Pipeline(work.stages, work.microbatches, work.chunks)
     passes: dict[Pass, tuple[str, str, str]] = {}
     for stage in range(work.stages):
         for one in order(sizes, stage):

@@ -74,8 +74,6 @@ class PipedWork:
     forward: Mapping[tuple[int, int], tuple[Piece, ...]]
     backward: Mapping[tuple[int, int], tuple[Piece, ...]]
     ends: Ends
-    delay: int = 0
-    """See `moe_train.features.schedules.Pipeline`."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,8 @@ class LayerPieces:
         if layout.tensor > 1:
             self._both("gather", sum_of(tensor, "forward", "gather"),
                        sum_of(tensor, "backward", "gather"))  # fmt: skip
-        self._both("attention", *_computed(attention))
+        # The device waits for launches before the products that follow the exchange's counts.
+        self._both("attention", *_waiting(_computed(attention), layer))
         if layout.tensor > 1:
             self._both("scatter", sum_of(tensor, "forward", "scatter"),
                        sum_of(tensor, "backward", "scatter"))  # fmt: skip
@@ -160,6 +159,15 @@ class LayerPieces:
         return first + [replace(piece, layer=layer) for piece in pieces]
 
 
+def _waiting(passes: tuple[Sent, Sent], layer: LayerTime) -> tuple[Sent, Sent]:
+    """Both passes with the layer's waits for the host."""
+    ahead, back = (
+        one._replace(seconds=one.seconds + wait)
+        for one, wait in zip(passes, layer.waiting, strict=True)
+    )
+    return ahead, back
+
+
 def _computed(parts: list[Part], calls: Sequence[Call] = ()) -> tuple[Sent, Sent]:
     """Both passes of `parts`, with the router's collectives among `calls`."""
     passes = passes_of(parts)
@@ -189,7 +197,7 @@ def work_of(plan: Plan, time: StepTime) -> PipedWork | SpanWork:
     layout, whole = plan.layout, plan.config.recomputed_layers
     pieces, outer, ends = LayerPieces(plan, time.layer), _outer(plan), _ends(plan, time)
     if layout.span:
-        return _span_work(plan, pieces, outer, ends)
+        return _span_work(plan, time.layer, pieces, outer, ends)
     forward: dict[tuple[int, int], tuple[Piece, ...]] = {}
     backward: dict[tuple[int, int], tuple[Piece, ...]] = {}
     for stage in range(layout.pipeline):
@@ -209,13 +217,7 @@ def work_of(plan: Plan, time: StepTime) -> PipedWork | SpanWork:
                 back.append(outer["embedding"][1])
             forward[stage, chunk], backward[stage, chunk] = tuple(ahead), tuple(back)
     return PipedWork(
-        stages=layout.pipeline,
-        chunks=layout.virtual_pipeline,
-        microbatches=time.microbatches,
-        forward=forward,
-        backward=backward,
-        ends=ends,
-        delay=plan.delay,
+        layout.pipeline, layout.virtual_pipeline, time.microbatches, forward, backward, ends
     )
 
 
@@ -233,10 +235,14 @@ def _outer(plan: Plan) -> dict[str, tuple[Piece, Piece]]:
 
 
 def _span_work(
-    plan: Plan, pieces: LayerPieces, outer: dict[str, tuple[Piece, Piece]], ends: Ends
+    plan: Plan,
+    layer: LayerTime,
+    pieces: LayerPieces,
+    outer: dict[str, tuple[Piece, Piece]],
+    ends: Ends,
 ) -> SpanWork:
     layout, whole = plan.layout, plan.config.recomputed_layers
-    served = [served_times(plan, active) for active in range(layout.pipeline + 1)]
+    served = [served_times(plan, layer, active) for active in range(layout.pipeline + 1)]
     again = 1 if "moe" in plan.config.recompute.modules else 0
     repeated = tuple(
         frozenset(i for i, number in enumerate(layout.stage_layers(stage)) if number in whole)

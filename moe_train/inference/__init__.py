@@ -1,1 +1,0 @@
-"""What a model says without training it: log-likelihoods of given tokens, and new tokens."""
