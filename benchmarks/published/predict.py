@@ -8,6 +8,7 @@ from functools import cache
 from benchmarks.published.rows import Entry, entry
 from moe_train.parallel.flops import flops_per_token
 from moe_train.parallel.resolved import ResolvedRun
+from moe_train.planner.cost.constants import natural_imbalance
 from moe_train.planner.estimate import Estimate
 from moe_train.planner.plan import assumptions_of
 from moe_train.planner.resolution import resolve_run
@@ -21,13 +22,13 @@ def overrides(one: Entry) -> list[str]:
         "hardware": run.hardware,
         "device": "cuda",
         "dtype": run.dtype,
-        **{f"model.{key}": value for key, value in one.model.model.items()},
+        **_flat("model", one.model.model),
         **{f"parallel.{name}": getattr(layout, name) for name in layout.__dataclass_fields__},
         "parallel.placement": "stage",
         "parallel.dispatcher": "flex" if run.dispatcher in flex else run.dispatcher,
         "parallel.overlap_expert_comm": "expert" in run.overlap,
-        "parallel.overlap_grad_reduce": True,
-        "parallel.overlap_param_gather": True,
+        "parallel.overlap_grad_reduce": run.grad_overlap,
+        "parallel.overlap_param_gather": run.grad_overlap,
         "batch.global": run.global_,
         "batch.micro": run.micro,
         "data.sequence": run.sequence,
@@ -56,6 +57,14 @@ def overrides(one: Entry) -> list[str]:
     ]
 
 
+def _flat(prefix: str, values: dict[str, object]) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}"
+        flat |= _flat(name, value) if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def _text(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
@@ -74,7 +83,9 @@ def resolved(name: str) -> ResolvedRun:
 def predicted_seconds(one: Entry) -> float:
     """Predicted seconds of a step."""
     run = resolved(one.run.id)
-    return Estimate.of(run, replace(assumptions_of(run.config), imbalance=1.0)).time.step
+    even = one.run.routing != "natural"
+    imbalance = 1.0 if even else natural_imbalance(run.config)
+    return Estimate.of(run, replace(assumptions_of(run.config), imbalance=imbalance)).time.step
 
 
 def published_seconds(one: Entry) -> float:

@@ -88,6 +88,8 @@ class Run:
     precision_aware: bool = False
     moment_dtype: Literal["fp32", "bf16"] = "fp32"
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
+    grad_overlap: bool = True
+    """Whether gradient reduction and parameter gather overlap compute."""
     stages: str | None = None
     """Megatron's pipeline layout, where layers are not dealt evenly."""
     attention_flops: Literal["full", "causal"] = "causal"
@@ -98,6 +100,8 @@ class Run:
     """Seconds of a step, where the source states them beside `figure`."""
     assumed: dict[str, str] = field(default_factory=dict)
     """What the source does not state, and what was taken for it."""
+    held_out: bool = False
+    """Scored, but no constant is fitted to it."""
     unscored: str = ""
     """Why no prediction is judged by it; empty where it is scored."""
 
@@ -115,10 +119,6 @@ class Entry:
     model: Model
     source: Source
     file: str
-
-
-NATURAL = "natural routing: its imbalance is not stated"
-"""Why rows without forced or capped routing are not scored, unless they say another reason."""
 
 
 @cache
@@ -144,8 +144,8 @@ def entries() -> tuple[Entry, ...]:
             values = content["defaults"] | row
             values["assumed"] = content["defaults"].get("assumed", {}) | row.get("assumed", {})
             values["global_"] = values.pop("global")
-            if values["routing"] == "natural":
-                values.setdefault("unscored", NATURAL)
+            if values["dtype"] != "fp8":
+                values.pop("fp8_recipe", None)
             run = TypeAdapter(Run).validate_python(values)
             found.append(Entry(run, models()[run.model], source, path.name))
     names = [one.run.id for one in found]
