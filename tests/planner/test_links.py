@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.config.hardware import HardwareConfig
+from moe_train.features.dispatchers import reached
 from moe_train.parallel.layout import Layout
 from moe_train.planner.cost.links import (
     Group,
     all_gather,
     all_reduce,
     all_to_all,
+    group,
+    once_a_node,
+    point_to_point,
     reduce_scatter,
     uneven_reduce_scatter,
 )
@@ -84,3 +89,86 @@ def test_gloo_scatters_uneven_parts_one_by_one() -> None:
     assert parts.seconds == pytest.approx(reduce_scatter(host, where, 8e6).seconds + 3 * 100e-6)
     nccl = dataclasses.replace(host, kind="accelerator")
     assert uneven_reduce_scatter(nccl, where, 8e6) == reduce_scatter(nccl, where, 8e6)
+
+
+@pytest.mark.parametrize(
+    ("parts", "experts", "chosen", "groups", "taken"),
+    [(4, 128, 8, 0, 0), (16, 128, 8, 0, 0), (8, 8, 2, 0, 0), (8, 256, 8, 8, 4), (4, 256, 8, 8, 4),
+     (64, 256, 8, 8, 4)],
+)  # fmt: skip
+def test_parts_that_tokens_reach(
+    parts: int, experts: int, chosen: int, groups: int, taken: int
+) -> None:
+    """The hypergeometric share against draws of experts."""
+    draw, hits, tokens = random.Random(0), 0, 4000
+    every = list(range(experts))
+    for _ in range(tokens):
+        options = every
+        if groups:
+            size = experts // groups
+            allowed = draw.sample(range(groups), taken)
+            options = [one for group in allowed for one in range(group * size, (group + 1) * size)]
+        hits += len({one * parts // experts for one in draw.sample(options, chosen)})
+    share = reached(parts, experts, chosen, groups, taken)
+    assert share == pytest.approx(hits / tokens / parts, rel=0.02)
+
+
+def test_rows_that_are_sent_once_a_node() -> None:
+    """Top-8 of 128 experts over 4 nodes: 2.7 copies leave the node, and not 6."""
+    hardware = HardwareConfig(
+        intra_node_gbps=100, inter_node_gbps=10, link_efficiency=1.0, latency_us=0
+    )
+    where, row = Group("ep", 32, 8), 1e6
+
+    def share(parts: int) -> float:
+        return reached(parts, 128, 8)
+
+    once = once_a_node(hardware, where, row, 1.0, share)
+    assert once.inter / row == pytest.approx(2.7, abs=0.05)
+    assert all_to_all(hardware, where, 8 * row).inter / row == 6
+    assert once.seconds == pytest.approx(once.inter / 10e9)
+    # Inside a node only ranks with one of its experts get a row, whatever number of them.
+    inside = once_a_node(hardware, Group("ep", 8, 8), row, 1.0, lambda parts: reached(parts, 8, 2))
+    assert inside.intra / row == pytest.approx(7 * (1 - 21 / 28))
+
+
+def test_all_wait_for_the_busiest_rank() -> None:
+    hardware = HardwareConfig(intra_node_gbps=100, inter_node_gbps=10, latency_us=0)
+    where = Group("ep", 16, 8)
+    even, uneven = (all_to_all(hardware, where, 1e8, busiest) for busiest in (1.0, 1.5))
+    assert uneven.seconds == pytest.approx(1.5 * even.seconds)
+    assert uneven[:2] == even[:2]
+
+
+@pytest.mark.parametrize("kilobytes", [1.0, 64.0, 1e6])
+def test_bandwidth_saturates_with_the_message(kilobytes: float) -> None:
+    """A message of the half size takes twice as long as at full bandwidth; large ones do not."""
+    link = {"intra_node_gbps": 100.0, "inter_node_gbps": 10.0, "link_efficiency": 1.0,
+            "latency_us": 0.0}  # fmt: skip
+    half = HardwareConfig(**link, intra_message_kb=64, inter_message_kb=64)  # type: ignore[arg-type]
+    full = HardwareConfig(**link)  # type: ignore[arg-type]
+    layout = Layout(16, 1, 2, 1, 1, 1, 1, "stage", 16, 64)
+    for call in (
+        lambda one: point_to_point(layout, one, 0, 1e3 * kilobytes),
+        lambda one: all_to_all(one, Group("ep", 8, 8), 8e3 * kilobytes),
+        lambda one: all_gather(one, Group("tp", 8, 8), 8e3 * kilobytes),
+    ):
+        slower = call(half).seconds / call(full).seconds
+        assert slower == pytest.approx(1 + 64 / kilobytes)
+
+
+def test_links_between_pairs_work_at_once() -> None:
+    """4 devices with a link for each pair exchange three times as fast, and a pair does not."""
+    switch = HardwareConfig(intra_node_gbps=100, link_efficiency=1.0, latency_us=0)
+    pairs = dataclasses.replace(switch, paired_links=True)
+    four, two = Group("ep", 4, 4), Group("ep", 2, 2)
+    for call in (all_to_all, all_gather):
+        assert call(switch, four, 1e9).seconds == pytest.approx(3 * call(pairs, four, 1e9).seconds)
+        assert call(switch, two, 1e9) == call(pairs, two, 1e9)
+
+
+def test_fast_links_may_reach_over_nodes() -> None:
+    layout = Layout(128, 1, 2, 1, 1, 64, 1, "stage", 16, 64)
+    node = HardwareConfig(devices_per_node=4)
+    assert group(layout, node, "ep").per_node == 4
+    assert group(layout, dataclasses.replace(node, fast_domain=64), "ep").inside

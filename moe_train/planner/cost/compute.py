@@ -27,7 +27,7 @@ and so the layout that ``parallel=auto`` takes among those that fit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_train.config.hardware import HardwareConfig
 from moe_train.config.root import Config
@@ -117,6 +117,16 @@ def _router(config: Config, z: Shapes, again: bool) -> Part:
     return Part(name, flops, first.seconds, backward, formula)
 
 
+def _projections(config: Config, z: Shapes) -> Part:
+    share = config.hardware.gemm_efficiency
+    part = _product(config, z, "projections", 2.0 * z.A * z.P, share, z.P, "2 A P")
+    if "mla_up_proj" not in config.recompute.modules:
+        return part
+    # All but the output projection.
+    up = part.seconds * (1 - z.U * z.H / z.P)
+    return replace(part, backward_seconds=part.backward_seconds + up)
+
+
 def _casts(config: Config, inputs: float, outputs: float) -> Part:
     """Casts of fp8 products with so many elements of input and of output."""
     elements = (inputs, outputs) if config.dtype == "fp8" else (0.0, 0.0)
@@ -192,7 +202,7 @@ def dense_parts(config: Config, z: Shapes) -> list[Part]:
     # Under span the schedule repeats the experts of a recomputed MoE layer.
     moe = "moe" in modules and not z.span
     parts = [
-        _product(config, z, "projections", 2 * z.A * z.P, hardware.gemm_efficiency, z.P, "2 A P"),
+        _projections(config, z),
         _scores(config, z),
         _router(config, z, moe),
     ]  # fmt: skip
@@ -271,6 +281,18 @@ def head_parts(config: Config, z: Shapes) -> list[Part]:
         _moved(config, "loss", 2 * loss),
         _launches(launches / 3, 2 * launches / 3),
     ]  # fmt: skip
+
+
+def mtp_parts(config: Config, z: Shapes) -> list[Part]:
+    """Projections of multi-token prediction from two hidden states to one (DeepSeek-V3,
+    arXiv:2412.19437, section 2.2).
+    """
+    count, weights = config.model.mtp_layers, 2 * z.H * z.H / z.t
+    if not count:
+        return []
+    one = _product(config, z, "joined", count * 2 * z.A * weights,
+                   config.hardware.gemm_efficiency, count * weights, "4 A H H / t")  # fmt: skip
+    return [one]
 
 
 def seconds(parts: list[Part]) -> float:

@@ -31,6 +31,8 @@ ATTENTION = Launches(12, 22)
 """Norm, products, rotation, attention, residual; with gradients of inputs and weights."""
 ROUTER = Launches(14, 20)
 """Norm, logits, top-k, auxiliary loss, counts and indices for the exchange."""
+LATENT = Launches(8, 14)
+"""More for multi-latent attention: down-projections, their norms, and the heads' concatenation."""
 SHARED = Launches(3, 6)
 GRADIENTS = 9
 """Additions to gradient buffers of a layer's weights where products do not fuse them."""
@@ -68,17 +70,24 @@ def layer_launches(config: Config, z: Shapes, layers: int = 1) -> dict[str, tupl
     """Kernels by part of one layer: attention, router, exchange, experts.
 
     Args:
-        layers: layers whose experts a rank runs, above 1 under ``placement=span``.
+        layers: layers whose experts a rank runs, above 1 under ``placement=span``; 0 for a layer
+            that has none.
     """
     shared = SHARED if z.W else Launches(0, 0)
+    latent = LATENT if z.C else Launches(0, 0)
     casts = CAST if config.dtype == "fp8" else 0
     one: dict[str, tuple[float, float]] = {
-        "attention": (ATTENTION.forward + 2 * casts, ATTENTION.backward + 2 * casts),
+        "attention": (
+            ATTENTION.forward + latent.forward + 2 * casts,
+            ATTENTION.backward + latent.backward + 2 * casts,
+        ),
         "router": (ROUTER.forward + shared.forward, ROUTER.backward + shared.backward),
         "exchange": dispatcher(config.parallel.dispatcher, span=z.span).launches,
     }
     if not z.fused:
         one = {name: (UNFUSED * a, UNFUSED * b) for name, (a, b) in one.items()}
+    if not layers:
+        return {"attention": one["attention"], "router": (SHARED.forward, SHARED.backward)}
     modules = layers * z.local_experts
     # torch's grouped product is one kernel for all experts, TransformerEngine's one for each.
     each = modules if z.fused else layers

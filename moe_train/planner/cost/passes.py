@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from moe_train.planner.cost.calls import end_calls, sum_of
+from moe_train.planner.cost.calls import end_calls, sum_of, tensor_calls
 from moe_train.planner.cost.communication import layer_traffic
 from moe_train.planner.cost.compute import (
     Part,
@@ -14,6 +14,7 @@ from moe_train.planner.cost.compute import (
     embedding_parts,
     expert_parts,
     head_parts,
+    mtp_parts,
     seconds,
 )
 from moe_train.planner.cost.constants import constants
@@ -84,6 +85,17 @@ def layer_time(plan: Plan) -> LayerTime:
     return replace(layer, experts=_plus(experts, waiting), waiting=Passes(*taken))
 
 
+def feed_forward_time(plan: Plan) -> LayerTime:
+    """Times of a layer with a feed-forward network in the place of experts."""
+    config, z = plan.config, plan.shapes.dense(plan.config.model.dense_hidden)
+    calls = [one for one in tensor_calls(config, plan.layout, z) if one.part != "router"]
+    ways = ("forward", "backward")
+    tensor = Passes(*(sum_of(calls, way).seconds for way in ways))
+    nothing = Passes(0.0, 0.0)
+    layer = LayerTime(passes_of(dense_parts(config, z)), nothing, tensor, nothing)
+    return replace(layer, waiting=_waits(plan, layer, nothing, 0))
+
+
 def _waits(plan: Plan, layer: LayerTime, experts: Passes, active: int) -> Passes:
     """Seconds in which a layer's kernels are done and the host has not launched the next ones."""
     in_chunk = max(len(plan.layout.stage_layers(0, 0)), 1)
@@ -130,17 +142,23 @@ def served_times(plan: Plan, layer: LayerTime, active: int) -> Passes:
 
 
 def end_times(plan: Plan) -> dict[str, Passes]:
-    """Seconds of the ``embedding`` on the first stage and of the ``head`` on the last one."""
+    """Seconds of the ``embedding`` on the first stage and of the ``head`` on the last one.
+
+    Multi-token prediction has a head of its own behind each of its layers, which join the hidden
+    state with the next token's embedding.
+    """
     config, z = plan.config, plan.shapes
     calls = end_calls(config, plan.layout, z)
+    heads = 1 + config.model.mtp_layers
     times = {}
-    for name, parts in (
-        ("embedding", embedding_parts(config, z)),
-        ("head", head_parts(config, z)),
+    for name, parts, count in (
+        ("embedding", embedding_parts(config, z), 1),
+        ("head", head_parts(config, z), heads),
     ):
         computed = passes_of(parts)
         times[name] = Passes(
-            computed.forward + sum_of(calls, "forward", name).seconds,
-            computed.backward + sum_of(calls, "backward", name).seconds,
+            count * (computed.forward + sum_of(calls, "forward", name).seconds),
+            count * (computed.backward + sum_of(calls, "backward", name).seconds),
         )
-    return times
+    joined = passes_of(mtp_parts(config, z))
+    return {**times, "head": _plus(times["head"], joined)}

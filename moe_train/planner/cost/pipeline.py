@@ -9,7 +9,14 @@ from typing import NamedTuple
 from moe_train.features.schedules import ticks
 from moe_train.planner.cost.constants import constants
 from moe_train.planner.cost.links import point_to_point
-from moe_train.planner.cost.passes import LayerTime, Passes, end_times, layer_time, served_times
+from moe_train.planner.cost.passes import (
+    LayerTime,
+    Passes,
+    end_times,
+    feed_forward_time,
+    layer_time,
+    served_times,
+)
 from moe_train.planner.plan import Plan
 
 
@@ -45,10 +52,14 @@ def stage_times(plan: Plan, layer: LayerTime) -> tuple[StageTime, ...]:
     """Every stage with the messages that it sends."""
     layout, z, whole = plan.layout, plan.shapes, plan.config.recomputed_layers
     ends, times = end_times(plan), []
+    first = plan.config.model.dense_layers
+    kinds = [_both_ways(one) for one in (layer, feed_forward_time(plan) if first else layer)]
     for stage in range(layout.pipeline):
-        layers = layout.stage_layers(stage)
-        forward = len(layers) * layer.forward()
-        backward = sum(layer.backward(recomputed=number in whole) for number in layers)
+        forward = backward = 0.0
+        for number in layout.stage_layers(stage):
+            ahead, back, repeated = kinds[number <= first]
+            forward += ahead
+            backward += repeated if number in whole else back
         for name, place in (("embedding", 0), ("head", layout.pipeline - 1)):
             if stage == place:
                 forward, backward = forward + ends[name].forward, backward + ends[name].backward
@@ -59,6 +70,12 @@ def stage_times(plan: Plan, layer: LayerTime) -> tuple[StageTime, ...]:
             forward, backward = forward + exposed, backward + exposed
         times.append(StageTime(stage, forward, backward))
     return tuple(times)
+
+
+def _both_ways(layer: LayerTime) -> tuple[float, float, float]:
+    """Seconds forward, backward, and backward with recomputation."""
+    back, repeated = (layer.backward(recomputed=again) for again in (False, True))
+    return layer.forward(), back, repeated
 
 
 def _exposed_messages(plan: Plan) -> float:

@@ -14,7 +14,13 @@ from moe_train.parallel.layout import ranges
 from moe_train.planner.cost.calls import Call, end_calls, expert_calls, sum_of, tensor_calls
 from moe_train.planner.cost.compute import Part, dense_parts
 from moe_train.planner.cost.links import Sent, point_to_point
-from moe_train.planner.cost.passes import LayerTime, end_times, passes_of, served_times
+from moe_train.planner.cost.passes import (
+    LayerTime,
+    end_times,
+    feed_forward_time,
+    passes_of,
+    served_times,
+)
 from moe_train.planner.cost.timing import StepTime
 from moe_train.planner.memory.stages import stage_memory
 from moe_train.planner.plan import Plan
@@ -112,10 +118,17 @@ def total(pieces: tuple[Piece, ...] | list[Piece]) -> float:
 
 
 class LayerPieces:
-    """Pieces of one layer, one micro-batch: dense before the exchange, exchange, experts."""
+    """Pieces of one layer, one micro-batch: dense before the exchange, exchange, experts.
 
-    def __init__(self, plan: Plan, layer: LayerTime) -> None:
+    Args:
+        dense: whether it is a layer with a feed-forward network, whose exchange and experts then
+            take no time.
+    """
+
+    def __init__(self, plan: Plan, layer: LayerTime, *, dense: bool = False) -> None:
         config, layout, z = plan.config, plan.layout, plan.shapes
+        if dense:
+            z = z.dense(config.model.dense_hidden)
         named = {part.name: part for part in dense_parts(config, z)}
         alone = ("router", "shared expert")
         attention = [part for name, part in named.items() if name not in alone]
@@ -131,12 +144,13 @@ class LayerPieces:
         if layout.tensor > 1:
             self._both("scatter", sum_of(tensor, "forward", "scatter"),
                        sum_of(tensor, "backward", "scatter"))  # fmt: skip
-        self._both("router", *_computed([named["router"]], tensor))
+        self._both("router", *_computed([named["router"]], () if dense else tensor))
         if "shared expert" in named:
             self._both("shared expert", *_computed([named["shared expert"]]))
         self.backward.reverse()
+        nothing = Piece("dispatch", 0.0), Piece("combine", 0.0)
         self.exchange = tuple(
-            _exchange(plan, direction, exposed)
+            nothing if dense else _exchange(plan, direction, exposed)
             for direction, exposed in zip(("forward", "backward"), layer.exchange, strict=True)
         )
         self.experts = layer.experts
@@ -198,16 +212,19 @@ def work_of(plan: Plan, time: StepTime) -> PipedWork | SpanWork:
     pieces, outer, ends = LayerPieces(plan, time.layer), _outer(plan), _ends(plan, time)
     if layout.span:
         return _span_work(plan, time.layer, pieces, outer, ends)
+    first = plan.config.model.dense_layers
+    plain = LayerPieces(plan, feed_forward_time(plan), dense=True) if first else pieces
     forward: dict[tuple[int, int], tuple[Piece, ...]] = {}
     backward: dict[tuple[int, int], tuple[Piece, ...]] = {}
     for stage in range(layout.pipeline):
         for chunk in range(layout.virtual_pipeline):
             numbers = layout.stage_layers(stage, chunk)
-            ahead = [piece for number in numbers for piece in pieces.whole(number)]
+            of = {number: plain if number <= first else pieces for number in numbers}
+            ahead = [piece for number in numbers for piece in of[number].whole(number)]
             back = [
                 piece
                 for number in reversed(numbers)
-                for piece in pieces.whole_back(number, recomputed=number in whole)
+                for piece in of[number].whole_back(number, recomputed=number in whole)
             ]
             if (stage, chunk) == (layout.pipeline - 1, layout.virtual_pipeline - 1):
                 ahead.append(outer["head"][0])
