@@ -18,7 +18,7 @@ class Case:
     """Sequences of a micro-batch."""
 
     @property
-    def words(self) -> list[str]:
+    def overrides(self) -> list[str]:
         """Overrides of ours."""
         return [
             *("device=cpu", "experiment=twin", "parallel=single", "recompute=none", "dtype=fp32"),

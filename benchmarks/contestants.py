@@ -86,7 +86,7 @@ def _mixtral(case: Case, experts: str) -> Step:
 
     from moe_train.convert.mixtral import mixtral_config
 
-    config = resolve_run([*case.words, "model.router.balancing=none"], 1).config
+    config = resolve_run([*case.overrides, "model.router.balancing=none"], 1).config
     settings = mixtral_config(config.model, VOCAB, config.data.sequence)
     made = transformers.MixtralConfig(
         **settings, attn_implementation="sdpa", experts_implementation=experts
@@ -112,7 +112,7 @@ CONTESTANTS = {
 
 
 def _opened(case: Case) -> tuple[ResolvedRun, Any, Any]:
-    run = resolve_run(case.words, 1).with_vocabulary(VOCAB, "the benchmark")
+    run = resolve_run(case.overrides, 1).with_vocabulary(VOCAB, "the benchmark")
     backend = select_backend(run.config.device, run.config.backend)
     backend.prepare()
     open_world(backend, 0, 1, 60)

@@ -21,6 +21,7 @@ except PackageNotFoundError:
 _MODULES = {
     "Callback": "moe_train.train.callback",
     "evaluate": "moe_train.api",
+    "generate": "moe_train.api",
     "load_config": "moe_train.api",
     "plan": "moe_train.api",
     "train_model": "moe_train.api",

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from moe_train.config.root import Config
     from moe_train.train.callback import Callback
 
@@ -71,10 +73,51 @@ def train_model(overrides: Sequence[str] = (), callbacks: Sequence[Callback] = (
     return main(overrides, callbacks)
 
 
-def evaluate(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Loss and perplexity of a checkpoint; see :func:`moe_train.run.evaluation.evaluate`."""
+def evaluate(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    text: str | Path | None = None,
+    domains: str | Path | None = None,
+    choices: str | Path | None = None,
+) -> dict[str, Any]:
+    """Loss, perplexity and choices; see :func:`moe_train.run.evaluation.evaluate`."""
     from moe_train.run.evaluation import evaluate as run_evaluation
     from moe_train.run.logs import logging_to_console
 
     with logging_to_console():
-        return run_evaluation(overrides)
+        return run_evaluation(path, overrides, text=text, domains=domains, choices=choices)
+
+
+def generate(
+    path: str | Path,
+    prompts: Sequence[str | Sequence[int]],
+    overrides: Sequence[str] = (),
+    *,
+    tokens: int = 100,
+    greedy: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 1234,
+    cache: bool = True,
+    ignore_eod: bool = False,
+    batch: int = 8,
+) -> dict[str, Any]:
+    """Continue prompts; see :func:`moe_train.run.generation.generate` and
+    :class:`moe_train.inference.request.Sampling`."""
+    from moe_train.inference.request import Sampling
+    from moe_train.run.generation import generate as run_generation
+    from moe_train.run.logs import logging_to_console
+
+    with logging_to_console():
+        return run_generation(
+            path,
+            prompts,
+            overrides,
+            tokens=tokens,
+            sampling=Sampling(greedy, temperature, top_k, top_p, seed),
+            cache=cache,
+            ignore_eod=ignore_eod,
+            batch=batch,
+        )

@@ -31,8 +31,14 @@ GROUPS: dict[str, dict[str, Command]] = {
         "evaluate": Command(
             "moe_train.commands.evaluate",
             "evaluate_main",
-            "loss and perplexity of a checkpoint",
-            "evaluate checkpoint.resume=runs/x/checkpoints/step_00000100 --json loss.json",
+            "loss, perplexity and choices of a model",
+            "evaluate runs/x/checkpoints/step_00000100 --json loss.json",
+        ),
+        "generate": Command(
+            "moe_train.commands.generate",
+            "generate_main",
+            "continue prompts",
+            'generate runs/x --prompt "def main(" --tokens 50',
         ),
     },
     "Configure and plan": {

@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "moe_train"
 
-# Height of each room: a module imports its own room and lower ones. Rooms of one height are
-# strangers: they meet in the runtime, through callbacks.
-HEIGHT = {
+# Layer of each package: a module imports its own package and those of lower layers. Packages of one
+# layer do not import each other; the runtime connects them, through callbacks.
+LAYER = {
     "errors": 0,
     "features": 0,
     "files": 1,
@@ -32,6 +32,7 @@ HEIGHT = {
     "train": 6,
     "checkpoint": 6,
     "callbacks": 7,
+    "inference": 7,
     "convert": 7,
     "run": 8,
     "measure": 9,
@@ -57,7 +58,7 @@ def sources() -> dict[str, ast.Module]:
     return result
 
 
-def room(module: str) -> str:
+def package(module: str) -> str:
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 
@@ -86,13 +87,13 @@ def imports(module: str, tree: ast.Module) -> set[str]:
 def test_imports_run_downward() -> None:
     wrong = []
     for module, tree in sources().items():
-        here = room(module)
+        here = package(module)
         for name in imports(module, tree):
-            there = room(name)
+            there = package(name)
             if name.split(".")[0] != PACKAGE or there in ("", here):
                 continue
             # The package's own module is the Python API, above everything.
-            if here and HEIGHT[there] >= HEIGHT[here]:
+            if here and LAYER[there] >= LAYER[here]:
                 wrong.append(f"{module} imports {name}")
     assert not wrong, "upward or sideways imports:\n" + "\n".join(wrong)
 
@@ -110,9 +111,9 @@ def test_every_import_is_a_declared_dependency() -> None:
     assert not missing, f"imported, and in no line of pyproject's dependencies: {missing}"
 
 
-def test_every_room_is_on_the_map() -> None:
-    rooms = {room(module) for module in sources()} - {""}
-    assert rooms <= set(HEIGHT), f"rooms without a place in the order: {rooms - set(HEIGHT)}"
+def test_every_package_has_a_layer() -> None:
+    packages = {package(module) for module in sources()} - {""}
+    assert packages <= set(LAYER), f"packages without a layer: {packages - set(LAYER)}"
 
 
 def test_training_imports_the_planner_by_its_facade() -> None:
@@ -122,9 +123,9 @@ def test_training_imports_the_planner_by_its_facade() -> None:
     wrong = [
         f"{module} imports {name}"
         for module, tree in sources().items()
-        if room(module) in training
+        if package(module) in training
         for name in imports(module, tree)
-        if room(name) == "planner" and name.partition(".planner.")[2] not in facade
+        if package(name) == "planner" and name.partition(".planner.")[2] not in facade
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -146,27 +147,27 @@ def test_train_script_only_calls_the_runtime() -> None:
     assert script.exists(), "train.py is the entry point of every rank"
     names = imports("train", ast.parse(script.read_text(encoding="utf-8")))
     ours = {name for name in names if name.split(".")[0] == PACKAGE}
-    assert {room(name) for name in ours} <= {"run", "errors"}, ours
+    assert {package(name) for name in ours} <= {"run", "errors"}, ours
     assert not {name.split(".")[0] for name in names} & HEAVY
 
 
-def test_torch_free_rooms_name_no_heavy_import() -> None:
+def test_torch_free_packages_name_no_heavy_import() -> None:
     wrong = [
         f"{module} imports {name}"
         for module, tree in sources().items()
-        if room(module) in TORCH_FREE
+        if package(module) in TORCH_FREE
         for name in imports(module, tree)
         if name.split(".")[0] in HEAVY
     ]
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("entry", ["torch-free rooms", "command line"])
+@pytest.mark.parametrize("entry", ["torch-free packages", "command line"])
 def test_torch_stays_out_of_the_process(entry: str) -> None:
     """What the source does not show: a light module that pulls in a heavy one."""
     modules = {
-        "torch-free rooms": [name for name in sources() if room(name) in TORCH_FREE],
-        "command line": [name for name in sources() if room(name) == "cli"],
+        "torch-free packages": [name for name in sources() if package(name) in TORCH_FREE],
+        "command line": [name for name in sources() if package(name) == "cli"],
     }[entry]
     assert modules, f"{entry}: no such module"
     script = "import sys, importlib\n" + "".join(
@@ -185,7 +186,7 @@ def test_packages_and_modules_say_what_they_are() -> None:
 
 
 def test_every_config_field_is_documented() -> None:
-    config = {name: tree for name, tree in sources().items() if room(name) == "config"}
+    config = {name: tree for name, tree in sources().items() if package(name) == "config"}
     groups = {
         node.name
         for tree in config.values()
@@ -225,7 +226,7 @@ def test_devices_are_named_in_the_backends_only() -> None:
     named = []
     for module, tree in sources().items():
         # A rehearsal stands for the device, and looks for tensors that are not on it.
-        if room(module) in ("backend", "config", "planner", "rehearsal"):
+        if package(module) in ("backend", "config", "planner", "rehearsal"):
             continue
         named += [
             f"{module}:{node.lineno}"

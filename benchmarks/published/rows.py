@@ -134,7 +134,7 @@ def entries() -> tuple[Entry, ...]:
     Raises:
         ValueError: a file with an unknown key, a value of another type, or two rows of one name.
     """
-    found: list[Entry] = []
+    results: list[Entry] = []
     for path in sorted(FOLDER.glob("*.yaml")):
         if path.name == MODELS:
             continue
@@ -147,11 +147,11 @@ def entries() -> tuple[Entry, ...]:
             if values["dtype"] != "fp8":
                 values.pop("fp8_recipe", None)
             run = TypeAdapter(Run).validate_python(values)
-            found.append(Entry(run, models()[run.model], source, path.name))
-    names = [one.run.id for one in found]
+            results.append(Entry(run, models()[run.model], source, path.name))
+    names = [one.run.id for one in results]
     if len(set(names)) < len(names):
         raise ValueError(f"two rows of one name among {sorted(names)}")
-    return tuple(found)
+    return tuple(results)
 
 
 def scored() -> tuple[Entry, ...]:

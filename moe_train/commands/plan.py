@@ -55,16 +55,16 @@ def plan_main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--imbalance",
         type=float,
-        default=1.0,
         metavar="X",
-        help="rows of the busiest rank's experts over the average (default 1)",
+        help="rows of the busiest rank's experts over the average (default 1, and 1.3 for an "
+        "accelerator's memory)",
     )
     parser.add_argument(
         "--fragmentation",
         type=float,
         default=0.05,
         metavar="X",
-        help="share of activations that the allocator wastes (default 0.05)",
+        help="share of all tensors that the allocator wastes (default 0.05)",
     )
     parser.add_argument(
         "--claims",
@@ -80,11 +80,10 @@ def plan_main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
 
     from moe_train.backend.cuda.devices import read_devices
-    from moe_train.config.compose import collect
+    from moe_train.config.compose import collect, override_keys, recompute_source
     from moe_train.parallel.sizes import DEFAULT_WORLD
     from moe_train.planner.estimate import estimate
     from moe_train.planner.machine.devices import local_facts
-    from moe_train.planner.machine.profiles import override_keys
     from moe_train.planner.plan import assumptions_of
     from moe_train.planner.report.better import better_report
     from moe_train.planner.report.screen import print_screen, print_warnings
@@ -92,13 +91,14 @@ def plan_main(argv: Sequence[str]) -> int:
     from moe_train.planner.report.warnings import plan_warnings
     from moe_train.planner.resolution import resolve_run
 
-    check_imbalance(args.imbalance)
+    imbalance = 1.0 if args.imbalance is None else args.imbalance
+    check_imbalance(imbalance)
     if not 0 <= args.fragmentation < 1:
         raise ConfigError(
             "--fragmentation", f"{args.fragmentation:g} is not a share", "from 0 to below 1"
         )
     if args.claims is not None:
-        return _claims(args)
+        return _claims(args, imbalance)
     if args.report:
         raise ConfigError("--report", "needs --claims", "add --claims FILE")
     console = console_for(args.json)
@@ -114,8 +114,10 @@ def plan_main(argv: Sequence[str]) -> int:
         # What `make train` would start here.
         world = min(world, len(here.gpus))
     run = resolve_run(args.overrides, world, local_facts(here, world) if here else None)
-    plan = estimate(run, assumptions_of(run.config, args.imbalance, args.fragmentation))
+    taken = assumptions_of(run.config, imbalance, args.fragmentation, args.imbalance)
+    plan = estimate(run, taken)
     report = {**plan.report(), "better": better_report(plan)}
+    report["recompute"]["source"] = recompute_source(run.config, args.overrides)
     warnings = [*problems, *plan_warnings(plan)]
     print_screen(report, warnings, console)
     if args.full:
@@ -128,7 +130,7 @@ def plan_main(argv: Sequence[str]) -> int:
     return EXIT_FINISHED
 
 
-def _claims(args: argparse.Namespace) -> int:
+def _claims(args: argparse.Namespace, imbalance: float) -> int:
     from moe_train.config.compose import compose
     from moe_train.parallel.shapes import Assumptions
     from moe_train.planner.claims.document import find, load
@@ -137,7 +139,7 @@ def _claims(args: argparse.Namespace) -> int:
     document = load(find(args.claims))
     config = compose([*document.overrides, *args.overrides]) if args.world is None else None
     world = plan_world(args.world, config)
-    assumptions = Assumptions(args.imbalance, args.fragmentation)
+    assumptions = Assumptions(imbalance, args.fragmentation)
     console = console_for(args.json)
     markdown, data = check_claims(document, args.overrides, world, assumptions, console)
     if args.report:

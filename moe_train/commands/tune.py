@@ -44,9 +44,8 @@ def tune_main(argv: Sequence[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
 
     from moe_train.backend.cuda.devices import read_devices
-    from moe_train.config.compose import collect
+    from moe_train.config.compose import collect, override_keys
     from moe_train.planner.machine.devices import local_facts
-    from moe_train.planner.machine.profiles import override_keys
     from moe_train.planner.report.tune_tables import print_tuning
     from moe_train.planner.search.tuning import tune
 

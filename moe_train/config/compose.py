@@ -175,6 +175,36 @@ def _validated(config: Config, faults: Sequence[ConfigError]) -> Config:
     return config
 
 
+def override_keys(overrides: Sequence[str]) -> set[str]:
+    """Config keys and groups that the overrides set."""
+    return {text.partition("=")[0].lstrip("+~") for text in overrides}
+
+
+def for_own_model(overrides: Sequence[str]) -> list[str]:
+    """Overrides that hold where the user brings a model and names no experiment.
+
+    Which layers are recomputed belongs to an experiment's model: the twin's 2-15 would be an
+    arbitrary choice for another model.
+    """
+    keys = override_keys(overrides)
+    own = "model" in keys or "model.layers" in keys
+    named = "experiment" in keys and "experiment=auto" not in overrides
+    return ["recompute=none"] if own and not named and not _sets(keys, "recompute") else []
+
+
+def recompute_source(config: Config, overrides: Sequence[str]) -> str:
+    """Where the choice of recomputed layers and modules comes from."""
+    if _sets(override_keys(overrides), "recompute"):
+        return "set by an override"
+    if for_own_model(overrides):
+        return "default of a model without an experiment"
+    return f"from experiment={config.experiment}"
+
+
+def _sets(keys: set[str], group: str) -> bool:
+    return any(key == group or key.startswith(group + ".") for key in keys)
+
+
 def collect(overrides: Sequence[str] = ()) -> tuple[Config, list[ConfigError]]:
     """Compose a config, and return the faults of names, types and ranges instead of raising them.
 
@@ -185,7 +215,7 @@ def collect(overrides: Sequence[str] = ()) -> tuple[Config, list[ConfigError]]:
         ConfigFaults: only if Hydra cannot merge at all.
     """
     faults: list[ConfigError] = []
-    return _typed(_merge(overrides, faults), faults), faults
+    return _typed(_merge([*for_own_model(overrides), *overrides], faults), faults), faults
 
 
 def typed(mapping: Mapping[str, Any]) -> Config:

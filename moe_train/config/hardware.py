@@ -17,6 +17,10 @@ from moe_train.config.types import (
     Text,
 )
 
+CONTEXT_GB = 1.5
+"""The part of ``reserved_gb`` that a single rank has as well: the driver's context and kernels'
+workspaces. Assumed."""
+
 
 @dataclass(frozen=True)
 class HardwareConfig:
@@ -31,7 +35,8 @@ class HardwareConfig:
     memory_gb: PositiveNumber = 24.0
     """Memory of one device in GB (1e9 bytes)."""
     reserved_gb: NonNegativeNumber = 0.0
-    """Memory of driver, context and communication buffers in GB."""
+    """Memory outside of tensors in a run of several ranks, in GB: driver context, kernels'
+    workspaces, communicators."""
     peak_tflops: dict[Text, PositiveNumber] = field(default_factory=dict)
     """Dense peak per dtype (fp32, bf16, fp8) in TFLOP/s."""
     memory_gbps: NonNegativeNumber = 0.0
@@ -97,6 +102,10 @@ class HardwareConfig:
     """Whether peak_tflops is known for the device; otherwise no MFU is reported."""
     sources: dict[Text, Text] = field(default_factory=dict)
     """Source of each number, or \"assumed\"."""
+
+    def outside_gb(self, world: int) -> float:
+        """Memory outside of tensors on each of `world` ranks, in GB."""
+        return self.reserved_gb if world > 1 else min(self.reserved_gb, CONTEXT_GB)
 
     @property
     def fast_devices(self) -> int:

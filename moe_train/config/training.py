@@ -134,8 +134,8 @@ class CheckpointConfig:
     """auto (newest checkpoint of the run folder) | never | PATH of a checkpoint: continue it, with
     its optimizer, learning-rate schedule and place in the data."""
     init: Text | None = None
-    """PATH of a run folder or checkpoint whose weights a new run starts with; optimizer, schedule
-    and data begin at zero. Unused where the run resumes."""
+    """PATH of a run folder, checkpoint or Hugging Face folder whose weights a new run starts with;
+    optimizer, schedule and data begin at zero. Unused where the run resumes."""
     asynchronous: Bool = False
     """Write in the background, from a copy of the state in host memory. A checkpoint counts only
     once it is complete and on disk; the end of the run waits for the last one."""

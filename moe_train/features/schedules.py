@@ -23,7 +23,9 @@ class Pipeline(NamedTuple):
     chunks: int = 1
     """v, model chunks of a stage (parallel.virtual_pipeline)."""
     delay: int = 0
-    """Ticks by which the backward passes of span come later, see `ticks`."""
+    """Passes (under span: ticks, see `ticks`) by which backward passes come later, so that a
+    forward and a backward pass that run side by side never depend on each other: 1 where the
+    expert exchange overlaps (``parallel.overlap_expert_comm``), else 0."""
 
 
 class Pass(NamedTuple):
@@ -79,7 +81,7 @@ def _order(pipeline: Pipeline, stage: int, table: list[tuple[int, int]], ahead: 
 
 def _1f1b(pipeline: Pipeline, stage: int) -> list[Pass]:
     table = [(batch, 0) for batch in range(pipeline.microbatches)]
-    return _order(pipeline, stage, table, pipeline.stages - stage - 1)
+    return _order(pipeline, stage, table, pipeline.stages - stage - 1 + pipeline.delay)
 
 
 def interleaved_table(pipeline: Pipeline) -> list[tuple[int, int]]:
@@ -94,7 +96,8 @@ def interleaved_table(pipeline: Pipeline) -> list[tuple[int, int]]:
 
 
 def _interleaved_ahead(pipeline: Pipeline, stage: int) -> int:
-    return 2 * (pipeline.stages - stage - 1) + (pipeline.chunks - 1) * pipeline.stages
+    between = 2 * (pipeline.stages - stage - 1)
+    return between + (pipeline.chunks - 1) * pipeline.stages + pipeline.delay
 
 
 def _interleaved(pipeline: Pipeline, stage: int) -> list[Pass]:
@@ -110,14 +113,17 @@ def _gpipe(pipeline: Pipeline, stage: int) -> list[Pass]:
 SCHEDULES = {
     one.name: one
     for one in (
-        # Narayanan et al., arXiv:2104.04473, section 2.2.1.
+        # Narayanan et al., arXiv:2104.04473, section 2.2.1. With a delay, Megatron-Core's combined
+        # 1F1B, which it has for one stage (combined_1f1b_schedule_for_no_pipelining): the forward
+        # pass of the next micro-batch runs beside each backward pass.
         PipelineSchedule(
             name="1f1b",
             title="1F1B",
             order=_1f1b,
-            in_flight=lambda p, stage: min(p.stages - stage, p.microbatches),
+            in_flight=lambda p, stage: min(p.stages - stage + p.delay, p.microbatches),
         ),
-        # The same paper, section 2.2.2, in Megatron-Core's order.
+        # The same paper, section 2.2.2, in Megatron-Core's order. A delay is one more forward pass
+        # before the first backward pass (get_pp_rank_microbatches).
         PipelineSchedule(
             name="interleaved",
             title="interleaved 1F1B",

@@ -28,8 +28,13 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
-def transformer_config(config: Config, backend: Backend) -> TransformerConfig:
+def transformer_config(
+    config: Config, backend: Backend, *, sequence_parallel: bool = True
+) -> TransformerConfig:
     """TransformerConfig of a resolved config (every parallel size filled).
+
+    Args:
+        sequence_parallel: whether tensor-parallel ranks split sequences between layers.
 
     Raises:
         ConfigError: Megatron itself refuses the combination.
@@ -58,7 +63,7 @@ def transformer_config(config: Config, backend: Backend) -> TransformerConfig:
         bf16=dtype is torch.bfloat16,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor,
-        sequence_parallel=parallel.tensor > 1,
+        sequence_parallel=sequence_parallel and parallel.tensor > 1,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=_chunks(parallel.virtual_pipeline),
         context_parallel_size=parallel.context,

@@ -14,6 +14,7 @@ Letters in formulas, here and in all modules that count bytes:
     C columns of multi-latent attention's down-projections, whole on every rank; 0 without
     E experts of a layer, F expert width on a rank (f / x), W shared width on a rank
     V vocabulary rows on a rank, b bytes of the compute dtype
+    s bytes in which a matrix product saves its input: 1 in fp8, else b
     w bytes of a row packed for the spanning exchange
 """
 
@@ -26,7 +27,8 @@ from moe_train.parallel.layout import Layout
 from moe_train.parallel.parameters import padded_vocab
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
-"""Bytes of a weight or activation; fp8 runs keep both in bf16."""
+"""Bytes of a weight or activation; fp8 runs have both in bf16, and copies in fp8 of what matrix
+products take."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,20 @@ class Assumptions:
 
     Args:
         imbalance: rows of the busiest rank's experts over the average (1: even routing).
-        fragmentation: share of the peak that the allocator wastes.
+        fragmentation: share of all tensors at the peak that the allocator wastes.
         fused: kernels of TransformerEngine or torch's own.
+        memory_imbalance: the least imbalance that memory has to hold: time follows the usual
+            step, memory the worst one.
     """
 
     imbalance: float = 1.0
     fragmentation: float = 0.05
     fused: bool = True
+    memory_imbalance: float = 1.0
+
+    def for_memory(self) -> Assumptions:
+        """The same with the imbalance that memory has to hold."""
+        return replace(self, imbalance=max(self.imbalance, self.memory_imbalance))
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Shapes:
     W: int
     V: int
     b: int
+    s: int
     t: int
     x: int
     local_experts: int
@@ -137,6 +147,7 @@ def shapes(config: Config, layout: Layout, vocab: int, assumptions: Assumptions)
         W=model.shared_expert_hidden // tensor,
         V=padded_vocab(vocab, model.vocab_multiple) // tensor,
         b=DTYPE_BYTES[config.dtype],
+        s=1 if config.dtype == "fp8" else DTYPE_BYTES[config.dtype],
         t=tensor,
         x=layout.expert_tensor,
         local_experts=model.experts // layout.expert,

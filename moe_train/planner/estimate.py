@@ -17,7 +17,7 @@ from moe_train.parallel.shapes import Assumptions
 from moe_train.planner.cost.communication import Traffic, step_traffic
 from moe_train.planner.cost.compute import peak_flops as peak_flops
 from moe_train.planner.cost.timing import StepTime, step_time
-from moe_train.planner.memory.fit import lighter, memory_fault
+from moe_train.planner.memory.fit import lighter, margin_warning, memory_fault
 from moe_train.planner.memory.stages import GB as GB
 from moe_train.planner.memory.stages import StageMemory, plan_memory, worst
 from moe_train.planner.plan import Plan
@@ -40,7 +40,12 @@ class Estimate(Plan):
     @property
     def fits(self) -> bool:
         """Whether every stage fits the hardware profile's memory."""
-        return self.worst.total <= self.device_bytes
+        return self.worst.margin >= 0
+
+    @property
+    def margin_warning(self) -> str | None:
+        """A sentence where little memory is left, or none; None where there is enough."""
+        return margin_warning(self.worst)
 
     @property
     def memory_fault(self) -> ConfigError | None:
@@ -81,5 +86,5 @@ class Estimate(Plan):
 
 
 def estimate(run: ResolvedRun, assumptions: Assumptions | None = None) -> Estimate:
-    """Estimate of `run`; by default for even routing and 5 % fragmentation."""
+    """Estimate of `run`; by default under the assumptions of `assumptions_of`."""
     return Estimate.of(run, assumptions)

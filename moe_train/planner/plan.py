@@ -17,12 +17,32 @@ BAND = 0.15
 """Relative error of a predicted step time; plans whose times differ by less count as equal."""
 
 
+FRAGMENTATION = 0.05
+"""Share of all tensors that the allocator wastes: assumed, for 3 to 7 GB that runs of this size
+reserve and do not use."""
+MEMORY_IMBALANCE = 1.3
+"""Rows of an accelerator's busiest experts over the average that memory has to hold: assumed.
+Auxiliary losses keep routing near to even, but one layer of one step need not be."""
+
+
 def assumptions_of(
-    config: Config, imbalance: float = 1.0, fragmentation: float = 0.05
+    config: Config,
+    imbalance: float = 1.0,
+    fragmentation: float = FRAGMENTATION,
+    memory_imbalance: float | None = None,
 ) -> Assumptions:
-    """Assumptions for the kernels that `config` would run with on its hardware profile."""
+    """Assumptions for the kernels that `config` would run with on its hardware profile.
+
+    Args:
+        memory_imbalance: see `Assumptions`; None is MEMORY_IMBALANCE on an accelerator, unless
+            ``model.router.force_balance`` makes routing even, and nothing more than `imbalance`
+            on a CPU, whose ranks share their memory.
+    """
     chosen = expected_kernels_on(config.backend.kernels, config.hardware).kernels
-    return Assumptions(imbalance, fragmentation, fused=chosen is TE)
+    if memory_imbalance is None:
+        uneven = config.hardware.kind == "accelerator" and not config.model.router.force_balance
+        memory_imbalance = MEMORY_IMBALANCE if uneven else 1.0
+    return Assumptions(imbalance, fragmentation, chosen is TE, memory_imbalance)
 
 
 @dataclass(frozen=True)
@@ -54,12 +74,19 @@ class Plan(ResolvedRun):
         return shapes(self.config, self.layout, self.vocab, self.assumptions)
 
     @cached_property
+    def memory_shapes(self) -> Shapes:
+        """The same with as many routed rows as memory has to hold."""
+        taken = self.assumptions.for_memory()
+        return shapes(self.config, self.layout, self.vocab, taken)
+
+    @cached_property
     def _dense_shapes(self) -> Shapes:
-        return self.shapes.dense(self.config.model.dense_hidden)
+        return self.memory_shapes.dense(self.config.model.dense_hidden)
 
     def layer_shapes(self, number: int) -> Shapes:
-        """`shapes` in layer `number` (1-based), which is dense or has experts."""
-        return self._dense_shapes if number <= self.config.model.dense_layers else self.shapes
+        """`memory_shapes` in layer `number` (1-based), which is dense or has experts."""
+        dense = number <= self.config.model.dense_layers
+        return self._dense_shapes if dense else self.memory_shapes
 
     def parameters(self, stage: int) -> RankParameters:
         """Parameters on each rank of pipeline stage `stage` (0-based): all have as many."""
@@ -80,8 +107,13 @@ class Plan(ResolvedRun):
 
     @property
     def delay(self) -> int:
-        """Ticks by which ``placement=span`` delays backward passes to overlap exchanges."""
-        return int(self.config.parallel.overlap_expert_comm and self.layout.span)
+        """Passes, or ticks under span, by which overlapped exchanges delay backward passes."""
+        return int(self.config.parallel.overlap_expert_comm)
+
+    @property
+    def combined(self) -> bool:
+        """Whether it runs Megatron's combined 1F1B, a forward beside a backward pass."""
+        return self.config.parallel.overlap_expert_comm and not self.layout.span
 
     @property
     def device_bytes(self) -> float:

@@ -20,7 +20,7 @@ from moe_train.planner.machine.experiment import (
     with_device,
 )
 from moe_train.planner.machine.profiles import unknown_device_warning
-from moe_train.planner.memory.fit import launch_fault, unmodelled_overrides
+from moe_train.planner.memory.fit import launch_fault, launch_warning, unmodelled_overrides
 from moe_train.planner.plan_only import plan_only, plan_only_notes
 from moe_train.planner.ranking import resolve
 
@@ -89,13 +89,15 @@ def resolve_launch(
     if facts.kind != "cpu":
         notes += filter(None, [unknown_device_warning(run.config.hardware)])
         fault = launch_fault(run, facts)
-        if fault is not None:
-            if not (unmodelled := unmodelled_overrides(run.config)):
-                raise fault
+        if fault is None:
+            notes += filter(None, [launch_warning(run, facts)])
+        elif unmodelled := unmodelled_overrides(run.config):
             notes.append(
                 f"{fault}\n    continuing: the memory estimate does not cover "
                 f"{', '.join(unmodelled)}"
             )
+        else:
+            raise fault
     return run.with_notes(notes)
 
 

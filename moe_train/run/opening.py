@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from moe_train.backend.protocol import Backend
     from moe_train.config.root import Config
+    from moe_train.config.training import DataConfig
     from moe_train.data.blend import Corpus
     from moe_train.parallel.layout import Layout
     from moe_train.parallel.resolved import ResolvedRun
@@ -35,7 +36,7 @@ class Session:
     corpus: Corpus
     engine: Engine
     folder: RunFolder | None
-    """The run folder, the same on every rank; None for an evaluation."""
+    """The run folder, the same on every rank; None without training."""
 
     @property
     def config(self) -> Config:
@@ -46,6 +47,13 @@ class Session:
     def layout(self) -> Layout:
         """The run's layout."""
         return self.run.layout
+
+    @property
+    def modules(self) -> list[Any]:
+        """The model's chunks on this rank, without their wrappers."""
+        from moe_train.model.build import unwrap
+
+        return [unwrap(chunk) for chunk in self.engine.chunks]
 
     def manifest_fields(self) -> dict[str, Any]:
         """The fields of a checkpoint's manifest that describe this session."""
@@ -70,6 +78,8 @@ def open_session(
     folder: RunFolder | None = None,
     fault: MoeTrainError | None = None,
     joined: Callable[[Path], None] | None = None,
+    read: Callable[[DataConfig, Callable[[], None]], Corpus] = open_corpus,
+    build: Callable[[ResolvedRun, Backend, Any], Engine] | None = None,
 ) -> Session:
     """Open the data and the process groups and build the model; ``stack`` closes them.
 
@@ -77,6 +87,8 @@ def open_session(
         folder: the run folder, on rank 0, which broadcasts it.
         fault: an earlier error of this rank, to be raised on all ranks.
         joined: called with the folder of logs, once all ranks know it.
+        read: opens the data, or only their tokenizer.
+        build: `build_engine`, with arguments of its own where given.
 
     Raises:
         MoeTrainError: this rank's fault or a peer's, the same on every rank.
@@ -89,7 +101,7 @@ def open_session(
     corpus = None
     if fault is None:
         try:
-            corpus = open_corpus(config.data, backend.prepare)
+            corpus = read(config.data, backend.prepare)
             run = run.with_vocabulary(config.model.vocab or corpus.vocab_size, "data")
             corpus.check_vocabulary(run.vocab)
         except MoeTrainError as unusable:
@@ -120,7 +132,7 @@ def open_session(
         timeout_seconds=2 * config.backend.timeout_seconds,
         nccl=config.backend.nccl_groups if backend.communication == "nccl" else {},
     )
-    engine = build_engine(run, backend, groups)
+    engine = (build or build_engine)(run, backend, groups)
     stack.callback(release, engine)
     return Session(run, rank, corpus, engine, folder)
 

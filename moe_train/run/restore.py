@@ -54,7 +54,7 @@ def restore(
     restored = load_checkpoint(
         folder,
         manifest,
-        chunks=[chunk.module for chunk in session.engine.chunks],
+        chunks=session.modules,
         optimizer=session.engine.optimizer,
         layout=fields["layout"],
     )

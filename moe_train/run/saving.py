@@ -35,7 +35,7 @@ class Saver:
         self._pending = Save(
             session.folder.checkpoints,
             step=step,
-            chunks=[chunk.module for chunk in session.engine.chunks],
+            chunks=session.modules,
             optimizer=session.engine.optimizer,
             keep=config.checkpoint.keep,
             asynchronous=config.checkpoint.asynchronous,

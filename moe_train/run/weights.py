@@ -1,13 +1,13 @@
-"""Weights of a run folder or a checkpoint into a session's model, and nothing else of it."""
+"""Weights of a run, a checkpoint or a foreign model into a session's model, and nothing else."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from moe_train.checkpoint.collective import run_on_all_ranks
 from moe_train.checkpoint.load import load_checkpoint
-from moe_train.checkpoint.manifest import Manifest
 from moe_train.checkpoint.optimizer_state import (
     MASTER,
     initialise_state,
@@ -15,6 +15,9 @@ from moe_train.checkpoint.optimizer_state import (
     state_names,
 )
 from moe_train.checkpoint.select import select_checkpoint
+from moe_train.convert.folder import is_hf_folder, open_folder
+from moe_train.convert.loading import check_model
+from moe_train.convert.loading import load_weights as load_foreign_weights
 from moe_train.errors import CheckpointError
 from moe_train.run.opening import Session
 from moe_train.run_folder.folder import RunFolder
@@ -22,23 +25,37 @@ from moe_train.run_folder.folder import RunFolder
 LOGGER = logging.getLogger(__name__)
 
 
-def load_weights(session: Session, path: Path, otherwise: str) -> tuple[Path, Manifest]:
-    """Load the weights of a checkpoint, or of the newest sound one of a run folder; collective.
+@dataclass(frozen=True)
+class Loaded:
+    """Where weights come from."""
 
-    They may come from any layout; the optimizer is left as it is.
+    path: Path
+    """The checkpoint's folder, or the foreign model's."""
+    step: int | None
+    """None for a foreign model."""
+
+
+def load_weights(session: Session, path: Path, otherwise: str) -> Loaded:
+    """Load the weights of a checkpoint, a run folder's newest sound one or a Hugging Face folder.
+
+    Collective. The weights may come from any layout; the optimizer is left as it is.
 
     Args:
         otherwise: what to do without the checkpoint, for the message of a refusal.
-
-    Returns:
-        The checkpoint's folder and manifest.
 
     Raises:
         CheckpointError: missing, damaged, or of another model or tokenizer; the same on every rank.
     """
     checkpoints = RunFolder(path).checkpoints
     # The ranks have to take one path through the collectives below.
-    (is_run, *_) = run_on_all_ranks(checkpoints.is_dir, path, "cannot be read", otherwise)
+    ((is_run, is_foreign), *_) = run_on_all_ranks(
+        lambda: (checkpoints.is_dir(), is_hf_folder(path)), path, "cannot be read", otherwise
+    )
+    if is_foreign and not is_run:
+        run_on_all_ranks(
+            lambda: _load_foreign(session, path), path, "does not fit this run", otherwise
+        )
+        return Loaded(path, None)
     fields = session.manifest_fields()
     selected = select_checkpoint(
         checkpoints,
@@ -53,11 +70,17 @@ def load_weights(session: Session, path: Path, otherwise: str) -> tuple[Path, Ma
     load_checkpoint(
         folder,
         manifest,
-        chunks=[chunk.module for chunk in session.engine.chunks],
+        chunks=session.modules,
         optimizer=None,
         layout=fields["layout"],
     )
-    return folder, manifest
+    return Loaded(folder, manifest.step)
+
+
+def _load_foreign(session: Session, path: Path) -> None:
+    folder = open_folder(path)
+    check_model(folder, session.config.model, session.run.padded_vocab)
+    load_foreign_weights(folder, session.modules)
 
 
 def start_from(session: Session, path: str) -> None:
@@ -69,11 +92,12 @@ def start_from(session: Session, path: str) -> None:
     Raises:
         CheckpointError: as :func:`load_weights`.
     """
-    folder, manifest = load_weights(
+    loaded = load_weights(
         session, Path(path), "without checkpoint.init a run starts with random weights"
     )
     optimizer = session.engine.optimizer
     if MASTER in state_names(optimizer):
         initialise_state(optimizer)
         master_from_model(optimizer)
-    LOGGER.info("starts with the weights of %s (step %d)", folder, manifest.step)
+    step = "" if loaded.step is None else f" (step {loaded.step})"
+    LOGGER.info("starts with the weights of %s%s", loaded.path, step)

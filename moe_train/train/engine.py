@@ -22,7 +22,7 @@ from moe_train.backend.protocol import Backend
 from moe_train.config.root import Config
 from moe_train.features.optimizers import OPTIMIZERS
 from moe_train.features.schedules import schedule_of
-from moe_train.model.build import build_model
+from moe_train.model.build import build_chunks, build_model
 from moe_train.model.span.dispatcher import CrossStageDispatcher
 from moe_train.model.transformer_config import optimizer_config, transformer_config
 from moe_train.parallel.resolved import ResolvedRun
@@ -39,9 +39,11 @@ class Engine:
     backend: Backend
     groups: ProcessGroupCollection
     megatron: TransformerConfig
-    chunks: list[DistributedDataParallel]
+    chunks: list[Any]
+    """The model, in Megatron's DistributedDataParallel where it trains."""
     optimizer: Any
-    scheduler: OptimizerParamScheduler
+    """None without training, like `scheduler`."""
+    scheduler: OptimizerParamScheduler | None
     forward_backward: Callable[..., Any]
     routing: RoutingRecorder
     tracer: Tracer
@@ -62,13 +64,28 @@ class Engine:
         return self.is_last_stage and self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0
 
 
-def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollection) -> Engine:
-    """Build model, optimizer and schedule of this rank."""
+def build_engine(
+    run: ResolvedRun,
+    backend: Backend,
+    groups: ProcessGroupCollection,
+    *,
+    trains: bool = True,
+    sequence_parallel: bool = True,
+) -> Engine:
+    """Build model, optimizer and schedule of this rank.
+
+    Args:
+        trains: False builds the model alone, without gradients, optimizer and initial values: its
+            weights have to be loaded.
+        sequence_parallel: False keeps whole sequences on tensor-parallel ranks, for passes of a
+            single token.
+    """
     config = run.config
     seed_everything(config.run.seed)
-    megatron = transformer_config(config, backend)
+    megatron = transformer_config(config, backend, sequence_parallel=sequence_parallel)
     cross_stage = build_dispatcher(config, megatron, backend, groups) if run.layout.span else None
-    chunks = build_model(
+    build = build_model if trains else build_chunks
+    chunks = build(
         config,
         megatron,
         backend,
@@ -77,20 +94,20 @@ def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollect
         recomputed=config.recomputed_layers,
         cross_stage=cross_stage,
     )
-    with patches.optimizer_built_by(OPTIMIZERS[config.optim.name], config.optim):
-        optimizer = get_megatron_optimizer(
-            optimizer_config(config, backend),
-            chunks,
-            use_gloo_process_groups=False,
-            pg_collection=None,
-        )
+    optimizer: Any = None
+    scheduler: OptimizerParamScheduler | None = None
+    if trains:
+        optimizer, scheduler = _optimizer(config, backend, chunks)
+    else:
+        chunks = [chunk.to(backend.device).eval() for chunk in chunks]
     schedule = schedule_of(
         config.parallel.schedule, chunks=run.layout.virtual_pipeline, span=run.layout.span
     )
     tracer = Tracer(groups.pp.rank(), backend.synchronize)
     if config.train.trace:
         tracer.set_groups(groups)
-    _connect(megatron, config, chunks, optimizer, tracer)
+    if trains:
+        _connect(megatron, config, chunks, optimizer, tracer)
     return Engine(
         run=run,
         backend=backend,
@@ -98,7 +115,7 @@ def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollect
         megatron=megatron,
         chunks=chunks,
         optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.optim, config.train.steps),
+        scheduler=scheduler,
         forward_backward=(
             pkgutil.resolve_name(schedule.run)(cross_stage, groups, tracer.region)
             if schedule.run
@@ -107,6 +124,19 @@ def build_engine(run: ResolvedRun, backend: Backend, groups: ProcessGroupCollect
         routing=RoutingRecorder(chunks, config.model.layers, config.model.experts, backend.device),
         tracer=tracer,
     )
+
+
+def _optimizer(
+    config: Config, backend: Backend, chunks: list[Any]
+) -> tuple[Any, OptimizerParamScheduler]:
+    with patches.optimizer_built_by(OPTIMIZERS[config.optim.name], config.optim):
+        optimizer = get_megatron_optimizer(
+            optimizer_config(config, backend),
+            chunks,
+            use_gloo_process_groups=False,
+            pg_collection=None,
+        )
+    return optimizer, build_scheduler(optimizer, config.optim, config.train.steps)
 
 
 def build_dispatcher(
@@ -135,7 +165,8 @@ def release(engine: Engine) -> None:
     would keep its model on the device.
     """
     for chunk in engine.chunks:
-        chunk.grad_accs.clear()
+        if isinstance(chunk, DistributedDataParallel):
+            chunk.grad_accs.clear()
         for module in chunk.modules():
             dispatcher = getattr(module, "token_dispatcher", None)
             for name, value in list(vars(dispatcher).items()) if dispatcher else ():

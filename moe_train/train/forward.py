@@ -32,14 +32,14 @@ def mean_loss(
     return loss, {"loss": loss.detach().clone()}
 
 
-def forward_step(
+def run_model(
     groups: Any,
     device: torch.device,
     batches: Iterator[MicroBatch],
     model: torch.nn.Module,
     return_schedule_plan: bool = False,
-) -> tuple[Any, Any]:
-    """Run ``model`` on the next micro-batch; returns (output, loss function).
+) -> tuple[Any, MicroBatch]:
+    """Run ``model`` on the next micro-batch; returns its output and this rank's part of the batch.
 
     Args:
         return_schedule_plan: combined 1F1B asks for the chunk's schedule plan instead of its
@@ -55,4 +55,16 @@ def forward_step(
         attention_mask=None,
         labels=batch["labels"],
     )
+    return output, batch
+
+
+def forward_step(
+    groups: Any,
+    device: torch.device,
+    batches: Iterator[MicroBatch],
+    model: torch.nn.Module,
+    return_schedule_plan: bool = False,
+) -> tuple[Any, Any]:
+    """:func:`run_model`'s output, and the loss function of its micro-batch."""
+    output, batch = run_model(groups, device, batches, model, return_schedule_plan)
     return output, partial(mean_loss, batch["loss_mask"], groups.cp)

@@ -47,11 +47,11 @@ MEGATRON = {
 Seen = dict[str, tuple[list[int], str, int]]
 
 
-def counted(rank: int, world: int, words: list[str]) -> tuple[Seen, Seen]:
+def counted(rank: int, world: int, args: list[str]) -> tuple[Seen, Seen]:
     """Ranks, backend and operations of every group of this rank: after opening, after a step."""
     from moe_train.train.step import train_step
 
-    engine = open_engine(rank, world, words)
+    engine = open_engine(rank, world, args)
     opened = _groups()
     samples = engine.run.microbatches * engine.config.batch.micro * engine.groups.dp.size()
     tokens = torch.randint(128, (samples, engine.config.data.sequence + 1)).numpy()

@@ -110,8 +110,8 @@ def _has(root: str, name: str) -> bool:
     return hasattr(OBJECTS[root], name)
 
 
-def unanswered(found: Iterable[Use]) -> list[str]:
-    return [str(use) for use in found if not handled(use) and exemption(use) is None]
+def unanswered(listed: Iterable[Use]) -> list[str]:
+    return [str(use) for use in listed if not handled(use) and exemption(use) is None]
 
 
 def test_every_cuda_use_has_an_answer() -> None:
@@ -176,8 +176,8 @@ def _polling_threads(rank: int, world: int, shared: bool) -> int:
     else:
         gloo.share_device()
     open_world(CpuBackend(BackendConfig()), rank, world, 60)
-    kept = [dist.new_group([0, 1]) for _ in range(3)]
-    dist.barrier(kept[-1])
+    pairs = [dist.new_group([0, 1]) for _ in range(3)]
+    dist.barrier(pairs[-1])
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     return sum(name.startswith("gloo_tcp_loop") for name in names)
 

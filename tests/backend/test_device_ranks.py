@@ -61,13 +61,13 @@ def stand_in(folder: Path) -> Path:
     )
 
 
-@pytest.mark.parametrize(("gpus", "asked", "start"), [(3, None, 3), (0, None, 8), (3, "2", 2)])
-def test_launchers_start_them(tmp_path: Path, gpus: int, asked: str | None, start: int) -> None:
+@pytest.mark.parametrize(("gpus", "nproc", "start"), [(3, None, 3), (0, None, 8), (3, "2", 2)])
+def test_launchers_start_them(tmp_path: Path, gpus: int, nproc: str | None, start: int) -> None:
     variables = {**os.environ, **driver(tmp_path, gpus), "PYTHON": str(stand_in(tmp_path))}
     variables.pop("CUDA_VISIBLE_DEVICES", None)
     variables.pop("NPROC", None)
-    if asked:
-        variables["NPROC"] = asked
+    if nproc:
+        variables["NPROC"] = nproc
     stamp = tmp_path / "stamp"
     stamp.touch()
     # Newer than all that it is made of: nothing is set up.

@@ -28,7 +28,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "world", "expected"),
+    ("args", "world", "expected"),
     [
         ([], 1, None),
         (["parallel.pipeline=2"], 2, None),
@@ -49,17 +49,17 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
         (["backend.cuda_device_max_connections=2"], 1, 2),
     ],
 )
-def test_connections_follow_the_layout(words: list[str], world: int, expected: int | None) -> None:
-    config = resolve_run([*SINGLE, *words], world).config
+def test_connections_follow_the_layout(args: list[str], world: int, expected: int | None) -> None:
+    config = resolve_run([*SINGLE, *args], world).config
     assert config.backend.cuda_device_max_connections == expected
     output = variables(config)[0]
     assert output.value == (None if expected is None else str(expected))
-    explicit = any("cuda_device_max_connections" in word for word in words)
+    explicit = any("cuda_device_max_connections" in word for word in args)
     assert ("set in the config" in output.why) == explicit
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("args", "expected"),
     [
         ([], True),
         (["backend.expandable_segments=false"], False),
@@ -68,8 +68,8 @@ def test_connections_follow_the_layout(words: list[str], world: int, expected: i
         (["+megatron.transformer.cuda_graph_impl=local", "backend.expandable_segments=true"], True),
     ],
 )
-def test_segments_grow_unless_something_forbids_it(words: list[str], expected: bool) -> None:
-    config = resolve_run([*SINGLE, *words], 1).config
+def test_segments_grow_unless_something_forbids_it(args: list[str], expected: bool) -> None:
+    config = resolve_run([*SINGLE, *args], 1).config
     assert config.backend.expandable_segments is expected
     set_environment(config.backend)
     values = {one.name: one.value for one in variables(config)}

@@ -80,10 +80,10 @@ def test_master_weights_follow_fp32_and_parameters_are_their_rounding() -> None:
             optimizer.step()
     stuck = 0
     for a, b, h in zip(low, alone, high, strict=True):
-        kept = master.state[a]["master_param"]
-        assert kept.dtype == torch.float32
-        torch.testing.assert_close(kept, h.detach(), rtol=1e-6, atol=1e-7)
-        assert torch.equal(a.detach(), kept.to(torch.bfloat16))
+        stored = master.state[a]["master_param"]
+        assert stored.dtype == torch.float32
+        torch.testing.assert_close(stored, h.detach(), rtol=1e-6, atol=1e-7)
+        assert torch.equal(a.detach(), stored.to(torch.bfloat16))
         stuck += int((b != a).sum())
     assert stuck > 0, "without master weights small updates should have been lost"
 

@@ -67,7 +67,7 @@ def build(sizes: list[int], options: dict[str, Any], dtype: torch.dtype, seed: i
     return TorchAdam(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, **options)
 
 
-def give(adam: TorchAdam, dtype: torch.dtype, seed: int, without: int) -> None:
+def set_gradients(adam: TorchAdam, dtype: torch.dtype, seed: int, without: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for index, param in enumerate(adam.param_groups[0]["params"]):
         gradient = torch.randn(param.shape, generator=generator).to(dtype)
@@ -103,7 +103,7 @@ def test_parts_change_no_bit(
     ours.scratch_bytes = scratch
     for step in range(3):
         for adam in (ours, plain):
-            give(adam, grads, step, without)
+            set_gradients(adam, grads, step, without)
         ours.step()
         whole(plain, step)
     for mine, other in zip(
@@ -125,7 +125,7 @@ def test_a_part_off_the_vectors_would_change_bits(monkeypatch: pytest.MonkeyPatc
     ours.scratch_bytes = 5
     for step in range(3):
         for adam in (ours, plain):
-            give(adam, FP32, step, -1)
+            set_gradients(adam, FP32, step, -1)
         ours.step()
         whole(plain, step)
     [mine], [other] = ours.param_groups[0]["params"], plain.param_groups[0]["params"]
@@ -163,7 +163,7 @@ def test_state_in_fp32_is_updated_in_place() -> None:
     adam = build([100_000], {}, FP32, seed=0)
     [param] = adam.param_groups[0]["params"]
     for step in range(2):
-        give(adam, FP32, step, -1)
+        set_gradients(adam, FP32, step, -1)
         if step:
             break
         adam.step()

@@ -53,10 +53,10 @@ class Required(Log):
 
 
 def play(callbacks: Sequence[Callback], steps: int = 2) -> None:
-    with CallbackList(callbacks) as together:
-        together.start(events.start())
+    with CallbackList(callbacks) as listed:
+        listed.start(events.start())
         for step in range(1, steps + 1):
-            together.notify(events.step(step))
+            listed.notify(events.step(step))
 
 
 def test_an_observer_that_fails_is_logged_once_and_switched_off(
@@ -106,9 +106,9 @@ def test_a_required_callback_may_fail_at_the_end_when_all_have_ended() -> None:
     # What ended the run is not hidden by it.
     with (
         pytest.raises(KeyboardInterrupt),
-        CallbackList([Required("a", calls, "end failed")]) as together,
+        CallbackList([Required("a", calls, "end failed")]) as listed,
     ):
-        together.start(events.start())
+        listed.start(events.start())
         raise KeyboardInterrupt
 
 

@@ -109,8 +109,8 @@ def test_truncation_leaves_each_step_once(
                 log.append({"step": step, "valid_loss": 1.0})
     before = path.read_text().splitlines()
     with open_log(path, back) as log:
-        kept = path.read_text().splitlines()
-        assert kept == [line for line in before if json.loads(line)["step"] <= back]
+        remaining = path.read_text().splitlines()
+        assert remaining == [line for line in before if json.loads(line)["step"] <= back]
         log.append(train_line(min(back, steps) + 1))
     trained = [record["step"] for record in read(path) if "loss" in record]
     assert trained == list(range(1, min(back, steps) + 2))

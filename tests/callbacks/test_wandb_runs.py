@@ -59,7 +59,7 @@ NOISE = 10.0
 minutes, thousands of times a step."""
 
 
-def paced(rank: int, world: int, words: list[str], env: dict[str, str], result: str) -> int:
+def paced(rank: int, world: int, arguments: list[str], env: dict[str, str], result: str) -> int:
     """Train, and note when each step begins: what lies between has the callbacks in it."""
     os.environ.update(env)
     from moe_train.run.main import main
@@ -79,7 +79,7 @@ def paced(rank: int, world: int, words: list[str], env: dict[str, str], result: 
 
     loop.train_step = step
     JsonLines.append = padded  # type: ignore[method-assign]
-    code = main(words)
+    code = main(arguments)
     Path(result).write_text(json.dumps(begun))
     return code
 
@@ -108,14 +108,14 @@ def pace(folder: Path, mode: str, client: str = "", **env: str) -> tuple[list[st
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str], float], None]:
-    """Holds losses and pace against a run without W&B."""
+    """Compares losses and pace with a run without W&B."""
     losses, between, _ = pace(tmp_path_factory.mktemp("alone"), "disabled")
 
-    def hold(others: list[str], pace: float) -> None:
+    def assert_pace(others: list[str], pace: float) -> None:
         assert others == losses
         assert pace < NOISE * between, f"{pace:.4f} s from step to step, {between:.4f} s alone"
 
-    return hold
+    return assert_pace
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from moe_train.run_folder.metrics import read
 from moe_train.testing.layouts import TP2
 from moe_train.testing.runs import Run, train_run
 from moe_train.testing.world import Outcome, run_world
-from tests.support.survival import FAULTY, Reference, hold, named, refer
+from tests.support.survival import FAULTY, Reference, assert_same_curve, named, refer
 
 pytestmark = pytest.mark.world
 
@@ -71,11 +71,11 @@ def slow(
     return main(overrides), seen
 
 
-def late(folder: Path, until: int, end: str, words: Sequence[str] = BESIDE) -> list[Outcome]:
+def late(folder: Path, until: int, end: str, args: Sequence[str] = BESIDE) -> list[Outcome]:
     outcomes: list[Outcome] = run_world(
         slow,
         WORLD,
-        named(folder, words),
+        named(folder, args),
         until,
         end,
         str(folder),
@@ -101,7 +101,7 @@ def test_training_goes_on_and_the_checkpoint_holds_its_own_step(
         seen = outcome.value[1]
         assert seen[3] == seen[4] == [], "it counts before all of it is on the disk"
         assert seen[8], "it never counts"
-    hold(finished(folder), reference)
+    assert_same_curve(finished(folder), reference)
     again = tmp_path / "again"
     early = committed(folder / "checkpoints")[-1]
     assert early.name == "step_00000002"
@@ -118,7 +118,7 @@ def test_a_rank_killed_while_it_writes(tmp_path: Path, reference: Reference) -> 
     assert not committed(folder / "checkpoints")
     run = train_run(folder, BESIDE, WORLD)
     assert run.codes == [0] * WORLD
-    hold(run, reference)
+    assert_same_curve(run, reference)
 
 
 def test_a_write_that_fails_fails_on_all_ranks(tmp_path: Path) -> None:
@@ -140,4 +140,4 @@ def test_a_stop_waits_for_what_is_on_its_way(tmp_path: Path, reference: Referenc
     assert names == ["step_00000003", "step_00000002"]
     run = train_run(folder, BESIDE, WORLD)
     assert run.codes == [0] * WORLD
-    hold(run, reference)
+    assert_same_curve(run, reference)

@@ -26,13 +26,13 @@ LAYOUTS = {
 }
 
 
-def small(rank: int, one: int, words: list[str], world: int, folder: str) -> dict[str, int]:
+def small(rank: int, one: int, args: list[str], world: int, folder: str) -> dict[str, int]:
     """A small model, and pieces that are small beside its parameters."""
     from moe_train.checkpoint import staging
     from tests.support.device_memory import added
 
     staging.PIECE = PIECE
-    return added(words, world, 1, Path(folder), vocab=500)
+    return added(args, world, 1, Path(folder), vocab=500)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_save_and_a_load_add_pieces_to_the_device(tmp_path: Path, name: str) -
 
 
 def leaking(
-    rank: int, one: int, words: list[str], world: int, folder: str, leak: str
+    rank: int, one: int, args: list[str], world: int, folder: str, leak: str
 ) -> dict[str, int]:
     """The same, with what used to be done planted into the program."""
     from moe_train.checkpoint import staging
@@ -60,14 +60,14 @@ def leaking(
     from moe_train.checkpoint.shards import LocalShard
     from moe_train.checkpoint.write import ItemValues
 
-    kept: list[Any] = []
+    copies: list[Any] = []
     if leak == "fp32 copies":
         describe = ItemValues.__init__
 
         def init(self: ItemValues, tree: Any) -> None:
             from moe_train.checkpoint.shards import shards_of
 
-            kept.extend(entry.tensor.float() + 0 for entry in shards_of(tree))
+            copies.extend(entry.tensor.float() + 0 for entry in shards_of(tree))
             describe(self, tree)
 
         ItemValues.__init__ = init  # type: ignore[method-assign]
@@ -89,11 +89,11 @@ def leaking(
         place = _LoadPlanner.commit_tensor
 
         def commit(self: Any, item: Any, tensor: Any) -> None:
-            kept.append(self._target.clone())
+            copies.append(self._target.clone())
             place(self, item, tensor)
 
         _LoadPlanner.commit_tensor = commit  # type: ignore[method-assign]
-    return small(rank, one, words, world, folder)
+    return small(rank, one, args, world, folder)
 
 
 LEAKS = {
@@ -115,10 +115,10 @@ def test_a_copy_of_the_state_would_be_seen(tmp_path: Path, leak: str) -> None:
         assert result[way] > 2 * PIECE + 32 * 2**10, (way, result)
 
 
-def full_size(rank: int, one: int, words: list[str], world: int, folder: str) -> dict[str, int]:
+def full_size(rank: int, one: int, args: list[str], world: int, folder: str) -> dict[str, int]:
     from tests.support.device_memory import added
 
-    return added(words, world, 1, Path(folder))
+    return added(args, world, 1, Path(folder))
 
 
 @pytest.mark.full

@@ -58,14 +58,14 @@ def load(engine: Any, folder: Path) -> None:
     )
 
 
-def opened(rank: int, world: int, words: list[str]) -> Any:
+def opened(rank: int, world: int, arguments: list[str]) -> Any:
     """An engine whose state is all different numbers."""
     import torch
 
     from moe_train.checkpoint.optimizer_state import initialise_state
     from tests.support.engines import open_engine
 
-    engine = open_engine(rank, world, words)
+    engine = open_engine(rank, world, arguments)
     initialise_state(engine.optimizer)
     generator = torch.Generator().manual_seed(7 + rank)
     for values in held(engine):
@@ -119,14 +119,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.distcp"))}
 
 
-def compared(rank: int, world: int, words: list[str], root: str) -> list[str]:
+def compared(rank: int, world: int, arguments: list[str], root: str) -> list[str]:
     """Ways of saving whose files differ from Megatron's, or that a load does not bring back."""
     import torch
     import torch.distributed as dist
 
     from moe_train.checkpoint import staging
 
-    engine = opened(rank, world, words)
+    engine = opened(rank, world, arguments)
     reference = Path(root) / "megatron"
     reference.mkdir(exist_ok=True)
     by_megatron(engine, reference)
@@ -171,7 +171,7 @@ def test_bytes_are_those_of_megatrons_writer(tmp_path: Path, name: str) -> None:
     assert run_world(compared, layout.world, overrides, str(tmp_path)) == [[], []]
 
 
-def failing(rank: int, world: int, words: list[str], root: str) -> dict[str, str]:
+def failing(rank: int, world: int, arguments: list[str], root: str) -> dict[str, str]:
     """What each rank is told when one of them fails in the middle of a stream."""
     import torch
     import torch.distributed as dist
@@ -183,7 +183,7 @@ def failing(rank: int, world: int, words: list[str], root: str) -> dict[str, str
     from moe_train.checkpoint.staging import Staging
     from moe_train.errors import MoeTrainError
 
-    engine, output = opened(rank, world, words), {}
+    engine, output = opened(rank, world, arguments), {}
     sound = save(engine, Path(root), 1)
 
     def spoil(owner: Any, name: str, fault: BaseException, victim: int, after: int) -> Any:

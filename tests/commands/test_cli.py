@@ -39,13 +39,13 @@ def test_command_help_has_examples(command: str, capsys: pytest.CaptureFixture[s
     assert "examples:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("rank", "told"), [("0", 1), ("1", 0)])
+@pytest.mark.parametrize(("rank", "printed"), [("0", 1), ("1", 0)])
 def test_train_py_has_the_same_help_once(
-    rank: str, told: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    rank: str, printed: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     assert runtime.main(["train.steps=3", "--help"]) == 0
-    assert capsys.readouterr().out.count("usage: moe-train train") == told
+    assert capsys.readouterr().out.count("usage: moe-train train") == printed
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_errors_of_the_family_become_message_and_exit_code(
         seen.append(argv)
         raise CheckpointError("step_00000020", "a file is truncated", "use step_00000010")
 
-    room = types.SimpleNamespace(verify_main=verify)
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: room)
+    stub = types.SimpleNamespace(verify_main=verify)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: stub)
     assert cli.main(["checkpoint", "verify", "--json", "x"]) == EXIT_CHECKPOINT
     assert seen == [["--json", "x"]]
     assert "use step_00000010" in capsys.readouterr().err

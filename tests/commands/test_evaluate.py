@@ -12,8 +12,8 @@ from moe_train.commands.evaluate import evaluate_main
 from moe_train.config.compose import compose
 from moe_train.config.schema import to_mapping, with_values
 from moe_train.config.sweep import LONGEST, suffixes
-from moe_train.errors import EXIT_CHECKPOINT, EXIT_CONFIG
-from moe_train.run import evaluation
+from moe_train.errors import EXIT_CONFIG
+from moe_train.run.subject import as_overrides
 from moe_train.testing.runs import train_run
 from moe_train.testing.world import run_world
 
@@ -40,7 +40,7 @@ def test_every_layout_gives_the_validation_loss_of_the_run(tmp_path: Path) -> No
 
     def evaluated(world: int, *words: str) -> dict[str, Any]:
         target, log = tmp_path / "loss.json", tmp_path / "log"
-        argv = ["device=cpu", f"run.dir={tmp_path}", *words, "--json", str(target)]
+        argv = [*words, "device=cpu", "--json", str(target)]
         assert run_world(_evaluate, world, argv, log=log) == [0] * world, log.read_text()
         result: dict[str, Any] = json.loads(target.read_text())
         assert f"{result['loss']:.4f} nats per token" in log.read_text()
@@ -48,42 +48,41 @@ def test_every_layout_gives_the_validation_loss_of_the_run(tmp_path: Path) -> No
         log.unlink()
         return result
 
-    # Nothing but the run's name: model, data, seed and batch are the run's.
-    same = evaluated(1, "run.name=r", "parallel=single")
+    # Nothing but the folder: model, data, seed and batch are the run's.
+    same = evaluated(1, str(run.folder))
     assert same["loss_hex"] == validation["valid_loss_hex"]
     assert same["unigram_entropy"] == validation["unigram_entropy"]
     assert (same["step"], same["tokens"], same["layout"]) == (4, 3 * 4 * 32, "single")
     assert same["perplexity"] == pytest.approx(2.718281828459045 ** same["loss"])
 
-    split = evaluated(2, "run.name=r", "parallel=single", "parallel.expert=2")
+    split = evaluated(2, str(run.folder), "parallel=single", "parallel.expert=2")
     assert split["layout"] == "EP2" or "EP2" in split["layout"]
     assert split["tokens"] == same["tokens"]
     assert split["loss"] == pytest.approx(same["loss"], rel=1e-6)
 
     path = run.folder / "checkpoints" / "step_00000002"
-    earlier = evaluated(1, f"checkpoint.resume={path}", "parallel=single")
+    earlier = evaluated(1, str(path))
     assert earlier["step"] == 2 and earlier["loss"] != same["loss"]
 
-    longer = evaluated(1, "run.name=r", "parallel=single", "train.eval_batches=1")
+    longer = evaluated(1, str(run.folder), "train.eval_batches=1")
     assert longer["tokens"] == 4 * 32 and longer["loss"] != same["loss"]
     assert sorted(path for path in run.folder.rglob("*")) == before
 
 
-@pytest.mark.world
-def test_nothing_to_evaluate(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    argv = ["device=cpu", f"run.dir={tmp_path}", "run.name=none", *SMALL]
-    assert run_world(_evaluate, 1, argv, log=log) == [EXIT_CHECKPOINT]
-    output = log.read_text()
-    assert "is not a complete checkpoint" in output and "Traceback" not in output
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert evaluate_main([*argv, "device=cpu"]) == EXIT_CONFIG
+    return capsys.readouterr().err
+
+
+def test_config_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no run folder, checkpoint or" in refused(capsys, str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
-
-
-def test_config_faults(capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate_main(["checkpoint.resume=never", "device=cpu"]) == EXIT_CONFIG
-    assert "checkpoint.resume" in capsys.readouterr().err
-    assert evaluate_main(["train.stps=3", "device=cpu"]) == EXIT_CONFIG
-    assert "train.steps" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    assert "no validation data of its own" in refused(capsys, str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    assert "config.yaml" in refused(capsys, str(tmp_path))
+    with pytest.raises(SystemExit):
+        evaluate_main([str(tmp_path), "--text", "a", "--choices", "b"])
 
 
 def test_inherited_settings_survive_the_grammar_of_overrides() -> None:
@@ -98,7 +97,7 @@ def test_inherited_settings_survive_the_grammar_of_overrides() -> None:
         "model.router.pre_softmax": True,
     }
     wanted = to_mapping(with_values(compose(["experiment=single"]), values))
-    overrides = [w for key in ("model", "data") for w in evaluation._as_overrides(key, wanted[key])]
+    overrides = [w for key in ("model", "data") for w in as_overrides(key, wanted[key])]
     result = to_mapping(compose(["experiment=twin", "recompute=none", *overrides]))
     assert (result["model"], result["data"]) == (wanted["model"], wanted["data"])
 

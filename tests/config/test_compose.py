@@ -101,6 +101,25 @@ def test_the_twin_has_the_missions_topology() -> None:
     assert twin.batch.microbatches == reference.batch.microbatches
 
 
+@pytest.mark.parametrize(
+    ("overrides", "layers"),
+    [
+        ([], "2-15"),
+        (["model.hidden=64"], "2-15"),
+        (["experiment=twin"], "2-15"),
+        (["experiment=twin", "model.layers=24"], "2-15"),
+        (["experiment=moe_30b_8x64gb"], "2-15"),
+        (["model.layers=24"], "none"),
+        (["model=moe_1b"], "none"),
+        (["experiment=auto", "model.layers=24"], "none"),
+        (["model.layers=24", "recompute=reference"], "2-15"),
+        (["model.layers=24", "recompute.layers=all"], "all"),
+    ],
+)
+def test_an_own_model_inherits_no_recomputation(overrides: list[str], layers: str) -> None:
+    assert compose(overrides).recompute.layers == layers
+
+
 def test_overrides_reach_nulls_aliases_and_megatron_without_a_plus() -> None:
     config = compose(
         [

@@ -70,17 +70,17 @@ def test_a_broken_profile_is_refused(
     assert "has no option" not in refusal(capsys, "plan", "hardware=broken")
 
 
-@pytest.mark.parametrize("words", [["--imbalance", "inf"], ["--imbalance", "nan"]])
+@pytest.mark.parametrize("overrides", [["--imbalance", "inf"], ["--imbalance", "nan"]])
 @pytest.mark.parametrize("command", ["plan", "schedule"])
 def test_infinite_imbalance(
-    command: str, words: list[str], capsys: pytest.CaptureFixture[str]
+    command: str, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "--imbalance" in refusal(capsys, command, *words)
+    assert "--imbalance" in refusal(capsys, command, *overrides)
 
 
-@pytest.mark.parametrize("words", [["--world", "-8"], ["--world", "0"]])
-def test_claims_need_a_world(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--world" in refusal(capsys, "plan", "--claims", "source_document", *words)
+@pytest.mark.parametrize("overrides", [["--world", "-8"], ["--world", "0"]])
+def test_claims_need_a_world(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--world" in refusal(capsys, "plan", "--claims", "source_document", *overrides)
 
 
 def test_claims_as_json_are_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from moe_train.data import prepare as room
+from moe_train.data import prepare as module
 from moe_train.data import sources as source_room
 from moe_train.data.encode import Encoding, encode_all
 from moe_train.data.manifest import read_manifest
@@ -131,8 +131,8 @@ def test_killed_preparation_continues_to_the_same_bytes(
     assert [p.name for p in tmp_path.glob("set*")] == ["set.partial"], "nothing half-written"
 
     trained: list[int] = []
-    train = room.tokenizers.train_bpe
-    monkeypatch.setattr(room.tokenizers, "train_bpe", lambda *a: trained.append(1) or train(*a))
+    train = module.tokenizers.train_bpe
+    monkeypatch.setattr(module.tokenizers, "train_bpe", lambda *a: trained.append(1) or train(*a))
     seen: list[Progress] = []
     prepare(request, lambda progress: seen.append(Progress(**vars(progress))))
     assert max(p.resumed for p in seen) == 3
@@ -307,7 +307,7 @@ def test_hugging_face_file_travels_with_the_data(tmp_path: Path) -> None:
     tokenizer = manifest.open_tokenizer(tmp_path / "p")
     assert tokenizer.decode(documents(tmp_path / "p")[0]) == (tmp_path / "a.txt").read_text()
     (tmp_path / "p.tokenizer.json").write_text(
-        room.tokenizers.train_bpe(["quite other text"], 270), encoding="utf-8"
+        module.tokenizers.train_bpe(["quite other text"], 270), encoding="utf-8"
     )
     with pytest.raises(DataError, match="is not the tokenizer"):
         manifest.open_tokenizer(tmp_path / "p")

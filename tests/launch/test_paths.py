@@ -19,10 +19,10 @@ NAMED = re.compile(r"(?<![\w/.-])tests/[\w./*-]*[\w/*]|(?<![\w/*-])test_[\w*]+\.
 
 def missing(text: str) -> list[str]:
     """Paths and bare file names of tests in ``text`` that match no file."""
-    found = dict.fromkeys(NAMED.findall(text))
+    named = dict.fromkeys(NAMED.findall(text))
     return [
         name
-        for name in found
+        for name in named
         if not any(ROOT.glob(name) if "/" in name else (ROOT / "tests").rglob(name))
     ]
 

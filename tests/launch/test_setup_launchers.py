@@ -196,27 +196,27 @@ class Batch:
         noted = f'echo "$@" >>"{folder}/scontrol"'
         script(folder / "bin" / "scontrol", f"{noted}; echo node0; echo node1")
 
-    def start(self, srun: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def start(self, srun: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run it; ``srun`` is what happens in place of the step."""
         args = f'printf "%s\\n" "$@" >"{self.folder}/srun"; env >"{self.folder}/env"'
         script(self.folder / "bin" / "srun", f"{args}; run={self.run}; {srun}")
         path = f"{self.folder}/bin:{os.environ['PATH']}"
         facts = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(self.folder), "PATH": path}
         return subprocess.run(
-            ["bash", str(ROOT / "launch" / "slurm.sbatch"), *words],
+            ["bash", str(ROOT / "launch" / "slurm.sbatch"), *arguments],
             env={**facts, "HOME": str(self.folder), **env},
             capture_output=True,
             text=True,
             timeout=60,
         )
 
-    def told(self, name: str) -> list[str]:
+    def lines(self, name: str) -> list[str]:
         path = self.folder / name
         return path.read_text().splitlines() if path.exists() else []
 
     @property
     def requeued(self) -> int:
-        return self.told("scontrol").count("requeue 7")
+        return self.lines("scontrol").count("requeue 7")
 
 
 PREEMPTED = """echo '{"state": "preempted", "step": 3, "reason": ""}' >$run/status.json; exit 1"""
@@ -232,7 +232,7 @@ def batch(tmp_path: Path) -> Batch:
 def test_a_job_names_its_run_by_its_number(batch: Batch) -> None:
     done = batch.start("exit 0", "train.steps=3", "run.dir=x y")
     assert done.returncode == 0, done.stderr
-    assert batch.told("srun")[-4:] == [
+    assert batch.lines("srun")[-4:] == [
         *("launch/slurm_node.sh", "run.dir=x y", "run.name=slurm-7", "train.steps=3"),
     ]
     assert batch.requeued == 0
@@ -242,18 +242,20 @@ def test_nodes_and_cores_reach_the_step(batch: Batch) -> None:
     facts = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[0-1]"}
     batch.start("exit 0", SLURM_CPUS_PER_TASK="12", NCCL_DEBUG="INFO", **facts)
     wanted = {"NNODES=2", "MASTER_ADDR=node0", "MASTER_PORT=15007", "SRUN_CPUS_PER_TASK=12"}
-    assert wanted | {"NCCL_DEBUG=INFO"} <= set(batch.told("env"))
+    assert wanted | {"NCCL_DEBUG=INFO"} <= set(batch.lines("env"))
 
 
 def test_containers_wrap_the_ranks(batch: Batch) -> None:
     image = {"CONTAINER_IMAGE": "moe.sqsh", "CONTAINER_MOUNTS": "/data:/data"}
     mounts = f"{batch.folder}:{batch.folder},/data:/data"
     batch.start("exit 0", CONTAINER="pyxis", **image)
-    assert {"--container-image=moe.sqsh", f"--container-mounts={mounts}"} <= set(batch.told("srun"))
-    assert "PYTHON=python3" in batch.told("env")
+    assert {"--container-image=moe.sqsh", f"--container-mounts={mounts}"} <= set(
+        batch.lines("srun")
+    )
+    assert "PYTHON=python3" in batch.lines("env")
     batch.start("exit 0", CONTAINER="apptainer", **image)
-    at = batch.told("srun").index("apptainer")
-    assert batch.told("srun")[at : at + 8] == [
+    at = batch.lines("srun").index("apptainer")
+    assert batch.lines("srun")[at : at + 8] == [
         *("apptainer", "exec", "--nv", "--bind", mounts, "--pwd", str(batch.folder), "moe.sqsh"),
     ]
     for wrong in ({"CONTAINER": "docker", **image}, {"CONTAINER": "pyxis"}):
@@ -283,7 +285,7 @@ def test_starts_without_progress_are_bounded(batch: Batch) -> None:
     # A start that Slurm orders itself, after a lost node, does not even begin.
     (batch.folder / "srun").unlink()
     done = batch.start("exit 0", SLURM_RESTART_COUNT="3", MAX_REQUEUES="2")
-    assert done.returncode == 75 and not batch.told("srun")
+    assert done.returncode == 75 and not batch.lines("srun")
 
 
 def test_progress_allows_any_number_of_starts(batch: Batch) -> None:
@@ -295,9 +297,9 @@ def test_progress_allows_any_number_of_starts(batch: Batch) -> None:
 def test_a_job_goes_on_from_its_own_checkpoint(batch: Batch) -> None:
     """What the first start resumed from would throw the job's own progress away."""
     batch.start(SAVED, "checkpoint.resume=/elsewhere")
-    assert batch.told("srun")[-1] == "checkpoint.resume=/elsewhere"
+    assert batch.lines("srun")[-1] == "checkpoint.resume=/elsewhere"
     batch.start("exit 0", "checkpoint.resume=/elsewhere", SLURM_RESTART_COUNT="1")
-    assert batch.told("srun")[-1] == "run.name=slurm-7"
+    assert batch.lines("srun")[-1] == "run.name=slurm-7"
 
 
 def test_what_cannot_go_on_is_refused(batch: Batch, tmp_path: Path) -> None:

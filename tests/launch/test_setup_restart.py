@@ -34,12 +34,12 @@ def test_a_request_is_heard_where_it_was_ignored_until_then() -> None:
             signal.signal(number, handler)
 
 
-def start(rank: int, world: int, words: list[str], count: int, stop_at: int) -> int:
+def start(rank: int, world: int, args: list[str], count: int, stop_at: int) -> int:
     """Train as torchrun's start number ``count``; rank 1 is told to stop after some steps."""
     os.environ.update(TORCHELASTIC_RESTART_COUNT=str(count), TORCHELASTIC_MAX_RESTARTS="3")
     from moe_train.run.main import main
 
-    [parent] = [word.partition("=")[2] for word in words if word.startswith("run.dir=")]
+    [parent] = [word.partition("=")[2] for word in args if word.startswith("run.dir=")]
 
     def stop() -> None:
         while not any(len(read(path)) >= stop_at for path in Path(parent).glob("*/metrics.jsonl")):
@@ -48,7 +48,7 @@ def start(rank: int, world: int, words: list[str], count: int, stop_at: int) -> 
 
     if stop_at and rank == 1:
         threading.Thread(target=stop, daemon=True).start()
-    return main(words)
+    return main(args)
 
 
 @pytest.mark.world

@@ -152,11 +152,11 @@ class Slurm:
         assert not check or done.returncode == 0, done.stderr
         return done.stdout
 
-    def submit(self, options: list[str], words: list[str], **env: str) -> int:
+    def submit(self, options: list[str], more: list[str], **env: str) -> int:
         """`sbatch launch/slurm.sbatch`; returns the job's number."""
         output = f"--output={self.folder}/job-%j.out"
         script = str(ROOT / "launch" / "slurm.sbatch")
-        message = self.call("sbatch", "--parsable", output, *options, script, *words, **env)
+        message = self.call("sbatch", "--parsable", output, *options, script, *more, **env)
         return int(message.strip())
 
     def facts(self, job: int) -> dict[str, str]:

@@ -28,7 +28,7 @@ def test_costs_that_a_fit_lost_are_named() -> None:
     assert doubtful({**whole, "message_us": 0.0, "latency_us": 0.0}) == ["latency_us", "message_us"]
 
 
-@pytest.mark.parametrize("words", [["--calibrate", "--rounds", "0"], ["--calibrate", "a b"]])
-def test_bad_words_are_refused_before_anything_is_measured(words: list[str]) -> None:
+@pytest.mark.parametrize("overrides", [["--calibrate", "--rounds", "0"], ["--calibrate", "a b"]])
+def test_bad_words_are_refused_before_anything_is_measured(overrides: list[str]) -> None:
     with pytest.raises(ConfigError):
-        calibrate_main(words)
+        calibrate_main(overrides)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moe_train.parallel.shapes import Assumptions
@@ -25,8 +24,8 @@ from moe_train.testing.layouts import (
 )
 from moe_train.testing.world import run_world
 from tests.support.dryrun_page import READINGS, enough_microbatches, rows
+from tests.support.tracked import VOCAB, real_rank
 
-VOCAB = 500
 LONG = [*SMALL, "device=cpu", "data.sequence=256", "batch.global=6", "model.hidden=128"]
 """Activations large enough beside the weights that a mistake in them shows."""
 ALLOWED = 0.05
@@ -41,25 +40,6 @@ OPTIMIZERS = {
     "precision-aware": ["dtype=bf16", "optim=precision_aware"],
     "sgd": ["dtype=bf16", "optim.name=sgd"],
 }
-
-
-def real_rank(rank: int, world: int, words: list[str]) -> tuple[int, int, int, int, str]:
-    """State by category, peak and its phase of one tracked step of a real engine."""
-    from moe_train.checkpoint.optimizer_state import initialise_state
-    from moe_train.measure.dryrun.step import own_state, watched_step
-    from moe_train.measure.dryrun.tracker import GRADIENTS, OPTIMIZER, WEIGHTS, MemoryTracker
-    from tests.support.engines import micro_batches, open_engine
-
-    engine = open_engine(rank, world, words, vocab=VOCAB)
-    batch = engine.config.batch.micro * engine.run.microbatches * engine.groups.dp.size()
-    shape = (batch, engine.config.data.sequence + 1)
-    batches = micro_batches(engine, np.random.default_rng(0).integers(0, VOCAB, shape))
-    with MemoryTracker() as tracker:
-        initialise_state(engine.optimizer)
-        own_state(tracker, engine)
-        peak = watched_step(engine, batches, tracker).peak
-        state = [tracker.total(one) for one in (WEIGHTS, GRADIENTS, OPTIMIZER)]
-        return state[0], state[1], state[2], peak.bytes, peak.phase
 
 
 def fake_ranks(

@@ -28,7 +28,7 @@ def overrides(reading: str) -> tuple[list[str], int]:
 
 
 def count_ranks(
-    rank: int, one: int, words: list[str], world: int
+    rank: int, one: int, args: list[str], world: int
 ) -> tuple[str, int, list[tuple[int, int]]]:
     """Layout tag, distinct parameters of all ranks, and (built, planned) for each rank."""
     from moe_train.backend.cpu.backend import CpuBackend
@@ -38,7 +38,7 @@ def count_ranks(
     from tests.support.chunks import fake_chunks, parameter_count
     from tests.support.shards import matrices, whole_model
 
-    run = resolve_run(words, world)
+    run = resolve_run(args, world)
     config, layout = run.config, run.layout
     backend = CpuBackend(config.backend)
     counts, parts = [], []

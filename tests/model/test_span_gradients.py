@@ -186,7 +186,7 @@ def difference(steps: Sequence[Step], single: Step) -> dict[str, float]:
     return {key: relative(ours[key], theirs[key]) for key in ours}
 
 
-def hold(steps: Sequence[Step], single: Step, tolerance: float = 2e-5) -> None:
+def assert_equal(steps: Sequence[Step], single: Step, tolerance: float = 2e-5) -> None:
     """Every rank agrees with the single process."""
     for step in steps:
         assert step.loss == pytest.approx(single.loss, rel=1e-6)
@@ -198,7 +198,7 @@ def hold(steps: Sequence[Step], single: Step, tolerance: float = 2e-5) -> None:
 @pytest.mark.parametrize("sequences", [1, 2, 8])
 def test_any_number_of_micro_batches(reference: Any, sequences: int) -> None:
     steps = run_world(one_step, 2, PP2_EP2, sequences)
-    hold(steps, reference(sequences))
+    assert_equal(steps, reference(sequences))
     for stage, step in enumerate(steps):
         assert step.counts.forward_slots == step.counts.backward_slots == sequences + 1
         assert step.counts.most_in_flight == min(sequences, 2 * (1 - stage) + 1)
@@ -211,7 +211,7 @@ def test_any_number_of_micro_batches(reference: Any, sequences: int) -> None:
     ids=["none", "2-3", "all", "experts", "all and experts"],
 )  # fmt: skip
 def test_tensor_parallel_and_recompute(reference: Any, recompute: list[str]) -> None:
-    hold(run_world(one_step, 4, [*TP2_PP2_EP4, *recompute], 4), reference(4))
+    assert_equal(run_world(one_step, 4, [*TP2_PP2_EP4, *recompute], 4), reference(4))
 
 
 @pytest.mark.full
@@ -223,7 +223,7 @@ def test_the_missions_layout(reference: Any, sequences: int, recompute: list[str
     layout = ["parallel.placement=span", "parallel.tensor=2", "parallel.pipeline=4"]
     overrides = [*size, *layout, "parallel.expert=8", *recompute]
     steps = run_world(one_step, 8, overrides, sequences)
-    hold(steps, reference(sequences, *size))
+    assert_equal(steps, reference(sequences, *size))
     for rank, step in enumerate(steps):
         assert step.counts.forward_slots == step.counts.backward_slots == sequences + 3
         assert step.counts.most_in_flight == min(sequences, 2 * (3 - rank // 2) + 1)
@@ -258,7 +258,7 @@ def test_overlap_changes_no_bit(reference: Any, options: list[str]) -> None:
             assert mine.key == yours.key and np.array_equal(mine.data, yours.data), mine.key
         assert other.counts.most_in_flight == min(4, 2 * (1 - stage // 2) + 2)
         assert other.counts.forward_slots == other.counts.backward_slots == 5
-    hold(overlapped, reference(4, *[word for word in options if word.startswith("model.")]))
+    assert_equal(overlapped, reference(4, *[word for word in options if word.startswith("model.")]))
 
 
 def test_sixteen_bit_is_as_near_as_one_process_is() -> None:
@@ -280,7 +280,7 @@ def test_sixteen_bit_is_as_near_as_one_process_is() -> None:
 
 
 def test_two_replicas(reference: Any) -> None:
-    hold(run_world(one_step, 4, PP2_EP2, 4), reference(4))
+    assert_equal(run_world(one_step, 4, PP2_EP2, 4), reference(4))
 
 
 def test_two_replicas_with_the_distributed_optimizer(reference: Any) -> None:
@@ -310,7 +310,7 @@ ROUTERS = {
 
 @pytest.mark.parametrize("options", ROUTERS.values(), ids=ROUTERS.keys())
 def test_router_and_model_options(reference: Any, options: list[str]) -> None:
-    hold(run_world(one_step, 2, [*PP2_EP2, *options], 3), reference(3, *options))
+    assert_equal(run_world(one_step, 2, [*PP2_EP2, *options], 3), reference(3, *options))
 
 
 @pytest.mark.parametrize(
@@ -330,4 +330,4 @@ def test_planted_faults_are_noticed(reference: Any, fault: str) -> None:
     worst = max(difference(steps, reference(4, *PADDED)).values())
     assert worst > 1e-3, "the comparison does not notice it"
     with pytest.raises(AssertionError):
-        hold(steps, reference(4, *PADDED))
+        assert_equal(steps, reference(4, *PADDED))

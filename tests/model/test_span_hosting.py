@@ -43,11 +43,11 @@ def staged(on: bool) -> Iterator[None]:
         yield
 
 
-def one_step(rank: int, world: int, words: list[str], apart: bool) -> tuple[Any, ...]:
+def one_step(rank: int, world: int, overrides: list[str], apart: bool) -> tuple[Any, ...]:
     from moe_train.train.step import train_step
 
     with staged(apart):
-        engine = open_engine(rank, world, [*SMALL, *words])
+        engine = open_engine(rank, world, [*SMALL, *overrides])
     names = [name for name, _ in engine.chunks[0].named_parameters() if "linear_fc1" in name]
     tokens = np.random.default_rng(5).integers(0, 128, (4, 33))
     result = train_step(engine, micro_batches(engine, tokens), 1)
@@ -57,7 +57,7 @@ def one_step(rank: int, world: int, words: list[str], apart: bool) -> tuple[Any,
 
 @pytest.mark.world
 @pytest.mark.parametrize(
-    ("words", "world"),
+    ("overrides", "world"),
     [
         ([*TP2, OVERLAP, "dtype=bf16"], 4),
         pytest.param([*TP2, "recompute.modules=[moe]"], 4, marks=pytest.mark.full),
@@ -65,10 +65,10 @@ def one_step(rank: int, world: int, words: list[str], apart: bool) -> tuple[Any,
     ],
     ids=["kept", "recomputed", "probabilities on the input"],
 )
-def test_merged_and_staged_experts_are_one_model(words: list[str], world: int) -> None:
+def test_merged_and_staged_experts_are_one_model(overrides: list[str], world: int) -> None:
     """Losses and gradients bitwise, and checkpoints with the same keys, shapes and offsets."""
-    merged = run_world(one_step, world, words, False)
-    apart = run_world(one_step, world, words, True)
+    merged = run_world(one_step, world, overrides, False)
+    apart = run_world(one_step, world, overrides, True)
     for (loss, grads, places, names), (other, others, elsewhere, each) in zip(
         merged, apart, strict=True
     ):
@@ -133,10 +133,10 @@ class Copies:
             yield
 
 
-def count_copies(rank: int, world: int, words: list[str]) -> tuple[int, int, list[str]]:
+def count_copies(rank: int, world: int, overrides: list[str]) -> tuple[int, int, list[str]]:
     from moe_train.train.step import train_step
 
-    engine = open_engine(rank, world, [*SMALL, *words])
+    engine = open_engine(rank, world, [*SMALL, *overrides])
     copies, schedule = Copies(), engine.forward_backward
     tokens = np.random.default_rng(5).integers(0, 128, (4, 33))
     with copies.counted(schedule.dispatcher):  # type: ignore[attr-defined]
@@ -146,7 +146,7 @@ def count_copies(rank: int, world: int, words: list[str]) -> tuple[int, int, lis
 
 @pytest.mark.world
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["model.router.capacity_factor=1.0", "recompute.layers=all"],
         pytest.param([], marks=pytest.mark.full),
@@ -154,8 +154,8 @@ def count_copies(rank: int, world: int, words: list[str]) -> tuple[int, int, lis
     ],
     ids=["capacity, recomputed", "dropless", "recomputed, overlapped"],
 )
-def test_one_copy_to_the_host_a_forward_slot_and_layer(words: list[str]) -> None:
-    for forward, backward, waits in run_world(count_copies, 2, words):
+def test_one_copy_to_the_host_a_forward_slot_and_layer(overrides: list[str]) -> None:
+    for forward, backward, waits in run_world(count_copies, 2, overrides):
         assert forward == SLOTS * LAYERS and backward == 0
         assert waits == []
 

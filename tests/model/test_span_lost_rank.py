@@ -36,7 +36,7 @@ SMALL = [
 ]
 
 
-def dies_in_exchange(rank: int, world: int, words: list[str]) -> int:
+def dies_in_exchange(rank: int, world: int, args: list[str]) -> int:
     """Train; rank 1 is killed by itself inside the third exchange of the backward pass."""
     from moe_train.model.span.dispatcher import CrossStageDispatcher
     from moe_train.run.main import main
@@ -50,7 +50,7 @@ def dies_in_exchange(rank: int, world: int, words: list[str]) -> int:
         return backward(self, layer, grad)
 
     CrossStageDispatcher.backward = dying  # type: ignore[method-assign]
-    return main(words)
+    return main(args)
 
 
 def test_the_others_end_and_name_rank_tick_and_layer(tmp_path: Path) -> None:

@@ -37,9 +37,9 @@ def interpreter() -> str:
     return built.stdout.strip()
 
 
-def ask(interpreter: str, module: str, words: Sequence[str], world: int) -> Any:
+def ask(interpreter: str, module: str, args: Sequence[str], world: int) -> Any:
     done = subprocess.run(
-        [interpreter, "-W", "ignore", "-m", f"tests.support.{module}", str(world), *words],
+        [interpreter, "-W", "ignore", "-m", f"tests.support.{module}", str(world), *args],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -54,14 +54,14 @@ def matrix(row: Sequence[Any]) -> Matrix:
     return Matrix(key, tuple(shape), tuple(place), tuple(corner), tuple(size), dtype)
 
 
-def host_ranks(rank: int, one: int, words: list[str], world: int) -> list[set[Matrix]]:
+def host_ranks(rank: int, one: int, args: list[str], world: int) -> list[set[Matrix]]:
     from moe_train.backend.cpu.backend import CpuBackend
     from moe_train.measure.dryrun.world import fake_world
     from moe_train.planner.resolution import resolve_run
     from tests.support.chunks import fake_chunks
     from tests.support.shards import matrices
 
-    run = resolve_run(words, world)
+    run = resolve_run(args, world)
     ranks = []
     for each in range(world):
         with fake_world(each, world):
@@ -70,11 +70,11 @@ def host_ranks(rank: int, one: int, words: list[str], world: int) -> list[set[Ma
 
 
 def assert_same_checkpoint(
-    interpreter: str, kernels: str, words: list[str], world: int
+    interpreter: str, kernels: str, args: list[str], world: int
 ) -> list[set[Matrix]]:
     """Every rank of the CUDA backend writes what the host's writes; returns the former."""
-    output = ask(interpreter, "cuda_model", [*words, f"backend.kernels={kernels}"], world)
-    [host] = run_world(host_ranks, 1, words, world)
+    output = ask(interpreter, "cuda_model", [*args, f"backend.kernels={kernels}"], world)
+    [host] = run_world(host_ranks, 1, args, world)
     assert len(output) == len(host) == world
     cuda = []
     for rank, here in enumerate(host):

@@ -37,10 +37,11 @@ CONFIRMED_IDS = [
     "3.3", "4.1", "4.2", "4.3", "5.1", "5.6", "5.8", "5.9", "7.1", "7.2", "7.3", "7.4", "7.5",
     "7.6", "7.7", "7.8", "7.9", "8.5",
 ]  # fmt: skip
-REFUTED_IDS = ["0.1", "2.11", "5.2", "5.3", "6.5", "8.1", "8.3", "8.6"]
+REFUTED_IDS = [
+    "0.1", "1.7", "2.11", "5.2", "5.3", "6.5", "8.1", "8.2", "8.3", "8.6", "8.7",
+]  # fmt: skip
 CONDITIONS = {
     # claim: a word of its condition
-    "1.7": "precision-aware",
     "2.2": "routing stays even",
     "3.1": "experts placed as planned (8 devices)",
     "5.4": "world=16",
@@ -50,9 +51,7 @@ CONDITIONS = {
     "6.2": "data.sequence is",
     "6.3": "optimizer state alone (45.8 GB)",
     "6.4": "71.6 %",
-    "8.2": "claims 1.7",
     "8.4": "claims 3.1",
-    "8.7": "claims 1.7, 3.1",
 }
 CONTRADICTIONS = {
     # claim: the claims that it contradicts

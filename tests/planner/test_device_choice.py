@@ -14,8 +14,9 @@ from moe_train.config.hardware import MachineFacts
 from moe_train.errors import ConfigError
 from moe_train.parallel.resolved import ResolvedRun
 from moe_train.planner.estimate import estimate
-from moe_train.planner.machine.experiment import CANDIDATES, SHARE, choose_experiment
+from moe_train.planner.machine.experiment import CANDIDATES, choose_experiment
 from moe_train.planner.machine.profiles import UNKNOWN, profile_of
+from moe_train.planner.resolution import resolve_run
 from moe_train.run.resolution import resolve_on_devices
 from moe_train.train.metrics import device_peak
 from tests.support.devices import A100, H100, node, on, outcome, sensible, tables
@@ -133,9 +134,15 @@ def test_experiments_by_memory(facts: MachineFacts, want: str) -> None:
     assert want == "twin" or f"{want} needs" in reason
 
 
-def test_candidates_are_shipped_and_leave_a_margin() -> None:
+@pytest.mark.parametrize("memory_gb", [59.0, 59.5, 64.0])
+def test_what_is_chosen_is_what_a_plan_fits(memory_gb: float) -> None:
+    name, _ = choose_experiment(MachineFacts("gpu", 8, memory_gb))
+    run = resolve_run(["experiment=moe_30b_8x64gb", f"hardware.memory_gb={memory_gb}"], 8)
+    assert (name == "moe_30b_8x64gb") == estimate(run).fits
+
+
+def test_candidates_are_shipped() -> None:
     assert set(CANDIDATES) <= set(group_options()["experiment"])
-    assert SHARE < 1
     for name in ("gpu_3b", "gpu_1b", "gpu_300m"):
         config = compose([f"experiment={name}"])
         assert config.dtype == "bf16" and config.optim.precision_aware

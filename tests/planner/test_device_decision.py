@@ -211,7 +211,7 @@ def test_the_driver_s_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "shown", "said"),
+    ("wanted", "shown", "warning"),
     [
         ("9", 0, "CUDA_VISIBLE_DEVICES=9 shows 0 of this machine's 4 GPUs"),
         ("GPU-xyz", 0, "shows 0 of"),
@@ -224,23 +224,23 @@ def test_the_driver_s_table(tmp_path: Path) -> None:
     ],
 )
 def test_entries_that_name_no_gpu_are_reported(
-    tmp_path: Path, wanted: str, shown: int, said: str
+    tmp_path: Path, wanted: str, shown: int, warning: str
 ) -> None:
     machine = smi(tmp_path / "four", f"cat <<END\n{LINES}\nEND")
     result = read_devices({**machine, "CUDA_VISIBLE_DEVICES": wanted}, tmp_path)
     assert result.complete and len(result.gpus) == shown
-    assert said in result.problem and bool(said) == bool(result.problem)
-    if shown and said:
+    assert warning in result.problem and bool(warning) == bool(result.problem)
+    if shown and warning:
         seen = [replace(table, problem=result.problem) for table in tables((1, result.gpus))]
-        assert any(said in note for note in resolve_on_devices([], seen).notes)
+        assert any(warning in note for note in resolve_on_devices([], seen).notes)
 
 
 @pytest.mark.parametrize(
-    ("count", "memory", "said"),
+    ("count", "memory", "warning"),
     [(4, 85.0e9, ""), (5, 84.0e9, ""), (1, 85.0e9, "torch shows 1"), (4, 21.0e9, "one of 21.0 GB")],
 )
 def test_torch_has_to_see_what_the_plan_was_made_from(
-    monkeypatch: pytest.MonkeyPatch, count: int, memory: float, said: str
+    monkeypatch: pytest.MonkeyPatch, count: int, memory: float, warning: str
 ) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -249,7 +249,7 @@ def test_torch_has_to_see_what_the_plan_was_made_from(
     )
     listed = Devices(tuple(parse_table(LINES)))
     result = disagreement(torch.device("cuda", 3), listed)
-    assert said in result and bool(said) == bool(result)
+    assert warning in result and bool(warning) == bool(result)
 
 
 def test_a_gpu_that_cannot_be_taken_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

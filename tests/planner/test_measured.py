@@ -53,7 +53,7 @@ class Times(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Times]:
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Times]:
     """Times by layout."""
     folder = tmp_path_factory.mktemp("measured")
     runs = Runs(folder, [*TWIN, "log.wandb=disabled"], timeout=600)
@@ -88,7 +88,7 @@ def predicted(layout: Layout, hardware: Any) -> float:
     return step_time(Plan(config, plan, vocabulary(config)[0], assumptions=assumptions)).step
 
 
-def test_predictions_are_near(found: dict[str, Times]) -> None:
+def test_predictions_are_near(figures: dict[str, Times]) -> None:
     conditions = (
         "Seconds of a step of the twin (1024 tokens, no recomputation) on 2 cores, predicted by "
         "the planner with the medians of what `moe-train plan --calibrate` measured before, "
@@ -98,32 +98,32 @@ def test_predictions_are_near(found: dict[str, Times]) -> None:
     head = ["ranks", "predicted", "measured", "off by"]
     document(DOC, "Step times", conditions, "layout", head, PREFACE)
     for layout in MEASURED:
-        guess, real, _ = found[layout.name]
+        guess, real, _ = figures[layout.name]
         cells = [str(layout.world), f"{guess:.2f}", f"{real:.2f}", f"{guess / real - 1:+.0%}"]
         document(DOC, "Step times", conditions, layout.name, cells, PREFACE)
-    off = {name: guess / real - 1 for name, (guess, real, _) in found.items()}
-    assert max(map(abs, off.values())) <= NEAR, found
+    off = {name: guess / real - 1 for name, (guess, real, _) in figures.items()}
+    assert max(map(abs, off.values())) <= NEAR, figures
 
 
-def test_the_order_is_the_measured_one(found: dict[str, Times]) -> None:
+def test_the_order_is_the_measured_one(figures: dict[str, Times]) -> None:
     """Layouts of which one is slower by a tenth in every round are predicted in that order.
 
     Rounds of the same layout differ by as much when a machine is not all one's own; within a round
     its speed is the same for both.
     """
     ordered = 0
-    for one, other in permutations(found, 2):
-        pairs = zip(found[one].rounds, found[other].rounds, strict=True)
+    for one, other in permutations(figures, 2):
+        pairs = zip(figures[one].rounds, figures[other].rounds, strict=True)
         if all(slow > APART * fast for fast, slow in pairs):
             ordered += 1
-            assert found[one].predicted < found[other].predicted, (one, other, found)
+            assert figures[one].predicted < figures[other].predicted, (one, other, figures)
     # Of 21 pairs: not so few that there is nothing to be wrong about.
-    assert ordered >= 14, found
+    assert ordered >= 14, figures
 
 
-def test_spans_ratio_to_stage(found: dict[str, Times]) -> None:
+def test_spans_ratio_to_stage(figures: dict[str, Times]) -> None:
     for span, stage in (("PP2.EP2 span", "PP2"), ("TP2.PP2.EP4 span", "TP2.PP2.EP2")):
-        guess, real = (found[span][i] / found[stage][i] for i in (0, 1))
+        guess, real = (figures[span][i] / figures[stage][i] for i in (0, 1))
         assert abs(guess / real - 1) <= NEAR, (span, guess, real)
         if abs(real - 1) > 0.1:
             assert (guess > 1) == (real > 1), (span, guess, real)

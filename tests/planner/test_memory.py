@@ -59,8 +59,8 @@ def test_variants_are_what_their_overrides_compose() -> None:
     config = resolve_run(REFERENCE, 8).config
     for changed, overrides in variants(config).values():
         pasted = compose([*REFERENCE, *overrides.split()]).optim
-        kept = ("distributed", "precision_aware", "moment_dtype", "offload")
-        assert {k: getattr(pasted, k) for k in kept} == {k: getattr(changed.optim, k) for k in kept}
+        same = ("distributed", "precision_aware", "moment_dtype", "offload")
+        assert {k: getattr(pasted, k) for k in same} == {k: getattr(changed.optim, k) for k in same}
 
 
 def test_the_two_figures_of_the_document() -> None:
@@ -123,13 +123,13 @@ def test_in_flight_never_exceeds_what_exists_and_falls_along_the_pipeline(
     ]
     assert held == sorted(held, reverse=True)
     assert all(1 <= one <= microbatches * chunks for one in held)
-    kept = [
+    same = [
         schedule_of("auto", chunks=1, span=True).in_flight(sizes, stage) for stage in range(stages)
     ]
-    assert sum(kept) / stages == pytest.approx(span_rows_in_flight(sizes))
+    assert sum(same) / stages == pytest.approx(span_rows_in_flight(sizes))
     if microbatches >= 2 * stages:
         assert span_rows_in_flight(sizes) == stages
-        assert kept[0] == 2 * (stages - 1) + 1
+        assert same[0] == 2 * (stages - 1) + 1
 
 
 @settings(deadline=None, max_examples=25)
@@ -166,12 +166,12 @@ def test_capacity_bounds_what_imbalance_adds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code"), [([], 0), (["optim=adam"], 2), (["optim=adam", "hardware=h200_141gb"], 0)]
+    ("args", "code"), [([], 0), (["optim=adam"], 2), (["optim=adam", "hardware=h200_141gb"], 0)]
 )
 def test_a_plan_that_does_not_fit_is_refused(
-    words: list[str], code: int, capsys: pytest.CaptureFixture[str]
+    args: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", *REFERENCE, *words]) == code
+    assert main(["plan", *REFERENCE, *args]) == code
     output = capsys.readouterr().err
     assert ("optim=precision_aware" in output) == (code == 2)
 
@@ -200,7 +200,7 @@ SMALL = [
 
 @pytest.mark.world
 @pytest.mark.parametrize(
-    ("words", "world"),
+    ("args", "world"),
     [
         (["dtype=fp32"], 1),
         (["dtype=bf16", "recompute.layers=2-3"], 1),
@@ -211,13 +211,13 @@ SMALL = [
           "model.router.force_balance=true"], 2),
     ],
 )  # fmt: skip
-def test_saved_bytes_equal_a_real_steps(words: list[str], world: int) -> None:
+def test_saved_bytes_equal_a_real_steps(args: list[str], world: int) -> None:
     """What autograd really saves at its peak, distinct storages counted."""
     from tests.support.activations import peak_saved_bytes
 
-    run = resolve_run([*SMALL, *words], world)
+    run = resolve_run([*SMALL, *args], world)
     config, layout = run.config, run.layout
-    real = run_world(peak_saved_bytes, world, [*SMALL, *words])
+    real = run_world(peak_saved_bytes, world, [*SMALL, *args])
     taken = Assumptions(fused=False)
     z = shapes(config, layout, 128, taken)
     names = {INPUT_TWICE, *(term.name for term in whole_layer(z))}

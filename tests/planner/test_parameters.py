@@ -1,4 +1,4 @@
-"""Counts: the mission's known figures, and ranks that sum to the model."""
+"""Counts: the 30B reference config's known figures, and ranks that sum to the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_train.parallel.parameters import model_parameters, padded_vocab, rank_p
 
 
 @pytest.fixture(scope="module")
-def mission() -> ModelConfig:
+def model_30b() -> ModelConfig:
     return compose(["model=moe_30b", "recompute=none"]).model
 
 
@@ -22,13 +22,13 @@ def layout(world: int, tp: int, pp: int, ep: int, etp: int = 1, kind: str = "sta
     return Layout(world, tp, pp, 1, 1, ep, etp, kind, 16, 64)
 
 
-def test_the_missions_figures(mission: ModelConfig) -> None:
-    counts = model_parameters(mission, 50304)
+def test_figures_of_the_30b(model_30b: ModelConfig) -> None:
+    counts = model_parameters(model_30b, 50304)
     assert counts.total == 30_063_481_344
     assert counts.experts == 28_991_029_248
     assert round(counts.active / 1e9, 2) == 1.98
     # Counted on the real model, built on fake tensors.
-    assert rank_parameters(mission, layout(8, 2, 4, 2), 0, 50304).total == 3_816_493_056
+    assert rank_parameters(model_30b, layout(8, 2, 4, 2), 0, 50304).total == 3_816_493_056
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def test_the_missions_figures(mission: ModelConfig) -> None:
         (layout(8, 2, 4, 8, kind="span"), 128),
     ],
 )
-def test_modules_of_the_five_readings(mission: ModelConfig, one: Layout, modules: int) -> None:
+def test_modules_of_the_five_readings(model_30b: ModelConfig, one: Layout, modules: int) -> None:
     for rank in range(one.world):
-        assert rank_parameters(mission, one, rank, 50304).expert_modules == modules
+        assert rank_parameters(model_30b, one, rank, 50304).expert_modules == modules
 
 
 @pytest.mark.parametrize("tied", [False, True])

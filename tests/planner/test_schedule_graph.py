@@ -223,7 +223,9 @@ def test_halves_do_not_overlap(work: SpanWork) -> None:
         assert min(begin for begin, _ in halves[after]) >= latest - 1e-9 * (1 + latest)
 
 
-def megatrons(stages: int, stage: int, batches: int, chunks: int) -> list[tuple[str, int, int]]:
+def megatrons(
+    stages: int, stage: int, batches: int, chunks: int, overlap: bool
+) -> list[tuple[str, int, int]]:
     """(direction, micro-batch, chunk) in the order of Megatron's own tables."""
     schedules = pytest.importorskip("megatron.core.pipeline_parallel.schedules")
     table = schedules.get_schedule_table(batches, chunks, stages)
@@ -236,7 +238,11 @@ def megatrons(stages: int, stage: int, batches: int, chunks: int) -> list[tuple[
             rank = staticmethod(lambda: stage)
 
     _, _, warm, _ = schedules.get_pp_rank_microbatches(
-        batches, chunks, stages, p2p_communicator=Place
+        batches,
+        chunks,
+        stages,
+        overlap_moe_expert_parallel_comm=overlap,
+        p2p_communicator=Place,
     )
     forward = [("forward", batch, chunk) for batch, chunk in table]
     backward = [("backward", batch, chunks - 1 - chunk) for batch, chunk in table]
@@ -247,16 +253,18 @@ def megatrons(stages: int, stage: int, batches: int, chunks: int) -> list[tuple[
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(2, 5), st.integers(1, 3), st.integers(2, 3), st.data())
+@given(st.integers(2, 5), st.integers(1, 3), st.integers(2, 3), st.booleans(), st.data())
 def test_interleaved_order_is_megatrons(
-    stages: int, rounds: int, chunks: int, data: st.DataObject
+    stages: int, rounds: int, chunks: int, overlap: bool, data: st.DataObject
 ) -> None:
     stage = data.draw(st.integers(0, stages - 1))
     batches = rounds * stages + data.draw(st.integers(0, stages - 1))
-    order = SCHEDULES["interleaved"].order(Pipeline(stages, batches, chunks), stage)
+    sizes = Pipeline(stages, batches, chunks, int(overlap))
+    order = SCHEDULES["interleaved"].order(sizes, stage)
     assert [(one.direction, one.microbatch, one.chunk) for one in order] == megatrons(
-        stages, stage, batches, chunks
+        stages, stage, batches, chunks, overlap
     )
+    assert most_held(order) == SCHEDULES["interleaved"].in_flight(sizes, stage)
 
 
 @given(STAGES, BATCHES, st.sampled_from(["gpipe", "1f1b"]))

@@ -30,10 +30,10 @@ VOCAB = 50304
 _BUILT: dict[tuple[str, ...], Schedule] = {}
 
 
-def built(*words: str, detail: str = "stage", kind: str = "auto", world: int = 8) -> Schedule:
-    key = (*words, detail, kind, str(world))
+def built(*args: str, detail: str = "stage", kind: str = "auto", world: int = 8) -> Schedule:
+    key = (*args, detail, kind, str(world))
     if key not in _BUILT:
-        run = resolve_run(list(words), world)
+        run = resolve_run(list(args), world)
         config, layout = run.config, run.layout
         taken = assumptions_of(config)
         _BUILT[key] = build_schedule(Plan(config, layout, VOCAB, assumptions=taken), kind, detail)
@@ -54,25 +54,25 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "world", "pieces", "dense", "again"), LAYOUTS)
-def test_node_counts(words: list[str], world: int, pieces: int, dense: int, again: int) -> None:
-    layout = built(*words, world=world).layout
+@pytest.mark.parametrize(("args", "world", "pieces", "dense", "again"), LAYOUTS)
+def test_node_counts(args: list[str], world: int, pieces: int, dense: int, again: int) -> None:
+    layout = built(*args, world=world).layout
     p, v, m, layers = layout.pipeline, layout.virtual_pipeline, 8, 16
     if layout.span:
-        halves, local = m + p - 1, layers // p
-        by_stage = 2 * p * halves
+        slots, local = m + p - 1, layers // p
+        by_stage = 2 * p * slots
         inner = m * (2 * layers * dense + again * dense + 4 + 2 * (p - 1))
-        by_layer = 2 * halves * local * (2 + p) + inner
+        by_layer = 2 * slots * local * (2 + p) + inner
     else:
         by_stage = 2 * v * p * m
         by_layer = m * (2 * layers * pieces + again * pieces + 4 + 2 * (v * p - 1))
-    assert len(built(*words, world=world).graph) == by_stage + 2 * p
-    assert len(built(*words, world=world, detail="layer").graph) == by_layer + 2 * p
+    assert len(built(*args, world=world).graph) == by_stage + 2 * p
+    assert len(built(*args, world=world, detail="layer").graph) == by_layer + 2 * p
 
 
-@pytest.mark.parametrize("words", [STAGE, MISSION, V2])
-def test_pieces_add_up_to_the_planners_layer(words: list[str]) -> None:
-    plan = Plan.of(resolve_run(words, 8))
+@pytest.mark.parametrize("args", [STAGE, MISSION, V2])
+def test_pieces_add_up_to_the_planners_layer(args: list[str]) -> None:
+    plan = Plan.of(resolve_run(args, 8))
     layer = layer_time(plan)
     pieces = LayerPieces(plan, layer)
     assert total(pieces.whole(1)) == pytest.approx(layer.forward())
@@ -81,20 +81,20 @@ def test_pieces_add_up_to_the_planners_layer(words: list[str]) -> None:
         assert total(back) == pytest.approx(layer.backward(recomputed=again))
 
 
-@pytest.mark.parametrize("words", [STAGE, MISSION, V2])
-def test_the_longest_path_agrees_with_the_planners_formula(words: list[str]) -> None:
+@pytest.mark.parametrize("args", [STAGE, MISSION, V2])
+def test_the_longest_path_agrees_with_the_planners_formula(args: list[str]) -> None:
     """Formulas know no uneven stages in the middle: a few per cent, not a bound."""
-    result = built(*words, detail="layer")
+    result = built(*args, detail="layer")
     assert result.timing.step == pytest.approx(result.predicted.step, rel=0.05)
 
 
 @pytest.mark.parametrize(
-    "words", [STAGE, MISSION, V2, [*MISSION, *FEW, "parallel.overlap_expert_comm=true"]]
+    "args", [STAGE, MISSION, V2, [*MISSION, *FEW, "parallel.overlap_expert_comm=true"]]
 )
-def test_one_bubble_in_plan_and_schedule(words: list[str]) -> None:
+def test_one_bubble_in_plan_and_schedule(args: list[str]) -> None:
     """The closed form that every report quotes is what the graph's stages wait."""
-    result = built(*words, detail="layer")
-    plan = Estimate.of(resolve_run(words, 8))
+    result = built(*args, detail="layer")
+    plan = Estimate.of(resolve_run(args, 8))
     assert schedule_report(result)["bubble"] == plan.report()["time"]["bubble"]
     assert plan.time.bubble == pytest.approx(result.timing.bubble, abs=0.02)
 
@@ -139,10 +139,10 @@ def test_every_rank_serves_every_half() -> None:
     assert graph.edges["F0@0/send", "F0@1/L5/gather"]["kind"] == "activation"
 
 
-@pytest.mark.parametrize("words", [[*STAGE, *FEW], [*MISSION, *FEW], V2])
+@pytest.mark.parametrize("args", [[*STAGE, *FEW], [*MISSION, *FEW], V2])
 @pytest.mark.parametrize("detail", ["stage", "layer"])
-def test_files_hold_the_same_graph(words: list[str], detail: str, tmp_path: Path) -> None:
-    graph = built(*words, detail=detail).graph
+def test_files_hold_the_same_graph(args: list[str], detail: str, tmp_path: Path) -> None:
+    graph = built(*args, detail=detail).graph
     for suffix in ("graphml", "json", "dot"):
         write_graph(graph, tmp_path / f"g.{suffix}")
     loaded = nx.read_graphml(tmp_path / "g.graphml")

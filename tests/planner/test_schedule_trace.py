@@ -51,16 +51,16 @@ def assert_nested(trace: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("detail", ["stage", "layer"])
 @pytest.mark.parametrize(
-    "words", [STAGE, MISSION, [*STAGE, "parallel.virtual_pipeline=2"]], ids=["1f1b", "span", "v2"]
+    "args", [STAGE, MISSION, [*STAGE, "parallel.virtual_pipeline=2"]], ids=["1f1b", "span", "v2"]
 )
-def test_predicted_trace(words: list[str], detail: str, tmp_path: Path) -> None:
+def test_predicted_trace(args: list[str], detail: str, tmp_path: Path) -> None:
     target, report = tmp_path / "t.json", tmp_path / "r.json"
-    argv = ["schedule", *words, "--detail", detail, "--trace", str(target), "--json", str(report)]
+    argv = ["schedule", *args, "--detail", detail, "--trace", str(target), "--json", str(report)]
     assert cli.main(argv) == 0
     trace = json.loads(target.read_text())
     assert check_trace(trace) == []
     assert_nested(trace)
-    chunks = 2 if words[-1].startswith("parallel.virtual") else 1
+    chunks = 2 if args[-1].startswith("parallel.virtual") else 1
     passes = Counter((event["pid"], event["cat"]) for event in spans(trace, "forward", "backward"))
     assert set(passes.values()) == {8 * chunks} and len(passes) == 4 * 2
     end = max(event["ts"] + event["dur"] for event in spans(trace))
@@ -68,7 +68,7 @@ def test_predicted_trace(words: list[str], detail: str, tmp_path: Path) -> None:
     arrows = sum(event["ph"] == "s" for event in trace["traceEvents"])
     # Under span and by layer, a gradient may enter at the exchange of all stages.
     wanted = 2 * 8 * (4 * chunks - 1)
-    assert arrows == wanted if words is not MISSION else 0 < arrows <= wanted
+    assert arrows == wanted if args is not MISSION else 0 < arrows <= wanted
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +86,14 @@ def test_measured_span_shows_every_half(span_run: Run) -> None:
     for rank in range(2):
         ours = [event for event in spans(trace) if event["pid"] == rank]
         assert {event["args"]["stage"] for event in ours} == {rank}
-        halves = []
+        slots = []
         for tick in ticks(2, 4):
             for half, letter in ((tick.forward, "F"), (tick.backward, "B")):
                 if half:
-                    halves.append(f"{letter}{half[rank]}" if rank in half else "serve")
+                    slots.append(f"{letter}{half[rank]}" if rank in half else "serve")
         kinds = ("forward", "backward", "serve")
         seen = [event["name"] for event in ours if event["cat"] in kinds]
-        assert seen == halves
+        assert seen == slots
         exchanged = sum(event["cat"] == "exchange" and event["name"] == "all-to-all"
                         for event in ours)  # fmt: skip
         # 5 halves each way over 2 local layers, with 3 and 2 exchanges.

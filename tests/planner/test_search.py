@@ -94,7 +94,7 @@ HARDWARE = ("a100_64gb", "h100_80gb", "cpu", "l4_24gb", "rtx_4090")
 def drawn(chance: random.Random) -> tuple[Config, int, set[str]]:
     """A model on some hardware, and the keys that its user fixed."""
     hardware, world = chance.choice(HARDWARE), chance.choice((2, 4))
-    words = [
+    args = [
         "experiment=twin",
         "parallel=single",
         "recompute=none",
@@ -109,9 +109,9 @@ def drawn(chance: random.Random) -> tuple[Config, int, set[str]]:
         f"data.sequence={chance.choice((128, 1024, 4096))}",
         f"batch.global={chance.choice((4, 8, 16))}",
     ]
-    if hardware != "cpu" and chance.random() < 0.3 and "dtype=bf16" in words:
-        words += ["optim.distributed=true", "optim.precision_aware=true"]
-    config = compose(words)
+    if hardware != "cpu" and chance.random() < 0.3 and "dtype=bf16" in args:
+        args += ["optim.distributed=true", "optim.precision_aware=true"]
+    config = compose(args)
     # Trying everything takes time: some of the dimensions are fixed in every draw.
     fixed = {key for key in OPTIONS if chance.random() < 0.7}
     fixed |= set(RECOMPUTE) if chance.random() < 0.5 else {"batch.micro"}
@@ -124,29 +124,29 @@ def drawn(chance: random.Random) -> tuple[Config, int, set[str]]:
 def test_the_first_choice_is_that_of_trying_everything(seed: int) -> None:
     config, world, fixed = drawn(random.Random(seed))
     every = [evaluated(one, world) for one in everything(config, world, fixed)]
-    found = best(config, world, fixed=fixed)
+    result = best(config, world, fixed=fixed)
     if not every:
-        assert found is None
+        assert result is None
         return
-    assert found is not None
-    chosen = evaluated(found.config, world)
+    assert result is not None
+    chosen = evaluated(result.config, world)
     assert chosen[:2] == pytest.approx(min(every)[:2], rel=1e-12)
-    assert found.seconds == pytest.approx(step_time(found.plan).step)
+    assert result.seconds == pytest.approx(step_time(result.plan).step)
     for key in fixed:
         size = layout_of(config, world) if key == "parallel.context" else None
-        kept = size.context if size else value_at(config, key)
-        assert value_at(found.config, key) in (kept, 1 if kept is None else kept)
-    assert not check(found.config, world)
+        expected = size.context if size else value_at(config, key)
+        assert value_at(result.config, key) in (expected, 1 if expected is None else expected)
+    assert not check(result.config, world)
 
 
 def test_a_rival_beats_the_plan_by_more_than_the_band() -> None:
     overrides = ["experiment=moe_30b_8x64gb", "hardware=a100_64gb"]
-    asked = Plan.of(resolve_run(overrides, 8))
-    rival = better_than(asked)
-    assert rival is not None and rival.fits and rival.plan.tokens == asked.tokens
-    assert rival.seconds < (1 - BAND) * step_time(asked).step
+    given = Plan.of(resolve_run(overrides, 8))
+    rival = better_than(given)
+    assert rival is not None and rival.fits and rival.plan.tokens == given.tokens
+    assert rival.seconds < (1 - BAND) * step_time(given).step
     # Pasted behind the user's overrides they are the rival, and nothing beats that.
-    run = resolve_run([*overrides, *rival.overrides(asked.config)], 8)
+    run = resolve_run([*overrides, *rival.overrides(given.config)], 8)
     assert run.layout == rival.layout
     assert step_time(Plan.of(run)).step == pytest.approx(rival.seconds)
     assert better_than(Plan.of(run)) is None
@@ -154,8 +154,8 @@ def test_a_rival_beats_the_plan_by_more_than_the_band() -> None:
 
 def test_where_nothing_fits_the_smallest_comes_first() -> None:
     config = compose(["experiment=moe_30b_8x64gb", "hardware=l4_24gb", "batch.global=32"])
-    found = candidates(config, 8, fixed={"parallel.placement", "parallel.context"}, count=3)
-    assert not any(one.fits for one in found)
-    assert [one.bytes for one in found] == sorted(one.bytes for one in found)
-    assert len({one.layout for one in found}) == 3
-    assert {one.layout.placement for one in found} == {"span"}
+    result = candidates(config, 8, fixed={"parallel.placement", "parallel.context"}, count=3)
+    assert not any(one.fits for one in result)
+    assert [one.bytes for one in result] == sorted(one.bytes for one in result)
+    assert len({one.layout for one in result}) == 3
+    assert {one.layout.placement for one in result} == {"span"}

@@ -29,10 +29,10 @@ LAYOUTS = {
 COUNTS = (8, 16, 32)
 
 
-def seconds(machine: str, words: list[str], sequences: int) -> float:
+def seconds(machine: str, args: list[str], sequences: int) -> float:
     """Predicted step time of the 30B on 8 devices, `sequences` of 4096 tokens a step."""
     run = resolve_run(
-        ["experiment=moe_30b_8x64gb", f"hardware={machine}", f"batch.global={sequences}", *words], 8
+        ["experiment=moe_30b_8x64gb", f"hardware={machine}", f"batch.global={sequences}", *args], 8
     )
     report = estimate(run).report()
     return float(report["time"]["step_seconds"])

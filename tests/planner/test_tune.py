@@ -47,15 +47,15 @@ def test_the_first_is_the_fastest_and_the_frontier_trades_time_for_memory(
 
 
 def test_the_layout_asked_for_is_explained(report: dict[str, Any]) -> None:
-    asked, first = report["requested"], report["top"][0]
-    assert asked["layout"] == "TP2.PP4.EP8.span" and asked["verdict"] == "slower"
-    assert asked["step_seconds"] * (1 - BAND) > first["step_seconds"]
+    given, first = report["requested"], report["top"][0]
+    assert given["layout"] == "TP2.PP4.EP8.span" and given["verdict"] == "slower"
+    assert given["step_seconds"] * (1 - BAND) > first["step_seconds"]
     gaps = {
-        name: seconds - first["terms"].get(name, 0.0) for name, seconds in asked["terms"].items()
+        name: seconds - first["terms"].get(name, 0.0) for name, seconds in given["terms"].items()
     }
     term = max(gaps, key=lambda name: gaps[name])
-    assert asked["separated_by"]["term"].startswith(term) and term in asked["reason"]
-    assert asked["separated_by"]["seconds"] == pytest.approx(gaps[term])
+    assert given["separated_by"]["term"].startswith(term) and term in given["reason"]
+    assert given["separated_by"]["seconds"] == pytest.approx(gaps[term])
 
 
 def test_a_term_separates_both_ways() -> None:
@@ -77,9 +77,11 @@ def test_a_term_separates_both_ways() -> None:
 
 def test_what_is_refused_is_searched_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     """An illegal layout says what is wrong; keys set by themselves stay."""
-    words = [*REFERENCE, "parallel=tp2_pp4_ep8", "parallel.placement=stage", "parallel.tensor=2",
-             "batch.global=32", "batch.micro=1"]  # fmt: skip
-    assert main(["tune", *words, "--world", "8", "--top", "2", "--json", "-"]) == 0
+    overrides = [
+        *(*REFERENCE, "parallel=tp2_pp4_ep8", "parallel.placement=stage"),
+        *("parallel.tensor=2", "batch.global=32", "batch.micro=1"),
+    ]
+    assert main(["tune", *overrides, "--world", "8", "--top", "2", "--json", "-"]) == 0
     output = json.loads(capsys.readouterr().out)
     assert "world size" in output["requested"]["reason"]
     for row in output["top"]:

@@ -88,18 +88,18 @@ def nodes(path: str, *shown: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("shown", "told"),
+    ("shown", "message"),
     [
         (("0,1", ""), "node 1 (ranks 2-3) has no GPU"),
         (("0", "2,3"), "node 0 (ranks 0-1) has 1 GPU for 2 ranks"),
     ],
 )
 def test_a_node_that_differs_is_refused_on_all_ranks(
-    tmp_path: Path, shown: tuple[str, str], told: str
+    tmp_path: Path, shown: tuple[str, str], message: str
 ) -> None:
     codes, lines = start(tmp_path, nodes(driver(tmp_path, 4), *shown))
     assert codes == [EXIT_CONFIG] * 4, lines
-    assert lines.count("moe_train: ") == 1 and told in lines, lines
+    assert lines.count("moe_train: ") == 1 and message in lines, lines
     assert "device=cpu" in lines and "Traceback" not in lines
 
 

@@ -16,7 +16,7 @@ from moe_train.run_folder.status import read_status
 from moe_train.testing.layouts import TP2_PP2_EP2, TP2_PP2_EP4_SPAN, Layout
 from moe_train.testing.runs import Run, train_run
 from tests.support.faults import SAVING, Fault, done
-from tests.support.survival import FAULTY, Reference, hit, hold, launch, notes, refer
+from tests.support.survival import FAULTY, Reference, assert_same_curve, hit, launch, notes, refer
 
 pytestmark = pytest.mark.world
 
@@ -50,7 +50,7 @@ LAUNCHED = [
 ]
 
 
-def words(layout: Layout) -> list[str]:
+def args(layout: Layout) -> list[str]:
     return [*FAULTY, *SAVES, *layout.overrides]
 
 
@@ -58,7 +58,7 @@ def words(layout: Layout) -> list[str]:
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
     folder = tmp_path_factory.mktemp("straight")
     return {
-        kind: refer(folder / kind, words(layout), layout.world) for kind, layout in LAYOUTS.items()
+        kind: refer(folder / kind, args(layout), layout.world) for kind, layout in LAYOUTS.items()
     }
 
 
@@ -71,7 +71,7 @@ def test_a_killed_rank_costs_nothing_but_time(
 ) -> None:
     layout, folder = LAYOUTS[kind], tmp_path / "run"
     step = step_of(kind, rank, point)
-    outcomes = hit(folder, words(layout), layout.world, [Fault(point, step, rank)])
+    outcomes = hit(folder, args(layout), layout.world, [Fault(point, step, rank)])
     output = folder.with_suffix(".log").read_text()
     assert done(notes(folder)) == 1, f"step {step} was never {point}\n{output}"
     assert outcomes[rank].failure == "died without a result"
@@ -82,9 +82,9 @@ def test_a_killed_rank_costs_nothing_but_time(
         verify(result)
     assert all(record["step"] <= step for record in read(folder / "metrics.jsonl"))
 
-    again = train_run(folder, words(layout), layout.world)
+    again = train_run(folder, args(layout), layout.world)
     assert again.codes == [0] * layout.world, folder.with_suffix(".log").read_text()
-    hold(again, references[kind])
+    assert_same_curve(again, references[kind])
     left = [path.name for path in (folder / "checkpoints").iterdir()]
     assert left == [f"step_{STEPS:08d}"], "torn or old folders stay behind"
 
@@ -96,12 +96,13 @@ def test_torchrun_restarts_by_itself(
 ) -> None:
     layout, folder = LAYOUTS[kind], tmp_path / "run"
     fault = Fault(point, step_of(kind, rank, point), rank)
-    output = launch(folder, words(layout), layout.world, [fault], "--max-restarts=1")
+    output = launch(folder, args(layout), layout.world, [fault], "--max-restarts=1")
     assert output.returncode == 0, output.stdout + output.stderr
     assert done(notes(folder)) == 1
     status = read_status(folder / "status.json")
     assert status is not None and (status.state, status.step) == ("finished", STEPS)
-    hold(Run([0] * layout.world, folder, read(folder / "metrics.jsonl")), references[kind])
+    resumed = Run([0] * layout.world, folder, read(folder / "metrics.jsonl"))
+    assert_same_curve(resumed, references[kind])
 
 
 def test_the_one_that_was_in_the_way_is_not_lost(

@@ -17,7 +17,7 @@ from moe_train.run_folder.metrics import read
 from moe_train.run_folder.status import read_status
 from moe_train.testing.layouts import TP2_PP2_EP2
 from moe_train.testing.runs import Run
-from tests.support.survival import FAULTY, Reference, hold, named, refer
+from tests.support.survival import FAULTY, Reference, assert_same_curve, named, refer
 
 pytestmark = [pytest.mark.world, pytest.mark.full]
 
@@ -61,14 +61,14 @@ class Nodes:
     def wait_for(self, steps: int, metrics: Path) -> None:
         deadline = time.monotonic() + 200
         while len(read(metrics)) < steps:
-            assert time.monotonic() < deadline and self.agents[0].poll() is None, self.told()
+            assert time.monotonic() < deadline and self.agents[0].poll() is None, self.output()
             time.sleep(0.02)
 
     def end(self) -> list[int]:
         """Exit codes of the agents, when both are gone and so are their ranks."""
         return [agent.wait(timeout=200) for agent in self.agents]
 
-    def told(self) -> str:
+    def output(self) -> str:
         return "\n".join(log.read_text(errors="replace") for log in self.logs)
 
 
@@ -102,12 +102,12 @@ def test_a_lost_agent_takes_its_ranks_along(tmp_path: Path, reference: Reference
     psutil.wait_procs(ranks, timeout=60)
     assert not any(rank.is_running() for rank in ranks)
     status = read_status(folder / "status.json")
-    assert status is not None and status.state == "preempted", nodes.told()
+    assert status is not None and status.state == "preempted", nodes.output()
     started_again(folder, reference)
 
 
 def started_again(folder: Path, reference: Reference) -> None:
     nodes = Nodes(folder)
-    assert nodes.end() == [0, 0], nodes.told()
-    assert "resumed" in nodes.told()
-    hold(Run([0] * 4, folder, read(folder / "metrics.jsonl")), reference)
+    assert nodes.end() == [0, 0], nodes.output()
+    assert "resumed" in nodes.output()
+    assert_same_curve(Run([0] * 4, folder, read(folder / "metrics.jsonl")), reference)

@@ -17,7 +17,7 @@ from moe_train.testing.layouts import TP2_PP2_EP2
 from moe_train.testing.runs import train_run
 from moe_train.testing.world import run_world
 from tests.support.faults import LAUNCHER, Fault, codes, done
-from tests.support.survival import FAULTY, Reference, hit, hold, launch, notes, refer
+from tests.support.survival import FAULTY, Reference, assert_same_curve, hit, launch, notes, refer
 
 pytestmark = pytest.mark.world
 
@@ -81,7 +81,7 @@ def stopped_at(folder: Path) -> int:
 def goes_on(folder: Path, reference: Reference) -> None:
     run = train_run(folder, WORDS, WORLD)
     assert run.codes == [0] * WORLD, folder.with_suffix(".log").read_text()
-    hold(run, reference)
+    assert_same_curve(run, reference)
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_a_launched_run_stops_within_the_grace(
     goes_on(folder, reference)
 
 
-def short_of_time(rank: int, world: int, words: list[str]) -> int:
+def short_of_time(rank: int, world: int, args: list[str]) -> int:
     from moe_train.run.main import main
 
     os.environ |= {LAUNCHED: "test", TIMEOUT: "0"}
-    return main(words)
+    return main(args)
 
 
 def test_a_run_whose_saves_take_too_long_says_so_beforehand(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "words"),
+    ("error", "kind", "phrases"),
     [
         (
             OOM,
@@ -80,10 +80,10 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
         (OSError(errno.ENOMEM, "Cannot allocate memory"), HostMemoryError, []),
     ],
 )
-def test_every_way_of_running_out_is_told(error: Any, kind: type, words: list[str]) -> None:
+def test_every_way_of_running_out_is_told(error: Any, kind: type, phrases: list[str]) -> None:
     fault = memory_fault(error)
     assert type(fault) is kind and fault.exit_code == EXIT_MEMORY
-    assert all(word in str(fault) for word in words), str(fault)
+    assert all(word in str(fault) for word in phrases), str(fault)
 
 
 def test_the_hosts_allocator_is_asked_itself() -> None:
@@ -142,7 +142,7 @@ LONG = {"backward", "update", "validation"}
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.full)])
 def test_it_ends_as_such_wherever_it_happens(tmp_path: Path, place: str, victim: int) -> None:
     folder, log = tmp_path / "run", tmp_path / "ranks.log"
-    step, kept = PLACES[place]
+    step, checkpoints = PLACES[place]
     overrides = [*WORDS, *(["train.eval_every=2"] if place == "validation" else [])]
     outcomes = run_world(
         faulty,
@@ -169,7 +169,7 @@ def test_it_ends_as_such_wherever_it_happens(tmp_path: Path, place: str, victim:
     assert status is not None and status.state == "failed"
     assert TOLD in status.reason and f"rank {victim}" in status.reason
     assert [p.name for p in sorted((folder / "checkpoints").glob("*"))] == [
-        f"step_{number:08d}" for number in kept
+        f"step_{number:08d}" for number in checkpoints
     ]
 
 
@@ -191,7 +191,7 @@ def test_a_load_that_runs_out_says_so_and_the_run_can_be_resumed(tmp_path: Path)
     assert status is not None and (status.state, status.step) == ("finished", 2)
 
 
-def fails_and_lingers(rank: int, world: int, words: list[str], folder: str) -> int:
+def fails_and_lingers(rank: int, world: int, phrases: list[str], folder: str) -> int:
     """As on NCCL: a rank fails, and nothing tells its peer, which waits in a collective."""
     from moe_train.backend import groups
     from moe_train.run import watchdog
@@ -214,7 +214,7 @@ def fails_and_lingers(rank: int, world: int, words: list[str], folder: str) -> i
             exit_(code)
 
         os._exit = seen  # type: ignore[assignment]
-    return faulty(rank, world, words, folder, [Fault("forward", 1, 1, text=TORCH)])
+    return faulty(rank, world, phrases, folder, [Fault("forward", 1, 1, text=TORCH)])
 
 
 @pytest.mark.world

@@ -26,7 +26,7 @@ SMALL = [
 ]
 
 
-def stops(rank: int, world: int, words: list[str], mute: int) -> int:
+def stops(rank: int, world: int, args: list[str], mute: int) -> int:
     """Train; rank `mute` is stopped in its second step, as by a debugger or a lost disk."""
     from moe_train.run.main import main
     from moe_train.train import loop
@@ -39,7 +39,7 @@ def stops(rank: int, world: int, words: list[str], mute: int) -> int:
         return plain(engine, batches, number, **how)
 
     loop.train_step = step
-    return main(words)
+    return main(args)
 
 
 @pytest.mark.world

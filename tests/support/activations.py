@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 
-class _Kept:
+class _Packed:
     """What the graph holds in place of a saved tensor; its death is the tensor's release."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -34,18 +34,18 @@ class SavedBytes:
     def watch(self) -> AbstractContextManager[None]:
         """Count tensors saved inside this context, recomputed ones included."""
         context: AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(
-            self._pack, lambda kept: kept.tensor
+            self._pack, lambda packed: packed.tensor
         )
         return context
 
-    def hold(self, tensor: torch.Tensor) -> None:
+    def exclude(self, tensor: torch.Tensor) -> None:
         """Count a tensor that is kept for backward outside of the graph, as long as it lives."""
         self._count(tensor, tensor)
 
-    def _pack(self, tensor: torch.Tensor) -> _Kept:
-        kept = _Kept(tensor)
-        self._count(tensor, kept)
-        return kept
+    def _pack(self, tensor: torch.Tensor) -> _Packed:
+        packed = _Packed(tensor)
+        self._count(tensor, packed)
+        return packed
 
     def _count(self, tensor: torch.Tensor, holder: Any) -> None:
         storage = tensor.untyped_storage()
@@ -81,7 +81,7 @@ def peak_saved_bytes(rank: int, world: int, overrides: Sequence[str]) -> tuple[i
     def hosted(*parts: Any) -> Any:
         for part in parts:
             if torch.is_tensor(part):
-                saved.hold(part)
+                saved.exclude(part)
         return plain(*parts)
 
     plain = experts.Saved

@@ -117,9 +117,9 @@ def draw(
         stage = tensor
     world = stage * pipeline * chance.choice(_WORLDS)
     if chance.random() < 0.3:
-        together = chance.choice(TOGETHER)
-        drawn |= together
-        world *= together.get("parallel.context", 1)
+        combined = chance.choice(TOGETHER)
+        drawn |= combined
+        world *= combined.get("parallel.context", 1)
     for key in chance.sample(sorted(CHANGES), chance.choice((0, 1, 1, 2, 3))):
         drawn[key] = chance.choice(CHANGES[key])
     return applied(start, drawn), world, drawn

@@ -64,8 +64,8 @@ def refusal(config: Config, layout: Layout) -> str:
             for rank in sorted({0, layout.world - 1}):
                 with fake_world(rank, layout.world), _host_modules(config):
                     _build(config, layout, host, microbatches)
-        except REFUSALS as said:
-            return f"{type(said).__name__}: {said}"
+        except REFUSALS as error:
+            return f"{type(error).__name__}: {error}"
     return ""
 
 

@@ -92,8 +92,8 @@ FAULTY = [
 """A model whose worlds start, train a few steps and end within seconds."""
 
 
-def hold(run: Run, reference: Reference) -> None:
-    """Hold a run that was hit and has finished to the uninterrupted one, bit by bit.
+def assert_same_curve(run: Run, reference: Reference) -> None:
+    """Compare a run that was hit and has finished with the uninterrupted one, bit by bit.
 
     Raises:
         AssertionError: a step is missing or told twice, samples were left out or seen twice, or

@@ -30,11 +30,11 @@ HEAD = [
 pytestmark = pytest.mark.world
 
 
-def row(layout: Layout, found: Difference) -> list[str]:
+def row(layout: Layout, difference: Difference) -> list[str]:
     """Cells of the parity table."""
     pairs = [(name, early) for early in (True, False) for name in ("loss", "grad_norm")]
-    measured = [f"{found.worst(name, early):.1e}" for name, early in pairs]
-    return [str(layout.world), *measured, str(sum(found.moved or [0]))]
+    measured = [f"{difference.worst(name, early):.1e}" for name, early in pairs]
+    return [str(layout.world), *measured, str(sum(difference.moved or [0]))]
 
 
 # Each dimension once, and each that others depend on together with them; the layouts that these

@@ -142,7 +142,8 @@ def open_plan(
         rest = [one for one in given if one.partition("=")[0] not in changed]
         run = resolve_run([*rest, *more], ranks[0] if ranks else world)
         imbalance, fragmentation = assumptions.imbalance, assumptions.fragmentation
-        return Estimate.of(run, assumptions_of(run.config, imbalance, fragmentation))
+        # The document's figures are of evenly routed steps.
+        return Estimate.of(run, assumptions_of(run.config, imbalance, fragmentation, imbalance))
 
     plan = replan([])
     return plan, judge(document, plan, replan)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moe_train.config.compose import collect
+from moe_train.config.compose import collect, for_own_model, override_keys
 from moe_train.config.hardware import MachineFacts
 from moe_train.config.root import AUTO, Config
 from moe_train.errors import ConfigError
 from moe_train.parallel.resolved import resolved_run
 from moe_train.parallel.sizes import layout_of
 from moe_train.planner.legality import check
-from moe_train.planner.machine.profiles import override_keys, profile_overrides, with_device_figures
+from moe_train.planner.machine.profiles import profile_overrides, with_device_figures
 from moe_train.planner.memory.stages import GB, plan_memory, worst
 from moe_train.planner.plan import Plan
 from moe_train.planner.ranking import resolve
@@ -27,9 +27,6 @@ CANDIDATES = (
     "gpu_300m",
 )
 """Experiments for GPUs, the most demanding first."""
-SHARE = 0.9
-"""Largest share of a device's memory that a chosen experiment may need. The rest is for what the
-memory estimate leaves out: communicators, kernel workspaces, fragmentation."""
 
 
 def with_device(config: Config, kind: str) -> Config:
@@ -51,7 +48,7 @@ def on_machine(config: Config, overrides: Sequence[str], facts: MachineFacts) ->
 
 
 def memory_needed_gb(name: str, facts: MachineFacts) -> float | None:
-    """GB that an experiment needs on the fullest rank; None if it cannot run on these ranks.
+    """GB that an experiment needs on the fullest rank, allowances included; None if it cannot run.
 
     The larger need of the two kernel sets: which of them runs is known only with torch.
     """
@@ -78,7 +75,7 @@ def choose_experiment(facts: MachineFacts) -> tuple[str, str]:
         need = memory_needed_gb(name, facts)
         if need is None:
             continue
-        if need <= SHARE * facts.memory_gb:
+        if need <= facts.memory_gb:
             before = f"; {passed[-1]}" if passed else ""
             return name, f"{size}: {name} needs {need:.0f} GB of each{before}"
         passed.append(f"{name} would need {need:.0f} GB")
@@ -122,7 +119,7 @@ def compose_for_machine(
     if chosen:
         name, reason = choose_experiment(facts)
         rest = [o for o in overrides if o.partition("=")[0].lstrip("+") != "experiment"]
-        config, faults = collect([f"experiment={name}", *profile, *rest])
+        config, faults = collect([f"experiment={name}", *profile, *for_own_model(overrides), *rest])
         config = replace(config, experiment_reason=f"auto: {reason}")
     return on_machine(config, overrides, facts), faults, chosen
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from moe_train.config.compose import config_dir
+from moe_train.config.compose import config_dir, override_keys
 from moe_train.config.files import read_yaml
 from moe_train.config.hardware import HardwareConfig, MachineFacts
 
@@ -63,11 +63,6 @@ def profile_for(facts: MachineFacts) -> str:
 def _speed(profile: str) -> float:
     peaks = _profiles()[profile]["peak_tflops"]
     return float(peaks.get("bf16", peaks.get("fp32", 0.0)))
-
-
-def override_keys(overrides: Sequence[str]) -> set[str]:
-    """Config keys and groups that the overrides set."""
-    return {text.partition("=")[0].lstrip("+~") for text in overrides}
 
 
 def profile_overrides(overrides: Sequence[str], facts: MachineFacts) -> list[str]:

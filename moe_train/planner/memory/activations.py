@@ -16,6 +16,8 @@ from moe_train.parallel.shapes import Shapes
 KORTHIKANTI = "Korthikanti et al., arXiv:2205.05198, section 4"
 MEGATRON = "what Megatron-Core 0.19 saves for backward"
 TORCH = "what torch's own kernels save for backward"
+ENGINE = "what TransformerEngine saves for backward"
+QUANTIZED = ENGINE + ": the columns of its Linear's and GroupedLinear's input in fp8"
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,37 @@ def dense_terms(z: Shapes) -> list[Term]:
     gathered = "all-gathered again in the backward pass; " + KORTHIKANTI
     return [
         *_norm("attention norm", z),
-        Term("QKV input", z.N * z.H * z.b, "N H b", gathered),
-        Term("QKV", z.A * (z.Q + 2 * z.G) * z.b, "A (Q + 2 G) b", MEGATRON),
+        Term("QKV input", z.N * z.H * z.s, "N H s", gathered),
+        _values(z),
         *_qk_norm(z),
         Term("rotated Q and K", z.A * (z.Q + z.G) * z.b, "A (Q + G) b", MEGATRON),
         Term("rotary tables", 4 * z.T * z.D * z.b, "4 T D b", MEGATRON),
         *_latents(z),
         Term("attention output", z.A * z.U * z.b, "A U b", KORTHIKANTI),
+        *_copy("projection input in fp8", z, z.A * z.U, "A U s"),
         Term("attention log-sum", z.A * z.n * 4, "4 A n", "FlashAttention, arXiv:2205.14135"),
         *_norm("MoE norm", z),
         Term("router and expert input", z.N * z.H * z.b, "N H b", MEGATRON),
         Term("router scores", z.N * (4 * z.E + 20 * z.K + 8), "N (4 E + 20 K + 8)", MEGATRON),
         *_shared(z),
     ]
+
+
+def _values(z: Shapes) -> Term:
+    """Keys are rotated into a tensor of their own, values stay parts of the product QKV.
+
+    TransformerEngine's attention takes both in one layout, so it copies the values.
+    """
+    if z.fused:
+        return Term("values", z.A * z.G * z.b, "A G b", ENGINE + " (get_qkv_layout)")
+    return Term("QKV", z.A * (z.Q + 2 * z.G) * z.b, "A (Q + 2 G) b", MEGATRON)
+
+
+def _copy(name: str, z: Shapes, elements: int, formula: str) -> list[Term]:
+    """What a matrix product in fp8 saves beside an input that another operation keeps."""
+    if z.s == z.b:
+        return []
+    return [Term(name, elements * z.s, formula, QUANTIZED)]
 
 
 def _norm(name: str, z: Shapes) -> list[Term]:
@@ -61,7 +81,10 @@ def _norm(name: str, z: Shapes) -> list[Term]:
 
 
 def _qk_norm(z: Shapes) -> list[Term]:
-    """Queries are copied out of QKV where they are normalised; keys are a view of it."""
+    """Queries are copied out of QKV where they are normalised; torch's keys are a view of it.
+
+    TransformerEngine's norm copies the keys as well.
+    """
     if z.qk_norm == "none":
         return []
     if z.qk_norm == "full":
@@ -69,7 +92,8 @@ def _qk_norm(z: Shapes) -> list[Term]:
         return [Term("QK norm", size, formula, "model/qk_norm: input and scale")]
     scales = 4 * z.A * (z.n + z.G // z.D)
     if z.fused:
-        return [Term("QK norm", z.A * z.Q * z.b + scales, "A (Q b + 4 n + 4 G / D)", KORTHIKANTI)]
+        size, formula = z.A * (z.Q + z.G) * z.b + scales, "A ((Q + G) b + 4 n + 4 G / D)"
+        return [Term("QK norm", size, formula, ENGINE + " (RMSNorm)")]
     # In fp32 the first copy of the keys would be the view of QKV itself.
     key, formula = (4, "4 G") if z.b == 4 else (8, "8 G")
     size = z.A * (8 * z.Q + key * z.G) + scales
@@ -88,8 +112,9 @@ def _shared(z: Shapes) -> list[Term]:
     if not z.W:
         return []
     return [
+        *_copy("shared expert fc1 input in fp8", z, z.N * z.H, "N H s"),
         Term("shared expert fc1 output", 2 * z.A * z.W * z.b, "2 A W b", KORTHIKANTI),
-        Term("shared expert fc2 input", z.A * z.W * z.b, "A W b", KORTHIKANTI),
+        Term("shared expert fc2 input", z.A * z.W * z.s, "A W s", KORTHIKANTI),
     ]
 
 
@@ -112,9 +137,9 @@ def expert_terms(z: Shapes, rows: float | None = None, *, act: bool = False) -> 
         act: the SwiGLU product is recomputed (``recompute.modules=[moe_act]``).
     """
     r = z.R if rows is None else rows
-    product = Term("fc2 input", r * z.F * z.b, "R F b", KORTHIKANTI)
+    product = Term("fc2 input", r * z.F * z.s, "R F s", KORTHIKANTI)
     return [
-        Term("expert input", r * z.H * z.b, "R H b", MEGATRON),
+        Term("expert input", r * z.H * z.s, "R H s", MEGATRON),
         Term("fc1 output", 2 * r * z.F * z.b, "2 R F b", MEGATRON + " (fused SwiGLU: its input)"),
         *([] if act else [product]),
         Term("row probabilities", 4 * r, "4 R", MEGATRON),
@@ -142,11 +167,21 @@ def embedding_terms(z: Shapes) -> list[Term]:
     return [Term("token ids", z.A * (8 + (z.t > 1)), "A (8 + [t > 1])", MEGATRON)]
 
 
-def head_terms(z: Shapes) -> list[Term]:
-    """Last stage: final norm, head input, fp32 probabilities of the loss."""
+def head_terms(z: Shapes, *, engine: bool = False) -> list[Term]:
+    """Last stage: final norm, head input, and what the loss keeps of the logits.
+
+    Args:
+        engine: TransformerEngine's loss (``cross_entropy_fusion_impl=te``), which keeps the
+            gradient of the logits, in place of Megatron's, which keeps fp32 probabilities.
+    """
+    stored = Term(
+        "softmax of the loss", z.A * z.V * 4, "4 A V", MEGATRON + " (cross-entropy in fp32)"
+    )
+    if engine:
+        stored = Term("gradient of logits", z.A * z.V * z.b, "A V b", ENGINE + " (cross_entropy)")
     return [
         *_norm("final norm", z),
         Term("head input", z.N * z.H * z.b, "N H b", KORTHIKANTI),
-        Term("softmax of the loss", z.A * z.V * 4, "4 A V", MEGATRON + " (cross-entropy in fp32)"),
+        stored,
         Term("loss targets", z.A * 9, "9 A", MEGATRON),
     ]

@@ -10,17 +10,38 @@ from moe_train.config.root import Config
 from moe_train.errors import ConfigError
 from moe_train.parallel.optimizer_state import variants
 from moe_train.parallel.resolved import ResolvedRun
-from moe_train.planner.memory.stages import GB, plan_memory, stage_memory, worst
+from moe_train.planner.memory.stages import GB, StageMemory, plan_memory, stage_memory, worst
 from moe_train.planner.plan import Plan, assumptions_of
 
 FIELD = "memory"
 """Field of the error of a plan that does not fit."""
+TIGHT = 0.08
+"""Share of a device's memory; a plan that leaves less is told to be tight. Chosen."""
 
 
 def fits(plan: Plan) -> bool:
-    """Whether the end stages, which need most, fit the profile's memory."""
+    """Whether the end stages, which need most, fit the profile's memory, allowances included."""
     ends = {0, plan.layout.pipeline - 1}
-    return all(stage_memory(plan, stage).total <= plan.device_bytes for stage in ends)
+    return all(stage_memory(plan, stage).margin >= 0 for stage in ends)
+
+
+def margin_warning(need: StageMemory) -> str | None:
+    """A sentence about a stage whose margin is small or gone; None where there is enough.
+
+    Args:
+        need: the stage that needs most.
+    """
+    if need.margin >= TIGHT * need.device:
+        return None
+    spare = (need.fragmentation + need.reserved) / GB
+    figures = (
+        f"stage {need.stage} needs {need.total / GB:.1f} of {need.device / GB:.1f} GB, of which "
+        f"{spare:.1f} GB are allowances for fragmentation and for memory outside of tensors"
+    )
+    if need.margin < 0:
+        return f"memory: may not fit: {figures}"
+    left = f"{need.margin / GB:.1f} GB ({need.margin / need.device:.1%}) left"
+    return f"memory: tight, {left}: {figures}"
 
 
 def changes(plan: Plan) -> Iterator[tuple[str, float]]:
@@ -51,7 +72,7 @@ def _changes(config: Config) -> Iterator[tuple[Config, str]]:
 def memory_fault(plan: Plan) -> ConfigError | None:
     """Why the plan does not fit the profile's device, or None if it does."""
     need, hardware = worst(plan_memory(plan)), plan.config.hardware
-    if need.total <= plan.device_bytes:
+    if need.margin >= 0:
         return None
     fixes = [
         f"{overrides} ({size / GB:.1f} GB)"
@@ -60,22 +81,17 @@ def memory_fault(plan: Plan) -> ConfigError | None:
     ]
     return ConfigError(
         FIELD,
-        f"stage {need.stage} needs {need.total / GB:.1f} GB a device, of which "
-        f"{need.state.device / GB:.1f} GB weights, gradients and optimizer; "
+        f"stage {need.stage} needs {need.total / GB:.1f} GB a device: "
+        f"{need.state.device / GB:.1f} GB weights, gradients and optimizer, "
+        f"{need.activations / GB:.1f} GB activations, "
+        f"{(need.fragmentation + need.reserved) / GB:.1f} GB outside of tensors; "
         f"{hardware.name} has {hardware.memory_gb:g} GB",
         "\n      or ".join(fixes) or "more ranks, or hardware with more memory",
     )
 
 
-def launch_fault(run: ResolvedRun, facts: MachineFacts) -> ConfigError | None:
-    """Why `run` does not fit the devices of this machine, or None if it does.
-
-    A run is judged by its devices' own memory, whatever profile it is planned with, and without
-    an allowance for fragmentation. A CPU's ranks share their memory with everything else, so
-    nothing is refused there.
-    """
-    if facts.kind == "cpu":
-        return None
+def on_devices(run: ResolvedRun, facts: MachineFacts) -> Plan:
+    """The plan of `run` with the memory of this machine's devices, whatever its profile has."""
     smallest = replace(
         run.config.hardware,
         name=f"the smallest of the ranks' devices ({facts.device or facts.kind})",
@@ -83,7 +99,31 @@ def launch_fault(run: ResolvedRun, facts: MachineFacts) -> ConfigError | None:
         memory_gb=round(facts.memory_gb, 1),
     )
     here = replace(run.config, hardware=smallest)
-    return memory_fault(Plan.of(run, assumptions_of(here, fragmentation=0.0)).under(here))
+    return Plan.of(run, assumptions_of(here)).under(here)
+
+
+def launch_fault(run: ResolvedRun, facts: MachineFacts) -> ConfigError | None:
+    """Why `run` certainly does not fit the devices of this machine, or None if it may.
+
+    Judged are the tensors of evenly routed steps and the driver's context alone, without the
+    allowances that a plan makes; `launch_warning` judges those. A CPU's ranks share their memory
+    with everything else, so nothing is refused there.
+    """
+    if facts.kind == "cpu":
+        return None
+    plan = on_devices(run, facts)
+    hardware = replace(plan.config.hardware, reserved_gb=plan.config.hardware.outside_gb(1))
+    least = replace(plan.assumptions, fragmentation=0.0, memory_imbalance=1.0)
+    return memory_fault(
+        replace(plan, config=replace(plan.config, hardware=hardware), assumptions=least)
+    )
+
+
+def launch_warning(run: ResolvedRun, facts: MachineFacts) -> str | None:
+    """`margin_warning` of `run` on the devices of this machine; None on a CPU."""
+    if facts.kind == "cpu":
+        return None
+    return margin_warning(worst(plan_memory(on_devices(run, facts))))
 
 
 def unmodelled_overrides(config: Config) -> list[str]:

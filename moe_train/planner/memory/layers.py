@@ -22,8 +22,10 @@ SELECTIVE = {
     "core_attn": ("attention output", "attention log-sum"),
     "layernorm": ("QKV input", "router and expert input"),
     "moe_act": ("fc2 input",),
-    "mla_up_proj": ("QKV", "rotated Q and K"),
-    "shared_experts": ("shared expert fc1 output", "shared expert fc2 input"),
+    "mla_up_proj": ("QKV", "values", "rotated Q and K"),
+    "shared_experts": (
+        "shared expert fc1 input in fp8", "shared expert fc1 output", "shared expert fc2 input",
+    ),
     "moe": (
         "router scores", "permutation map", "permutation", "combined rows", "expert input",
         "fc1 output", "fc2 input", "row probabilities",
@@ -50,14 +52,39 @@ def whole_layer(z: Shapes) -> list[Term]:
     return local if z.span else [*local, *expert_terms(z)]
 
 
-def saved_terms(z: Shapes, *, recomputed: bool, modules: Collection[str] = ()) -> list[Term]:
-    """Saved by a layer for one micro-batch between its forward and backward pass."""
+def saved_terms(
+    z: Shapes, *, recomputed: bool, modules: Collection[str] = (), combined: bool = False
+) -> list[Term]:
+    """Saved by a layer for one micro-batch between its forward and backward pass.
+
+    Args:
+        combined: it runs in combined 1F1B, whose nodes hold what they were given: the residual
+            stream before attention and before the experts. TransformerEngine's norms save both
+            as well; torch's own save fp32 copies.
+    """
     if recomputed:
         return [layer_input(z)]
     dropped = {name for module in modules for name in SELECTIVE.get(module, ())}
     if "moe" in modules and z.span:
         dropped -= {"router scores", "permutation map", "permutation", "combined rows"}
-    return [term for term in whole_layer(z) if term.name not in dropped]
+    saved = [term for term in whole_layer(z) if term.name not in dropped]
+    if combined and not z.fused:
+        size, source = 2 * z.N * z.H * z.b, MEGATRON + " (ScheduleNode.inputs)"
+        saved.append(Term("residual stream, held by combined 1F1B", size, "2 N H b", source))
+    return saved
+
+
+def begun_terms(z: Shapes, modules: Collection[str] = ()) -> list[Term]:
+    """Of a layer that runs forward beside another's backward pass, when the latter's experts run.
+
+    In combined 1F1B (``parallel.overlap_expert_comm``) attention, router and permutation of the
+    next micro-batch's layer precede the backward pass of the experts, and its experts follow
+    (Megatron-Core 0.19, ``TransformerLayerSchedulePlan.run``).
+    """
+    experts = {term.name for term in expert_terms(z)}
+    saved = saved_terms(z, recomputed=False, modules=modules, combined=True)
+    sent = Term("rows to dispatch", z.N * z.K * z.H * z.b, "N K H b", MEGATRON)
+    return [*(term for term in saved if term.name not in experts), sent]
 
 
 def owner_terms(z: Shapes, modules: Collection[str] = ()) -> list[Term]:
@@ -85,6 +112,23 @@ def recomputed_terms(z: Shapes, *, recomputed: bool, modules: Collection[str] = 
     if recomputed:
         again.append(Term("layer output, recomputed", layer_input(z).bytes, "N H b", MEGATRON))
     return again
+
+
+def attention_backward(z: Shapes) -> list[Term]:
+    """Gradients alive in attention's backward pass, which combined 1F1B runs last.
+
+    Elsewhere the experts' backward pass of the same layer needs more; here a whole layer of the
+    next micro-batch has been saved by then.
+    """
+    wide = z.A * (z.Q + 2 * z.G) * z.b
+    norms = [] if z.fused else [Term("gradients of the norms", 8 * z.N * z.H, "8 N H", TORCH)]
+    return [
+        Term("gradient of the residual stream", z.N * z.H * z.b, "N H b", MEGATRON),
+        Term("gradient of attention output", z.A * z.U * z.b, "A U b", MEGATRON),
+        Term("gradients of Q, K and V", wide, "A (Q + 2 G) b", MEGATRON),
+        Term("gradient of QKV", wide, "A (Q + 2 G) b", MEGATRON),
+        *norms,
+    ]
 
 
 def forward_buffers(z: Shapes) -> list[Term]:
@@ -259,12 +303,10 @@ def loss_phases(z: Shapes) -> list[Phase]:
     gradient, which is cast to the compute dtype. The head goes backward when they are gone.
     """
     logits = z.A * z.V * z.b
-    if z.fused:
-        terms = [Term("logits", logits, "A V b", MEGATRON)]
-        if z.b < 4:
-            terms.append(Term("gradient of logits", logits, "A V b", MEGATRON))
-        return [Phase("loss", tuple(terms))]
+    # In 16 bits; their gradient takes as much when they are gone.
     copies = [Term("logits", logits, "A V b", MEGATRON)] if z.b < 4 else []
+    if z.fused:
+        return [Phase("loss", tuple(copies))]
     head = (
         Term("softmax of the loss, freed", -4 * z.A * z.V, "4 A V", MEGATRON),
         Term("gradient of logits", logits, "A V b", MEGATRON),

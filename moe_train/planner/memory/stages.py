@@ -16,8 +16,18 @@ from moe_train.features.optimizers import OPTIMIZERS
 from moe_train.features.schedules import span_rows_in_flight
 from moe_train.parallel.optimizer_state import WIDTH, StateBytes, owned_parameters, state_bytes
 from moe_train.parallel.parameters import RankParameters
-from moe_train.planner.memory.activations import Term, embedding_terms, head_terms, total
+from moe_train.planner.memory.activations import (
+    ENGINE,
+    Term,
+    embedding_terms,
+    expert_terms,
+    head_terms,
+    routing_terms,
+    total,
+)
 from moe_train.planner.memory.layers import (
+    attention_backward,
+    begun_terms,
     forward_buffers,
     layer_backward,
     loss_phases,
@@ -61,6 +71,8 @@ class StageMemory:
     moments: tuple[Moment, ...]
     fragmentation: float
     reserved: float
+    device: float
+    """Bytes of the device."""
 
     @property
     def activations(self) -> float:
@@ -78,6 +90,11 @@ class StageMemory:
         return self.state.device + self.activations
 
     @property
+    def margin(self) -> float:
+        """Bytes of the device that are left; negative where it does not fit."""
+        return self.device - self.total
+
+    @property
     def without_optimizer(self) -> float:
         """Weights, gradients and activations alone."""
         return self.allocated - self.state.optimizer
@@ -85,14 +102,19 @@ class StageMemory:
 
 def stage_memory(plan: Plan, stage: int) -> StageMemory:
     """Peak memory of the ranks of pipeline stage `stage` (0-based) of a legal plan."""
-    z, config, layout = plan.shapes, plan.config, plan.layout
+    z, config, layout = plan.memory_shapes, plan.config, plan.layout
     parameters = plan.parameters(stage)
     held = plan.schedule.in_flight(plan.pipeline, stage)
     modules, recomputed = config.recompute.modules, config.recomputed_layers
-    layers = layout.stage_layers(stage)
+    layers, beside = layout.stage_layers(stage), plan.combined
     saved = [
         total(
-            saved_terms(plan.layer_shapes(number), recomputed=number in recomputed, modules=modules)
+            saved_terms(
+                plan.layer_shapes(number),
+                recomputed=number in recomputed,
+                modules=modules,
+                combined=beside,
+            )
         )
         for number in layers
     ]
@@ -103,55 +125,95 @@ def stage_memory(plan: Plan, stage: int) -> StageMemory:
     if layout.span:
         rows = span_rows_in_flight(plan.pipeline)
         owned = rows * len(layers) * total(owner_terms(z, modules))
+    # Combined 1F1B frees a layer of one micro-batch for each that it begins of the next.
+    whole = plan.schedule.in_flight(plan.pipeline._replace(delay=0), stage) if beside else held
     moments = (
-        *_moments(plan, stage, saved, held * one + owned),
+        *_moments(plan, stage, saved, whole * one + owned, beside=held > whole),
         Moment("optimizer update", 0.0, update_terms(plan, parameters)),
     )
     peak = max(moments, key=lambda moment: moment.bytes)
+    state = state_bytes(config, layout, parameters)
     return StageMemory(
         stage=stage,
         held=held,
-        state=state_bytes(config, layout, parameters),
+        state=state,
         one_microbatch=one,
         hosted=owned,
         peak=peak,
         moments=moments,
-        fragmentation=peak.bytes * plan.assumptions.fragmentation,
-        reserved=config.hardware.reserved_gb * GB,
+        fragmentation=(state.device + peak.bytes) * plan.assumptions.fragmentation,
+        reserved=config.hardware.outside_gb(layout.world) * GB,
+        device=plan.device_bytes,
     )
 
 
-def _moments(plan: Plan, stage: int, saved: list[float], floor: float) -> Iterator[Moment]:
+def _moments(
+    plan: Plan, stage: int, saved: list[float], floor: float, *, beside: bool
+) -> Iterator[Moment]:
     """Moments of a step that may be its peak.
 
     Args:
         saved: bytes that each layer of the stage saves.
         floor: bytes saved when the forward pass of the busiest micro-batch ends.
+        beside: whether the next micro-batch's forward pass runs beside its backward pass.
     """
-    z, layout, modules = plan.shapes, plan.layout, plan.config.recompute.modules
+    z, layout, modules = plan.memory_shapes, plan.layout, plan.config.recompute.modules
     whole = plan.config.recomputed_layers
-    messages = Term("pipeline messages", 2 * z.N * z.H * z.b, "2 N H b", "P2P")
-    always = [*([messages] if layout.pipeline > 1 else []), *persistent_buffers(z)]
+    always = [*persistent_buffers(z), *quantized_weights(plan, stage)]
+    if layout.pipeline > 1:
+        always.append(Term("pipeline messages", 2 * z.N * z.H * z.b, "2 N H b", "P2P"))
     yield Moment("end of the forward pass", floor, (*forward_buffers(z), *always))
     if stage == layout.pipeline - 1:
-        head = total(head_terms(z)) * (1 + plan.config.model.mtp_layers)
+        head = total(head_terms(z, engine=_engine_loss(plan)))
+        head *= 1 + plan.config.model.mtp_layers
         for phase in loss_phases(z):
             yield Moment(phase.name, floor + head, (*phase.terms, *always))
     layers = layout.stage_layers(stage)
     chunk = len(layout.stage_layers(stage, layout.virtual_pipeline - 1))
-    freed, done = 0.0, 0
+    last = list(zip(layers, saved, strict=True))[len(layers) - chunk :]
+    freed, done, gained, ahead = 0.0, 0, 0.0, iter(last)
     # The last chunk runs backward first; its layers free what they saved one after the other.
-    for number, size in reversed(list(zip(layers, saved, strict=True))[len(layers) - chunk :]):
+    for number, size in reversed(last):
         recomputed, z = number in whole, plan.layer_shapes(number)
         again = recomputed_terms(z, recomputed=recomputed, modules=modules)
         alive = [*again, *saved_terms(z, recomputed=recomputed, modules=modules)]
         alive += owner_terms(z, modules) if layout.span else []
         before = retained_terms(z, done)
+        other, more = next(ahead)
+        begun = begun_terms(plan.layer_shapes(other), modules) if beside else []
         for phase in layer_backward(z, [term.name for term in alive]):
-            terms = (*again, *phase.terms, *before, *always)
-            yield Moment(f"backward of layer {number}{phase.name}", floor - freed, terms)
+            terms = (*again, *phase.terms, *before, *begun, *always)
+            yield Moment(f"backward of layer {number}{phase.name}", floor - freed + gained, terms)
+        if beside:
+            gained += more
+            gone = [*routing_terms(z), *expert_terms(z, act="moe_act" in modules)]
+            yield Moment(
+                f"backward of layer {number}, attention",
+                floor - freed + gained - total(gone),
+                (*attention_backward(z), *always),
+            )
         freed += size
         done += recomputed and not layout.span
+
+
+def _engine_loss(plan: Plan) -> bool:
+    fields = plan.config.megatron.transformer
+    return plan.assumptions.fused and fields.get("cross_entropy_fusion_impl") == "te"
+
+
+def quantized_weights(plan: Plan, stage: int) -> list[Term]:
+    """Copies of the matrices' weights in fp8, kept from one micro-batch to the next.
+
+    Row by row for the forward pass and column by column for the backward pass
+    (TransformerEngine's ``get_weight_workspace``; Megatron-Core 0.19 passes
+    ``is_first_microbatch``). With ``megatron.ddp.fp8_param_gather`` they take the place of the
+    16-bit weights, of the same size.
+    """
+    if plan.config.dtype != "fp8" or plan.config.megatron.ddp.get("fp8_param_gather"):
+        return []
+    held = plan.parameters(stage)
+    size = 2.0 * (held.attention + held.shared_expert + held.experts)
+    return [Term("weights in fp8", size, "2 x parameters of attention and experts", ENGINE)]
 
 
 SCRATCH_BYTES = 128 << 20

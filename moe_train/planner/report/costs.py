@@ -12,14 +12,16 @@ from moe_train.parallel.optimizer_state import bytes_per_parameter, variants
 from moe_train.planner.cost.communication import step_traffic
 from moe_train.planner.cost.compute import dense_parts, embedding_parts, expert_parts, head_parts
 from moe_train.planner.cost.timing import StepTime
+from moe_train.planner.memory.fit import TIGHT
 from moe_train.planner.memory.layers import owner_terms, saved_terms, whole_layer
-from moe_train.planner.memory.stages import StageMemory, plan_memory, worst
+from moe_train.planner.memory.stages import GB, StageMemory, plan_memory, worst
 from moe_train.planner.plan import BAND, Plan
 from moe_train.planner.report.terms import step_terms
 
 ASSUMED = {
-    "routing": "every rank's experts receive imbalance x the average rows",
-    "allocator": "fragmentation is that share of what comes and goes; state is allocated once",
+    "routing": "every rank's experts receive imbalance x the average rows; memory holds "
+    "memory_imbalance x the average if that is more",
+    "allocator": "fragmentation is that share of all tensors",
     "optimizer": "master weights are whole: precision-aware is 12 bytes a parameter, and would be "
     "10 with TransformerEngine's 16-bit remainders, which checkpoints cannot hold",
     "order": "kernels of one device run one after the other; a layer takes the longer of its "
@@ -58,6 +60,9 @@ def cost_report(plan: Plan, memory: Sequence[StageMemory], time: StepTime) -> di
             "device_bytes": plan.device_bytes,
             "stages": [_stage(plan, one) for one in memory],
             "worst_stage": worst(memory).stage,
+            "margin_gb": worst(memory).margin / GB,
+            "margin_share": worst(memory).margin / plan.device_bytes,
+            "tight": worst(memory).margin < TIGHT * plan.device_bytes,
             "optimizers": optimizer_rows(plan),
             "layer_terms": _layer_terms(plan),
         },
@@ -84,6 +89,7 @@ def _stage(plan: Plan, one: StageMemory) -> dict[str, Any]:
         "fragmentation_bytes": one.fragmentation,
         "reserved_bytes": one.reserved,
         "total_bytes": one.total,
+        "margin_bytes": one.margin,
         "fraction": one.total / plan.device_bytes if plan.device_bytes else None,
     }
 
@@ -120,7 +126,7 @@ def optimizer_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _layer_terms(plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    z, modules = plan.shapes, plan.config.recompute.modules
+    z, modules = plan.memory_shapes, plan.config.recompute.modules
     terms = {
         "kept": saved_terms(z, recomputed=False, modules=modules),
         "kept_when_recomputed": saved_terms(z, recomputed=True),

@@ -95,6 +95,7 @@ def plan_report(
             "sequences_per_step": plan.sequences,
             "tokens_per_step": plan.tokens,
         },
+        "recompute": to_mapping(config)["recompute"],
         "vocabulary": {
             "tokens": plan.vocab,
             "rows": plan.padded_vocab,

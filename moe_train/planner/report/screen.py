@@ -77,6 +77,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("legal", "yes"),
         ("fits", _fits(report)),
+        ("recompute", recompute_text(report["recompute"])),
         (
             "parameters",
             f"{billions(counts['total'])}, {billions(counts['active'])} active for a token, "
@@ -111,15 +112,21 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _fits(report: dict[str, Any]) -> str:
     memory = report["memory"]
     worst = memory["stages"][memory["worst_stage"]]
-    size, device = worst["total_bytes"], memory["device_bytes"]
-    left = device - size
+    size, device, left = worst["total_bytes"], memory["device_bytes"], worst["margin_bytes"]
     figures = (
         f"{size / 1e9:.1f} of {device / 1e9:g} GB on a rank of stage {worst['stage']}, "
         f"{abs(left) / 1e9:.1f} GB ({share_text(abs(left) / device)}) "
     )
     if report["fits"]:
-        return f"yes: {figures}margin"
+        return f"yes{', tight' * memory['tight']}: {figures}margin"
     return f"NO: {figures}too much"
+
+
+def recompute_text(recompute: dict[str, Any]) -> str:
+    """Layers and modules that are recomputed, and what decided so."""
+    modules = f", modules {' '.join(recompute['modules'])}" if recompute["modules"] else ""
+    source = f" ({recompute['source']})" if "source" in recompute else ""
+    return f"layers {recompute['layers']}{modules}{source}"
 
 
 def _better(better: dict[str, Any], step: float, band: float) -> str:

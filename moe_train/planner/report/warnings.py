@@ -14,6 +14,8 @@ def plan_warnings(plan: Estimate) -> list[str]:
     sentences = [*plan.notes]
     if (fault := plan.memory_fault) and config.hardware.kind == "cpu":
         sentences.append(f"{fault.problem}; {fault.fix.replace(chr(10), ' ')}")
+    elif tight := plan.margin_warning:
+        sentences.append(tight)
     if uncovered := unmodelled_overrides(config):
         sentences.append(
             f"the formulas of memory and time do not price {', '.join(uncovered)}: the run may "

@@ -35,7 +35,8 @@ def piped_graph(work: PipedWork, kind: str, detail: str) -> Any:
     """
     order = SCHEDULES[kind].order
     assert order is not None, kind
-    builder, sizes = Builder(work.ends), Pipeline(work.stages, work.microbatches, work.chunks)
+    sizes = Pipeline(work.stages, work.microbatches, work.chunks, work.delay)
+    builder = Builder(work.ends)
     passes: dict[Pass, tuple[str, str, str]] = {}
     for stage in range(work.stages):
         for one in order(sizes, stage):

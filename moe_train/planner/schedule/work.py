@@ -80,6 +80,8 @@ class PipedWork:
     forward: Mapping[tuple[int, int], tuple[Piece, ...]]
     backward: Mapping[tuple[int, int], tuple[Piece, ...]]
     ends: Ends
+    delay: int = 0
+    """See `moe_train.features.schedules.Pipeline`."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,13 @@ def work_of(plan: Plan, time: StepTime) -> PipedWork | SpanWork:
                 back.append(outer["embedding"][1])
             forward[stage, chunk], backward[stage, chunk] = tuple(ahead), tuple(back)
     return PipedWork(
-        layout.pipeline, layout.virtual_pipeline, time.microbatches, forward, backward, ends
+        stages=layout.pipeline,
+        chunks=layout.virtual_pipeline,
+        microbatches=time.microbatches,
+        forward=forward,
+        backward=backward,
+        ends=ends,
+        delay=plan.delay,
     )
 
 

@@ -102,7 +102,8 @@ def _state_bytes(plan: Plan) -> float:
     """Bytes of weights, gradients and optimizer state, of the end stage with most."""
     ends = {0, plan.layout.pipeline - 1}
     held = (state_bytes(plan.config, plan.layout, plan.parameters(stage)) for stage in ends)
-    return max(one.device for one in held) + plan.config.hardware.reserved_gb * GB
+    outside = plan.config.hardware.outside_gb(plan.layout.world)
+    return max(one.device for one in held) + outside * GB
 
 
 class Search:

@@ -6,14 +6,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_train.config.compose import collect
+from moe_train.config.compose import collect, override_keys
 from moe_train.config.hardware import MachineFacts
 from moe_train.config.root import Config
 from moe_train.config.schema import value_at
 from moe_train.errors import ConfigError, ConfigFaults
 from moe_train.planner.cost.timing import step_time
 from moe_train.planner.machine.experiment import with_device
-from moe_train.planner.machine.profiles import override_keys
 from moe_train.planner.memory.fit import lighter
 from moe_train.planner.memory.stages import GB
 from moe_train.planner.plan import BAND, Plan, assumptions_of
@@ -163,7 +162,7 @@ def tune(
         config = with_device(base, base.hardware.kind)
     assumptions = None
     if imbalance is not None:
-        assumptions = assumptions_of(config, imbalance)
+        assumptions = assumptions_of(config, imbalance, memory_imbalance=imbalance)
         requested = requested and Plan.of(requested, assumptions)
     search = search_of(config, world, fixed, assumptions)
     results = search.explore(count, pareto=True)

@@ -1,0 +1,1 @@
+"""What a model says without training it: log-likelihoods of given tokens, and new tokens."""
