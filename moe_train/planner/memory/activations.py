@@ -167,21 +167,15 @@ def embedding_terms(z: Shapes) -> list[Term]:
     return [Term("token ids", z.A * (8 + (z.t > 1)), "A (8 + [t > 1])", MEGATRON)]
 
 
-def head_terms(z: Shapes, *, engine: bool = False) -> list[Term]:
-    """Last stage: final norm, head input, and what the loss keeps of the logits.
+def head_terms(z: Shapes) -> list[Term]:
+    """Last stage: final norm, head input, and what the loss keeps in fp32 of each logit.
 
-    Args:
-        engine: TransformerEngine's loss (``cross_entropy_fusion_impl=te``), which keeps the
-            gradient of the logits, in place of Megatron's, which keeps fp32 probabilities.
+    Megatron's losses keep probabilities; TransformerEngine's (``cross_entropy_fusion_impl=te``)
+    keeps their gradient, from its release 2.18 on in fp32 as well.
     """
-    stored = Term(
-        "softmax of the loss", z.A * z.V * 4, "4 A V", MEGATRON + " (cross-entropy in fp32)"
-    )
-    if engine:
-        stored = Term("gradient of logits", z.A * z.V * z.b, "A V b", ENGINE + " (cross_entropy)")
     return [
         *_norm("final norm", z),
         Term("head input", z.N * z.H * z.b, "N H b", KORTHIKANTI),
-        stored,
+        Term("softmax of the loss", z.A * z.V * 4, "4 A V", MEGATRON + " (cross-entropy in fp32)"),
         Term("loss targets", z.A * 9, "9 A", MEGATRON),
     ]

@@ -164,8 +164,7 @@ def _moments(
         always.append(Term("pipeline messages", 2 * z.N * z.H * z.b, "2 N H b", "P2P"))
     yield Moment("end of the forward pass", floor, (*forward_buffers(z), *always))
     if stage == layout.pipeline - 1:
-        head = total(head_terms(z, engine=_engine_loss(plan)))
-        head *= 1 + plan.config.model.mtp_layers
+        head = total(head_terms(z)) * (1 + plan.config.model.mtp_layers)
         for phase in loss_phases(z):
             yield Moment(phase.name, floor + head, (*phase.terms, *always))
     layers = layout.stage_layers(stage)
@@ -194,11 +193,6 @@ def _moments(
             )
         freed += size
         done += recomputed and not layout.span
-
-
-def _engine_loss(plan: Plan) -> bool:
-    fields = plan.config.megatron.transformer
-    return plan.assumptions.fused and fields.get("cross_entropy_fusion_impl") == "te"
 
 
 def quantized_weights(plan: Plan, stage: int) -> list[Term]:
