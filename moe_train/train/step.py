@@ -41,14 +41,17 @@ def train_step(engine: Engine, batches: Sequence[MicroBatch], step: int) -> Step
         step: 1-based number of this step.
 
     Returns:
-        The same on every rank; with ``applied`` False, and no weight changed on any rank, where
-        the loss or the gradient norm is not finite.
+        The same on every rank; with ``applied`` False, and no weight or expert bias changed on
+        any rank, where the loss or the gradient norm is not finite.
     """
     for chunk in engine.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
     engine.routing.clear()
+    # Megatron's finalize_model_grads moves the expert bias inside the schedule, before the
+    # gradients are known to be finite.
+    before = [(state, state.clone()) for state in router_state(engine)]
     losses = engine.forward_backward(**schedule_arguments(engine, batches))
     engine.optimizer.prepare_grads()
     # With torch's kernels this is backend/torch_kernels/gradient_norm.py, comparable over layouts.
@@ -59,7 +62,23 @@ def train_step(engine: Engine, batches: Sequence[MicroBatch], step: int) -> Step
     if finite:
         with engine.tracer.region("optimizer", "optimizer"):
             apply_update(engine.optimizer, grad_norm)
+    else:
+        for state, value in before:
+            state.copy_(value)
     return StepResult(loss, grad_norm, lr, routing, finite)
+
+
+def router_state(engine: Engine) -> list[torch.Tensor]:
+    """This rank's tensors of the balancing methods in effect, which no gradient updates."""
+    methods = engine.config.model.router.balancing_methods
+    if not (names := {name for method in methods for name in method.state}):
+        return []
+    return [
+        buffer
+        for chunk in engine.chunks
+        for name, buffer in chunk.named_buffers()
+        if name.rpartition(".")[2] in names
+    ]
 
 
 def require_finite(

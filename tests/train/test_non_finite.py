@@ -23,6 +23,9 @@ SMALL = [
 ]
 
 
+EXPERT_BIAS = ["model.router.score=sigmoid", "model.router.expert_bias=true"]
+
+
 def _poison(engine: Any, value: float) -> Any:
     """Until the hook is removed this rank's backward pass spoils one entry of one gradient."""
     import torch
@@ -52,8 +55,8 @@ def _step(rank: int, world: int, layout: list[str], value: float) -> Any:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "layout",
-    [[], ["parallel.pipeline=2"], ["optim.distributed=true"]],
-    ids=["dp2", "pp2", "dp2-distributed"],
+    [[], ["parallel.pipeline=2"], ["optim.distributed=true"], EXPERT_BIAS],
+    ids=["dp2", "pp2", "dp2-distributed", "dp2-expert-bias"],
 )
 def test_one_bad_gradient_stops_all_ranks(layout: list[str], value: float) -> None:
     answers = run_world(_step, 2, layout, value)
