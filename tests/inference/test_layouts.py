@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def test_the_cache_changes_nothing(trained: Path, single: dict[str, dict[str, An
         assert one["margins"] == pytest.approx(other["margins"], abs=1e-4)
 
 
+@pytest.mark.full
 def test_prompts_of_other_lengths_change_nothing(
     trained: Path, single: dict[str, dict[str, Any]]
 ) -> None:
@@ -120,6 +122,16 @@ def test_the_command(trained: Path, tmp_path: Path) -> None:
     log.unlink()
     assert run_world(_command, 2, [*argv, "parallel=single", *spanning], log=log) == [2, 2]
     assert "parallel.placement: span does not generate" in log.read_text()
+
+
+def test_a_checkpoint_without_its_run_needs_the_model(trained: Path, tmp_path: Path) -> None:
+    alone, log = tmp_path / "alone", tmp_path / "log"
+    shutil.copytree(trained / "checkpoints" / "step_00000020", alone)
+    argv = ["generate", str(alone), "device=cpu", "--prompt", "x", "--tokens", "2", "--greedy"]
+    assert run_world(_command, 1, argv, log=log) == [4]
+    assert "is of another model" in log.read_text()
+    model = [override for override in layouts.SMALL if override.startswith("model.")]
+    assert run_world(_command, 1, [*argv, "model=twin", *model]) == [0]
 
 
 def test_scores_are_the_same_in_every_layout(trained: Path, tmp_path: Path) -> None:

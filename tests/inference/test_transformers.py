@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 import moe_train
-from moe_train.testing.runs import finished_run
+from moe_train.testing.runs import QUIET, finished_run
 from moe_train.testing.world import run_world
 
 pytest.importorskip("transformers")
@@ -158,6 +158,10 @@ def test_training_goes_on_here_as_there(model: Model, tmp_path: Path) -> None:
     ]
     rows_NS = run_world(_rows, 1, overrides, steps)[0]
     theirs = trained.train(trained.load(model.folder).train(), rows_NS, tmp_path / "t", 3e-3)
+    wrong = [*overrides, "model.expert_hidden=32", "run.name=wrong", f"run.dir={tmp_path}"]
+    log = tmp_path / "log"
+    assert run_world(_command, 1, ["train", *QUIET, *wrong], log=log) == [4]
+    assert "model.expert_hidden" in log.read_text() and "Traceback" not in log.read_text()
     layouts: list[tuple[int, list[str]]] = [(1, [])]
     if long(model):
         tensor = ["parallel.tensor=2", "parallel.pipeline=2"]
