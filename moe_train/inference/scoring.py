@@ -26,36 +26,42 @@ def log_likelihoods(engine: Engine, rows: Iterable[Row]) -> list[float]:
     """Sum of the log-probabilities (nats) of each row's scored tokens; collective.
 
     Args:
+        engine: built without training.
         rows: the same on every rank; at most ``data.sequence`` + 1 tokens each.
 
     Returns:
         The same on every rank, in the order of ``rows``.
     """
     rows = list(rows)
-    length = engine.config.data.sequence
-    assert all(len(row.tokens) <= length + 1 for row in rows)
+    assert all(len(row.tokens) <= engine.config.data.sequence + 1 for row in rows)
     data, micro = engine.groups.dp, engine.config.batch.micro
-    for chunk in engine.chunks:
-        chunk.eval()
     totals = torch.zeros(len(rows), dtype=torch.float64, device=engine.backend.device)
-    step = engine.run.sequences
-    for begin in range(0, len(rows), step):
-        starts = [
-            begin + (index * data.size() + data.rank()) * micro
-            for index in range(engine.run.microbatches)
+    # Rows of like length together: a batch is as long as its longest row.
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
+    for begin in range(0, len(rows), engine.run.sequences):
+        chosen = order[begin : begin + engine.run.sequences]
+        length = _length(engine, max(len(rows[index].tokens) for index in chosen) - 1)
+        mine = [
+            chosen[start : start + micro]
+            for start in range(data.rank() * micro, engine.run.sequences, data.size() * micro)
         ]
-        batches = [_collate(rows[start : start + micro], micro, length) for start in starts]
+        batches = [_collate([rows[index] for index in part], micro, length) for part in mine]
         arguments = schedule_arguments(engine, batches, forward_only=True)
         arguments["forward_step_func"] = partial(_forward, engine.groups, engine.backend.device)
+        arguments["seq_length"] = length
         outputs = engine.forward_backward(**arguments)
         if engine.counts_loss:
-            for start, output in zip(starts, outputs, strict=True):
-                here = output["sums"][: max(0, min(micro, len(rows) - start))]
-                totals[start : start + micro] = -here
+            for part, output in zip(mine, outputs, strict=True):
+                if part:
+                    totals[part] = -output["sums"][: len(part)]
     dist.all_reduce(totals)
-    for chunk in engine.chunks:
-        chunk.train()
     return [float(total) for total in totals]
+
+
+def _length(engine: Engine, longest: int) -> int:
+    """Tokens of a batch's rows, which context and tensor parallelism divide."""
+    unit = 2 * engine.groups.cp.size() * engine.groups.tp.size()
+    return -(-longest // unit) * unit
 
 
 def _collate(rows: Sequence[Row], micro: int, length: int) -> MicroBatch:

@@ -159,3 +159,21 @@ def test_domains_and_choices(trained: Path, tmp_path: Path) -> None:
     assert result["tokens"] == sum(part["tokens"] for part in result["domains"].values())
     [result] = run_world(_evaluate, 1, str(trained), [], {"choices": str(choices)})
     assert (result["acc"], result["questions"], result["acc_stderr"]) == (1.0, 1, None)
+
+
+def test_rows_of_many_lengths_do_not_mix(trained: Path, tmp_path: Path) -> None:
+    """More rows than a global batch has, in an order that is not that of their lengths."""
+    texts = {f"text{n}": f"value_{n} = {n}\n" * (1 + 5 * n % 7) for n in range(11)}
+    answers = []
+    for world, layout, names in ((1, [], list(texts)), (2, layouts.PP2.overrides, [*texts][::-1])):
+        file = tmp_path / f"{world}.jsonl"
+        file.write_text("".join(json.dumps({"domain": n, "text": texts[n]}) + "\n" for n in names))
+        overrides = ["parallel=single", *layout]
+        result = run_world(_evaluate, world, str(trained), overrides, {"domains": str(file)})[0]
+        answers.append({name: part["loss"] for name, part in result["domains"].items()})
+    assert answers[0] == pytest.approx(answers[1], rel=1e-6)
+    single = tmp_path / "text"
+    single.write_text(texts["text4"])
+    [alone] = run_world(_evaluate, 1, str(trained), [], {"text": str(single)})
+    assert answers[0]["text4"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert len({round(loss, 6) for loss in answers[0].values()}) == len(texts)
