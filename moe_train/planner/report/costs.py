@@ -16,7 +16,7 @@ from moe_train.planner.memory.fit import TIGHT
 from moe_train.planner.memory.layers import owner_terms, saved_terms, whole_layer
 from moe_train.planner.memory.stages import GB, StageMemory, plan_memory, worst
 from moe_train.planner.plan import BAND, Plan
-from moe_train.planner.report.terms import step_terms
+from moe_train.planner.search.terms import step_terms
 
 ASSUMED = {
     "routing": "every rank's experts receive imbalance x the average rows; memory holds "
@@ -169,5 +169,5 @@ def _time(plan: Plan, time: StepTime) -> dict[str, Any]:
         "sequences_per_second": time.sequences_per_second,
         "mfu": time.mfu,
         "band": BAND,
-        "terms": step_terms(plan, time),
+        "terms": dict(sorted(step_terms(plan, time).items(), key=lambda one: -one[1])),
     }
