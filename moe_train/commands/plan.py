@@ -85,7 +85,7 @@ def plan_main(argv: Sequence[str]) -> int:
     from moe_train.planner.estimate import estimate
     from moe_train.planner.machine.devices import local_facts
     from moe_train.planner.plan import assumptions_of
-    from moe_train.planner.report.better import better_report
+    from moe_train.planner.report.better import short_search
     from moe_train.planner.report.screen import print_screen, print_warnings
     from moe_train.planner.report.tables import print_plan
     from moe_train.planner.report.warnings import plan_warnings
@@ -116,7 +116,7 @@ def plan_main(argv: Sequence[str]) -> int:
     run = resolve_run(args.overrides, world, local_facts(here, world) if here else None)
     taken = assumptions_of(run.config, imbalance, args.fragmentation, args.imbalance)
     plan = estimate(run, taken)
-    report = {**plan.report(), "better": better_report(plan)}
+    report = {**plan.report(), "better": short_search(plan)}
     report["recompute"]["source"] = recompute_source(run.config, args.overrides)
     warnings = [*problems, *plan_warnings(plan)]
     print_screen(report, warnings, console)
@@ -141,7 +141,9 @@ def _claims(args: argparse.Namespace, imbalance: float) -> int:
     world = plan_world(args.world, config)
     assumptions = Assumptions(imbalance, args.fragmentation)
     console = console_for(args.json)
-    markdown, data = check_claims(document, args.overrides, world, assumptions, console)
+    markdown, data = check_claims(
+        document, args.overrides, world, assumptions, console, full=args.full
+    )
     if args.report:
         write_text("--report", args.report, markdown)
     if args.json:

@@ -2,63 +2,67 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.cli import main
-from moe_train.errors import ConfigError
 from moe_train.parallel.shapes import Assumptions
-from moe_train.planner.claims.comparisons import interleaved
+from moe_train.planner.claims.comparisons import schedules
 from moe_train.planner.claims.document import Claim, Document, Section, find, load
 from moe_train.planner.claims.quantities import QUANTITIES
-from moe_train.planner.claims.report import as_data, as_markdown, open_plan
+from moe_train.planner.claims.report import open_plan
+from moe_train.planner.claims.solve import GRID, solve
 from moe_train.planner.claims.verdicts import (
     CONDITIONAL,
     CONFIRMED,
     CONTRADICTS,
-    GRID,
+    NOT_JUDGED,
     REFUTED,
     Verdict,
     judge,
-    solve,
 )
 from moe_train.planner.estimate import Estimate
+from moe_train.planner.plan import BAND
 from moe_train.planner.resolution import resolve_run
 
 CONFIRMED_IDS = [
-    "1.1", "1.2", "1.3", "1.4", "2.1", "2.3", "2.4", "2.5", "2.7", "2.8", "2.9", "2.10", "3.2",
-    "3.3", "4.1", "4.2", "4.3", "5.1", "5.6", "5.8", "5.9", "7.1", "7.2", "7.3", "7.4", "7.5",
-    "7.6", "7.7", "7.8", "7.9", "8.5",
+    "1.4", "2.1", "2.3", "2.4", "2.5", "2.7", "2.8", "2.9", "3.2", "3.3", "4.1", "4.2", "4.3",
+    "5.6", "5.8", "5.9", "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "7.7", "7.8", "7.9", "8.5",
 ]  # fmt: skip
 REFUTED_IDS = [
-    "0.1", "1.7", "2.11", "5.2", "5.3", "6.5", "8.1", "8.2", "8.3", "8.6", "8.7",
+    "0.1", "1.5", "1.6", "1.7", "5.2", "5.3", "6.2", "6.5", "6.7", "6.8", "6.9", "8.1",
+    "8.2", "8.3", "8.6", "8.7",
 ]  # fmt: skip
+NOT_JUDGED_IDS = ["2.11", "5.11"]
 CONDITIONS = {
     # claim: a word of its condition
+    "1.1": "ours",
+    "1.2": "claim 1.1",
+    "1.3": "claim 1.1",
     "2.2": "routing stays even",
+    "2.10": "all rounds in one flush",
     "3.1": "experts placed as planned (8 devices)",
-    "5.4": "world=16",
     "5.5": "parallel.overlap_expert_comm=true",
+    "5.7": "hardware.devices_per_node=8",
     "5.10": "experts' parameters alone",
     "6.1": "data.sequence is",
-    "6.2": "data.sequence is",
     "6.3": "optimizer state alone (45.8 GB)",
     "6.4": "71.6 %",
+    "6.6": "claims 6.1",
     "8.4": "claims 3.1",
 }
 CONTRADICTIONS = {
-    # claim: the claims that it contradicts
-    "1.5": ("6.3",),
-    "1.6": ("6.4",),
-    "2.6": ("2.1",),
-    "5.7": ("2.1",),
+    # claim: a claim that it contradicts
+    "2.6": "2.1",
+    "5.1": "2.1",
+    "5.4": "3.2",
 }
 
 
@@ -74,7 +78,7 @@ def judged(document: Document) -> tuple[Estimate, dict[str, Verdict]]:
 
 
 def test_every_verdict_has_its_expectation(document: Document) -> None:
-    expected = [*CONFIRMED_IDS, *REFUTED_IDS, *CONDITIONS, *CONTRADICTIONS]
+    expected = [*CONFIRMED_IDS, *REFUTED_IDS, *NOT_JUDGED_IDS, *CONDITIONS, *CONTRADICTIONS]
     assert sorted(expected) == sorted(claim.id for claim in document.claims)
 
 
@@ -82,7 +86,10 @@ def test_every_verdict_has_its_expectation(document: Document) -> None:
 def test_confirmed(judged: tuple[Estimate, dict[str, Verdict]], name: str) -> None:
     verdict = judged[1][name]
     assert verdict.kind == CONFIRMED, verdict
-    assert verdict.claim.about or verdict.claim.holds(verdict.value or 0.0)
+    if verdict.claim.quantity:
+        assert verdict.claim.holds(verdict.value or 0.0)
+    else:
+        assert verdict.claim.about or verdict.claim.evidence
 
 
 @pytest.mark.parametrize("name", REFUTED_IDS)
@@ -99,20 +106,28 @@ def test_true_only_if(judged: tuple[Estimate, dict[str, Verdict]], name: str, wo
     assert word in verdict.condition
 
 
-@pytest.mark.parametrize(("name", "others"), CONTRADICTIONS.items())
-def test_contradictions(
-    judged: tuple[Estimate, dict[str, Verdict]], name: str, others: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("name", NOT_JUDGED_IDS)
+def test_not_judged(judged: tuple[Estimate, dict[str, Verdict]], name: str) -> None:
+    verdict = judged[1][name]
+    assert verdict.kind == NOT_JUDGED, verdict
+    assert "opinion" in verdict.reason or "too near to tell" in verdict.reason
+
+
+@pytest.mark.parametrize(("name", "other"), CONTRADICTIONS.items())
+def test_contradictions(judged: tuple[Estimate, dict[str, Verdict]], name: str, other: str) -> None:
     verdict = judged[1][name]
     assert verdict.kind == CONTRADICTS, verdict
-    assert verdict.contradicts == others
+    assert other in verdict.contradicts
     assert verdict.condition, "what it would take is said, too"
 
 
 def test_memory_of_the_document_is_explained(judged: tuple[Estimate, dict[str, Verdict]]) -> None:
-    """17.7 GB: no optimizer state. 45 GB: 12 bytes a parameter. 18 bytes would not fit."""
-    assert "no optimizer" in judged[1]["1.5"].condition
+    """17.7 GB: no complete accounting. 45 GB: 12 bytes a parameter. 18 bytes would not fit."""
+    assert "matches none of its readings" in judged[1]["1.5"].reason
+    assert "no optimizer, 19." in judged[1]["1.5"].reason
     assert judged[1]["6.3"].shown["memory.plain_adam_gb"] == pytest.approx(68.7, abs=0.05)
+    tolerances = {name: judged[1][name].claim.tolerance for name in ("1.5", "1.6", "6.3", "6.4")}
+    assert tolerances == {"1.5": 0.01, "1.6": 0.01, "6.3": 0.05, "6.4": 0.05}
 
 
 @pytest.mark.parametrize("name", ["6.1", "6.2"])
@@ -120,8 +135,9 @@ def test_solved_conditions_hold_at_their_edges_and_not_beyond(
     judged: tuple[Estimate, dict[str, Verdict]], document: Document, name: str
 ) -> None:
     verdict = judged[1][name]
-    arguments = verdict.condition.replace(",", "").split()
-    low, high = int(arguments[2]), int(arguments[4])
+    needed = verdict.needs["data.sequence"]
+    assert isinstance(needed, tuple)
+    low, high = needed
     assert low < high < 4096
     for sequence, holds in ((low, True), (high, True), (low - 2, False), (high + 2, False)):
         if sequence < GRID[0]:
@@ -130,57 +146,93 @@ def test_solved_conditions_hold_at_their_edges_and_not_beyond(
         micro = max(round(4096 / sequence), 1) if verdict.claim.hold_tokens else 1
         overrides = [*document.overrides, f"data.sequence={sequence}", f"batch.micro={micro}"]
         run = resolve_run(overrides, 8)
-        value = QUANTITIES[verdict.claim.quantity].compute(Estimate.of(run, Assumptions()))
+        value = QUANTITIES[verdict.claim.quantity].of(Estimate.of(run, judged[0].assumptions))
         assert verdict.claim.holds(value) == holds, (sequence, value)
 
 
-def test_the_two_memory_figures_are_near_what_is_computed(
+def test_latency_and_throughput_exclude_each_other(
     judged: tuple[Estimate, dict[str, Verdict]],
 ) -> None:
-    """17.7 GB within 6 %, 45 GB within 5 %: the widths that the claims file allows."""
-    tolerances = {name: judged[1][name].claim.tolerance for name in ("1.5", "1.6", "6.3", "6.4")}
-    assert tolerances == {"1.5": 0.06, "1.6": 0.06, "6.3": 0.05, "6.4": 0.05}
+    """Both are solved for the length of a sequence, and need other lengths."""
+    assert judged[1]["6.1"].excludes == ("6.2",)
+    assert judged[1]["6.2"].excludes == ("6.1", "6.6")
+    assert "never together with claim 6.2" in judged[1]["6.1"].text
+    assert re.search(r"\b[89]\d times off", judged[1]["6.2"].reason)
 
 
 def test_schedules_are_compared_with_their_equals(
     judged: tuple[Estimate, dict[str, Verdict]],
 ) -> None:
-    """Interleaved against plain 1F1B with experts in the same place, both within memory."""
-    schedules = interleaved(judged[0])
-    assert schedules[0].layout.virtual_pipeline == 1
-    assert len(schedules) > 1
-    sizes = {replace(one.layout, virtual_pipeline=1) for one in schedules}
-    assert len(sizes) == 1
-    assert not sizes.pop().span
-    for one in schedules:
-        assert one.worst.total <= 64e9
-    best = min(schedules, key=lambda one: one.time.step)
-    assert judged[1]["2.11"].value == pytest.approx(1 - best.time.step / schedules[0].time.step)
+    """The best interleaved against the best plain 1F1B, same TP, PP and batch, both fit."""
+    plain, best = schedules(judged[0])
+    assert plain is not None and best is not None
+    assert plain.layout.virtual_pipeline == 1 < best.layout.virtual_pipeline
+    for one in (plain, best):
+        assert (one.layout.tensor, one.layout.pipeline, one.layout.span) == (2, 4, False)
+        assert one.bytes <= 64e9 and one.plan.sequences == judged[0].sequences
+    assert judged[1]["2.11"].value == pytest.approx(1 - best.seconds / plain.seconds)
     assert best.layout.overrides()[2] in judged[1]["2.11"].reason
 
 
-def test_the_faster_layout_is_named_and_is_faster(
-    judged: tuple[Estimate, dict[str, Verdict]], document: Document
+@pytest.mark.parametrize("overlap", ["true", "false"])
+def test_optimality_has_rivals_whatever_the_plan_switches_on(
+    document: Document, overlap: str
 ) -> None:
-    subject, by_id = judged
+    """The search changes overlap and recomputation, too: no option makes rivals illegal."""
+    words = [f"parallel.overlap_expert_comm={overlap}"]
+    subject, verdicts = open_plan(document, words, 8, Assumptions())
+    by_id = {verdict.claim.id: verdict for verdict in verdicts}
+    assert by_id["8.6"].kind == REFUTED and by_id["2.11"].kind in (REFUTED, NOT_JUDGED)
     overrides = by_id["8.6"].reason.partition("(")[2].partition(")")[0].split()
-    assert len(overrides) == 5
-    run = resolve_run([*document.overrides, *overrides], 8)
-    faster = Estimate.of(run, subject.assumptions)
-    assert faster.worst.total <= 64e9
-    assert faster.time.sequences == subject.time.sequences
-    gain = 1 - subject.time.tokens_per_second / faster.time.tokens_per_second
-    assert by_id["8.6"].value == pytest.approx(gain)
+    faster = Estimate.of(resolve_run([*document.overrides, *words, *overrides], 8),
+                         subject.assumptions)  # fmt: skip
+    assert faster.fits and faster.time.sequences == subject.time.sequences
+    assert by_id["8.6"].value == pytest.approx(1 - faster.time.step / subject.time.step)
+    assert by_id["8.6"].value > BAND
 
 
-def test_a_solved_condition_fits_the_device(judged: tuple[Estimate, dict[str, Verdict]]) -> None:
-    """MFU rises with length only as far as activations fit."""
-    reason = judged[1]["6.5"].reason
-    longest = int(reason.rpartition("=")[2])
-    subject = judged[0]
-    data = replace(subject.config.data, sequence=longest)
-    assert subject.under(replace(subject.config, data=data)).worst.total <= 64e9
-    assert longest < 131072
+def test_without_a_rival_nothing_is_optimal() -> None:
+    """One rank has one layout, and no pipeline whose schedule could be another."""
+    best = Claim("1", "", quantity="layout.gain", high=0)
+    schedule = Claim("2", "", quantity="schedule.gain", high=0)
+    plan = Estimate.of(resolve_run(["experiment=single"], 1), Assumptions())
+    verdicts = judge(_document(best, schedule), plan, lambda _: plan)
+    assert [verdict.kind for verdict in verdicts] == [NOT_JUDGED, NOT_JUDGED]
+
+
+def test_the_mfu_is_searched_over_lengths_and_layouts(
+    judged: tuple[Estimate, dict[str, Verdict]],
+) -> None:
+    """It rises with length only as far as activations fit, and more with another layout."""
+    subject, reason = judged[0], judged[1]["6.5"].reason
+    at, _, rest = reason.partition("data.sequence=")[2].partition(";")
+    data = replace(subject.config.data, sequence=int(at.replace(",", "")))
+    assert subject.under(replace(subject.config, data=data)).fits
+    assert int(at.replace(",", "")) < 131072
+    assert float(rest.partition("over layouts: ")[2].partition(" %")[0]) > 30
+
+
+def test_evidence_is_a_test_that_exists(document: Document) -> None:
+    root = Path(__file__).parents[2]
+    named = [one for claim in document.claims for one in claim.evidence]
+    assert len(named) >= 8
+    for one in named:
+        file, _, function = one.partition("::")
+        assert re.search(rf"^def {function}\(", (root / file).read_text(), re.MULTILINE), one
+
+
+def test_the_published_record_is_the_highest_of_the_published_runs() -> None:
+    found = []
+    for path in (Path(__file__).parents[2] / "benchmarks" / "published").glob("*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        common = content.get("defaults", {}) if isinstance(content, dict) else {}
+        for run in content.get("runs", []):
+            facts = common | run
+            if facts.get("dtype") == "bf16" and "figure" in facts:
+                peak = {"mfu": 1.0, "tflops": 989.5}.get(facts.get("unit"))
+                if peak and facts.get("hardware") == "h100_80gb" and not facts.get("unscored"):
+                    found.append(facts["figure"] / peak)
+    assert QUANTITIES["published.bf16_mfu"].of(None) == pytest.approx(max(found), abs=5e-4)  # type: ignore[arg-type]
 
 
 def test_another_machine_gives_other_verdicts(document: Document) -> None:
@@ -247,7 +299,7 @@ def _candidates(
 
 
 def _document(*claims: Claim) -> Document:
-    return Document("t", (), (Section("s", claims),))
+    return Document("t", (), (), (Section("s", claims),))
 
 
 def _judge(*claims: Claim) -> list[Verdict]:
@@ -266,7 +318,8 @@ def test_rivals_of_one_subject_contradict_each_other() -> None:
     wrong = Claim("b", "", quantity="parallel.tensor", equals=4, subject="tp")
     agreeing = Claim("c", "", quantity="parallel.tensor", low=1, high=3, subject="tp")
     kinds = [verdict.kind for verdict in _judge(right, wrong, agreeing)]
-    assert kinds == [CONFIRMED, CONTRADICTS, CONFIRMED]
+    assert kinds == [CONFIRMED, REFUTED, CONFIRMED]
+    assert "claim a says otherwise" in _judge(right, wrong)[1].reason
 
 
 def test_roll_ups_rest_on_their_claims() -> None:
@@ -292,59 +345,3 @@ def test_what_a_claim_takes_for_granted_is_its_condition() -> None:
 def test_an_illegal_condition_is_no_condition() -> None:
     claim = Claim("1", "", quantity="experts.per_rank", equals=64, under=("parallel.expert=1",))
     assert _judge(claim)[0].kind == REFUTED
-
-
-def test_reports_have_the_documents_sections(
-    document: Document, judged: tuple[Estimate, dict[str, Verdict]]
-) -> None:
-    subject, by_id = judged
-    verdicts = [by_id[claim.id] for claim in document.claims]
-    text = as_markdown(document, verdicts, subject)
-    for section in document.sections:
-        assert f"## {section.title}" in text
-    assert all(f"| {claim.id} | " in text for claim in document.claims)
-    data = as_data(document, verdicts, subject)
-    assert len(data["claims"]) == len(document.claims)
-    assert sum(data["counts"].values()) == len(document.claims)
-
-
-def test_command_writes_both_reports(tmp_path: Path) -> None:
-    markdown, data = tmp_path / "c.md", tmp_path / "c.json"
-    overrides = [
-        "plan",
-        "--claims",
-        "source_document",
-        "--report",
-        str(markdown),
-        "--json",
-        str(data),
-    ]
-    assert main(overrides) == 0
-    assert markdown.read_text().startswith("# Parallel strategy verification")
-    assert json.loads(data.read_text())["world"] == 8
-
-
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        ("title: t", "malformed"),
-        ("[", "claims"),
-        ("{title: t, sections: [{title: s, claims: [{id: 1, text: x, quantity: memory.totl}]}]}",
-         "unknown quantity"),
-        ("{title: t, sections: [{title: s, claims: [{id: 1, text: x, qantity: memory.fits}]}]}",
-         "unknown key"),
-        ("{title: t, sections: [{title: s, claims: [{id: 1, text: x}]}]}", "quantity or about"),
-        ("{title: t, sections: [{title: s, claims: [{id: 1, text: x, about: [a]},"
-         " {id: 1, text: x, about: [a]}]}]}", "twice"),
-    ],
-)  # fmt: skip
-def test_a_broken_claims_file_is_refused(tmp_path: Path, text: str, word: str) -> None:
-    path = tmp_path / "claims.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=word):
-        load(path)
-
-
-def test_no_such_claims_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--claims", "nowhere"]) == 2
-    assert "source_document" in capsys.readouterr().err

@@ -1,24 +1,24 @@
-"""Functions behind the quantities that compare: other schedules and layouts, what is installed."""
+"""Functions behind the quantities that compare: ranks with each other, other schedules, layouts."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from typing import NamedTuple
 
 from moe_train.config.root import Config
 from moe_train.config.schema import dotted_keys, value_at
-from moe_train.config.training import BackendConfig
 from moe_train.parallel.groups import deployment
-from moe_train.parallel.layout import GROUPS, Layout
-from moe_train.parallel.sizes import default_expert, is_legal, legal_layouts, with_layout
+from moe_train.parallel.layout import GROUPS, Layout, divisors
+from moe_train.parallel.sizes import is_legal
 from moe_train.planner.cost.communication import gradient_traffic
 from moe_train.planner.cost.links import group
 from moe_train.planner.estimate import GB, Estimate
-from moe_train.planner.memory.fit import fits
-from moe_train.planner.ranking import ranked
+from moe_train.planner.search import Candidate, better_than, search_of
+
+EFFORT = 600
+"""Step times after which a search for any better plan is content with the best so far."""
 
 
 def parameter_spread(s: Estimate) -> float:
@@ -39,60 +39,56 @@ def gradient_gb(s: Estimate) -> float:
     return sum(sent.intra + sent.inter for _, kind, sent in traffic if kind != "tp") / GB
 
 
-def interleaved(s: Estimate) -> list[Estimate]:
-    """Legal 1F1B schedules of the same TP and PP that fit, by model chunks, one chunk first;
-    experts inside their stages, so that only the schedule differs."""
-    inside = s.layout
-    if inside.span:
-        expert = default_expert(
-            "stage", inside.world, inside.tensor, inside.pipeline, 1, inside.experts
-        )
-        inside = replace(inside, placement="stage", expert=expert)
-    schedules = []
-    for chunks in range(1, s.config.model.layers // inside.pipeline + 1):
-        layout = replace(inside, virtual_pipeline=chunks)
+class Schedules(NamedTuple):
+    """The fastest plans that a search finds with one model chunk a stage, and with several."""
+
+    plain: Candidate | None
+    interleaved: Candidate | None
+
+
+def schedules(s: Estimate) -> Schedules:
+    """1F1B and interleaved 1F1B of the plan's TP, PP, context parallelism and batch.
+
+    Experts are inside their stages, so that both exist; every other option is the search's, since
+    what suits one schedule (overlap, recomputation) may be illegal with the other.
+    """
+    sizes, layout = ("tensor", "pipeline", "context", "virtual_pipeline", "placement"), s.layout
+    fixed = {f"parallel.{name}" for name in sizes}
+
+    def fastest(chunks: int) -> Candidate | None:
         parallel = replace(s.config.parallel, placement="stage", virtual_pipeline=chunks)
-        config = replace(s.config, parallel=parallel)
-        if is_legal(config, layout):
-            schedules.append(replace(s, config=config, layout=layout))
-    return [one for one in schedules if fits(one)]
+        config = replace(_same_batch(s), parallel=parallel)
+        search = search_of(config, layout.world, fixed, s.assumptions)
+        return next(iter(search.explore(1, effort=EFFORT).ranked), None)
+
+    if layout.pipeline == 1:
+        return Schedules(None, None)
+    chunks = divisors(s.config.model.layers // layout.pipeline)[1:]
+    best = min(filter(None, map(fastest, chunks)), key=lambda one: one.rank, default=None)
+    return Schedules(fastest(1), best)
 
 
-def best_schedule(s: Estimate) -> Estimate:
-    """The fastest of the `interleaved` schedules."""
-    return min(interleaved(s), key=lambda one: one.time.step, default=s)
+def best_schedule(s: Estimate) -> str:
+    """Overrides of the fastest interleaved schedule."""
+    best = once(s, schedules).interleaved
+    return " ".join(best.overrides(s.config)) if best else ""
 
 
-def schedule_gain(s: Estimate) -> float:
-    """Share of a step that the best interleaved schedule saves over plain 1F1B."""
-    plain = next((one for one in interleaved(s) if one.layout.virtual_pipeline == 1), s)
-    return max(1 - best_schedule(s).time.step / plain.time.step, 0.0)
+def schedule_gain(s: Estimate) -> float | None:
+    """Share of a step that the best interleaved schedule saves over plain 1F1B.
+
+    None where one of the two cannot run: then there is nothing to compare.
+    """
+    plain, best = once(s, schedules)
+    if plain is None or best is None:
+        return None
+    return max(1 - best.seconds / plain.seconds, 0.0)
 
 
 def needed_ranks(layout: Layout, expert_stages: int) -> float:
     """Least number of ranks for the layout's sizes, by the stages that have their own experts."""
     expert = layout.expert_tensor * layout.expert * expert_stages
     return math.lcm(layout.tensor * layout.context * layout.pipeline, expert)
-
-
-def has_module(name: str) -> float:
-    """Whether a module of this package exists."""
-    # find_spec imports the parent packages only, which here hold nothing but a docstring.
-    return float(find_spec(name) is not None)
-
-
-def has_nccl_settings() -> float:
-    """Whether NCCL settings are part of the config."""
-    return float("nccl" in {one.name for one in dataclasses.fields(BackendConfig)})
-
-
-def tensor_parallel_works(s: Estimate) -> float:
-    """Whether Megatron-Core is installed and TP is legal."""
-    try:
-        version("megatron-core")
-    except PackageNotFoundError:
-        return 0.0
-    return float(s.config.model.heads % s.layout.tensor == 0)
 
 
 def covered_layers(s: Estimate) -> float:
@@ -142,24 +138,48 @@ def _same_batch(s: Estimate) -> Config:
     return replace(s.config, batch=replace(s.config.batch, global_=s.sequences))
 
 
-def fastest(s: Estimate) -> Layout:
-    """The layout of these ranks with the shortest predicted step, any placement."""
-    config, layouts = _same_batch(s), []
-    for placement in ("stage", "span"):
-        free = replace(
-            config.parallel, tensor=None, pipeline=None, expert=None, placement=placement
-        )
-        layouts += legal_layouts(replace(config, parallel=free), s.layout.world)
-    return ranked(config, layouts)[0]
+def better(s: Estimate) -> Candidate | None:
+    """A layout that fits and beats the plan by more than the band, or None."""
+    return better_than(s, EFFORT) or better_than(s)
 
 
-def fastest_overrides(s: Estimate) -> str:
-    """Overrides that choose the `fastest` layout with the same batch."""
-    return " ".join([*fastest(s).overrides(), f"batch.global={s.sequences}"])
+def better_overrides(s: Estimate) -> str:
+    """Overrides that make the plan the `better` one."""
+    best = once(s, better)
+    return " ".join(best.overrides(s.config)) if best else ""
 
 
-def layout_gain(s: Estimate) -> float:
-    """Share of a step that the `fastest` layout saves."""
-    best = fastest(s)
-    other = replace(s, config=with_layout(_same_batch(s), best), layout=best)
-    return max(1 - s.time.tokens_per_second / other.time.tokens_per_second, 0.0)
+def layout_gain(s: Estimate) -> float | None:
+    """Share of a step that another layout saves: the `better` one, or the best of a search.
+
+    None where no other layout fits: without a rival nothing is optimal. A plan that does not fit
+    loses all of its time to one that does.
+    """
+    if best := once(s, better):
+        return 1 - best.seconds / s.time.step if s.fits else 1.0
+    search = search_of(_same_batch(s), s.layout.world, assumptions=s.assumptions)
+    rivals = [one for one in search.explore(2).ranked if one.layout != s.layout]
+    if not rivals or not s.fits:
+        return None
+    return max(1 - rivals[0].seconds / s.time.step, 0.0)
+
+
+def best_mfu(s: Estimate) -> tuple[float, str] | None:
+    """The highest MFU that a search of layouts and options finds for the plan's batch.
+
+    Returns:
+        MFU and overrides; None where the plan's own is not beaten by more than the band.
+    """
+    best = once(s, better)
+    if best is None or best.time.mfu is None:
+        return None
+    return best.time.mfu, " ".join(best.overrides(s.config))
+
+
+def once[T](s: Estimate, compute: Callable[[Estimate], T]) -> T:
+    """``compute(s)``, kept with `s`: searches take seconds, and several quantities read them."""
+    known = s.__dict__.setdefault("_compared", {})
+    if compute not in known:
+        known[compute] = compute(s)
+    result: T = known[compute]
+    return result

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from moe_train.features.schedules import bubble
 from moe_train.parallel.optimizer_state import variants
 from moe_train.parallel.sizes import is_legal
 from moe_train.planner.claims import comparisons as compare
 from moe_train.planner.cost.links import group
 from moe_train.planner.estimate import GB, Estimate
 from moe_train.planner.memory.stages import StageMemory
+from moe_train.planner.plan import BAND
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,32 @@ class Quantity:
 
     unit: str
     meaning: str
-    compute: Callable[[Estimate], float]
+    compute: Callable[[Estimate], float | None]
+    """None where a plan leaves nothing to compare."""
     detail: Callable[[Estimate], str] | None = None
     """The part of the plan that the number refers to (a layout's overrides, for example)."""
+    band: str = ""
+    """How the error of predicted times enters: ``relative``, ``difference`` (of a share of a step),
+    or not at all."""
+    searches: bool = False
+    """Whether it takes a search of layouts, seconds instead of milliseconds."""
 
     def describe(self, plan: Estimate) -> str:
         """The meaning, with the detail in parentheses."""
         detail = self.detail(plan) if self.detail else ""
         return f"{self.meaning} ({detail})" if detail else self.meaning
+
+    def of(self, plan: Estimate) -> float:
+        """The value for a plan that has one."""
+        value = self.compute(plan)
+        assert value is not None, f"{self.meaning}: nothing to compare"
+        return value
+
+    def spread(self, value: float) -> tuple[float, float]:
+        """The values that a prediction of `value` stands for."""
+        if self.band == "relative":
+            return value * (1 - BAND), value * (1 + BAND)
+        return (value - BAND, value) if self.band == "difference" else (value, value)
 
     def text(self, value: float) -> str:
         """A value with its unit."""
@@ -79,6 +99,10 @@ QUANTITIES = {
     "hardware.devices_per_node": Quantity(
         "devices", "devices of a node", lambda s: s.config.hardware.devices_per_node
     ),
+    "hardware.memory_gb": Quantity(
+        "GB", "memory of a device", lambda s: s.config.hardware.memory_gb
+    ),
+    "data.sequence": Quantity("tokens", "length of a sequence", lambda s: s.config.data.sequence),
     "memory.total_gb": Quantity(
         "GB",
         "peak of the fullest rank, optimizer and allowances included",
@@ -103,27 +127,27 @@ QUANTITIES = {
         lambda s: _worst_with(s, "plain Adam").state.device / GB,
     ),
     "memory.fraction": Quantity(
-        "of device",
+        "of a device",
         "peak of the fullest rank over the device's memory",
         lambda s: s.worst.total / s.device_bytes,
     ),
     "memory.plain_adam_fraction": Quantity(
-        "of device",
+        "of a device",
         "peak of the fullest rank under plain mixed-precision Adam (18 B)",
         lambda s: _worst_with(s, "plain Adam").total / s.device_bytes,
     ),
     "memory.precision_aware_fraction": Quantity(
-        "of device",
+        "of a device",
         "peak of the fullest rank under the precision-aware optimizer (12 B)",
         lambda s: _worst_with(s, "precision-aware").total / s.device_bytes,
     ),
     "memory.without_optimizer_fraction": Quantity(
-        "of device",
+        "of a device",
         "peak of the fullest rank without optimizer state",
         lambda s: s.worst.without_optimizer / s.device_bytes,
     ),
     "memory.state_fraction": Quantity(
-        "of device",
+        "of a device",
         "weights, gradients and optimizer state",
         lambda s: s.worst.state.device / s.device_bytes,
     ),
@@ -157,7 +181,7 @@ QUANTITIES = {
     ),
     "parallel.tensor": Quantity("ranks", "tensor-parallel ranks", lambda s: s.layout.tensor),
     "parallel.expert": Quantity("ranks", "expert-parallel ranks", lambda s: s.layout.expert),
-    "parallel.data": Quantity("replicas", "data-parallel replicas", lambda s: s.layout.data),
+    "parallel.data": Quantity("replica(s)", "data-parallel replicas", lambda s: s.layout.data),
     "pipeline.stages": Quantity("stages", "pipeline stages", lambda s: s.layout.pipeline),
     "pipeline.layers_per_stage": Quantity(
         "layers", "layers of a stage", lambda s: s.config.model.layers / s.layout.pipeline
@@ -169,10 +193,12 @@ QUANTITIES = {
         "rounds", "rounds of gradient accumulation", lambda s: s.config.batch.accumulation
     ),
     "pipeline.bubble": Quantity(
-        "of step", "share of a step in which a stage waits", lambda s: s.time.bubble
+        "of the pipeline's time",
+        "bubble: share in which a stage waits, all micro-batches in one flush",
+        lambda s: s.time.bubble,
     ),
     "pipeline.bubble_one_round": Quantity(
-        "of step",
+        "of the pipeline's time",
         "bubble if every round were flushed",
         lambda s: s.bubble(s.config.batch.microbatches),
     ),
@@ -180,17 +206,29 @@ QUANTITIES = {
         "ms",
         "forward and backward of one layer, one micro-batch",
         lambda s: 1e3 * _layer_seconds(s),
+        band="relative",
     ),
     "time.layer_forward_ms": Quantity(
-        "ms", "forward pass of one layer, one micro-batch", lambda s: 1e3 * s.time.layer.forward()
+        "ms",
+        "forward pass of one layer, one micro-batch",
+        lambda s: 1e3 * s.time.layer.forward(),
+        band="relative",
     ),
     "time.sequences_per_second": Quantity(
-        "sequences/s", "over all ranks", lambda s: s.time.sequences_per_second
+        "sequences/s",
+        "over all ranks",
+        lambda s: s.time.sequences_per_second,
+        band="relative",
     ),
     "time.tokens_per_second": Quantity(
-        "tokens/s", "over all ranks", lambda s: s.time.tokens_per_second
+        "tokens/s",
+        "over all ranks",
+        lambda s: s.time.tokens_per_second,
+        band="relative",
     ),
-    "time.mfu": Quantity("of peak", "model FLOPs utilisation", lambda s: s.time.mfu or 0.0),
+    "time.mfu": Quantity(
+        "of peak", "model FLOPs utilisation", lambda s: s.time.mfu, band="relative"
+    ),
     "parameters.spread": Quantity(
         "of largest",
         "difference between the largest and the smallest rank's parameters",
@@ -198,7 +236,7 @@ QUANTITIES = {
     ),
     "parameters.expert_spread": Quantity(
         "of largest",
-        "the same difference in experts' parameters alone",
+        "difference in experts' parameters alone between ranks",
         lambda s: float(s.config.model.experts % s.layout.expert > 0),
     ),
     "layout.legal": Quantity(
@@ -220,18 +258,12 @@ QUANTITIES = {
         lambda s: float(group(s.layout, s.config.hardware, "ep").inside),
     ),
     "communication.accumulation_saves": Quantity(
-        "of gradient traffic",
-        "what accumulating instead of stepping every round saves a token",
+        "of the traffic that reduces gradients",
+        "what accumulating saves a token, against a step every round",
         lambda s: 1 - 1 / s.config.batch.accumulation if compare.gradient_gb(s) > 0 else 0.0,
     ),
     "communication.gradient_gb": Quantity(
         "GB", "gradients a rank sends to replicas in a step", compare.gradient_gb
-    ),
-    "schedule.gain": Quantity(
-        "of step",
-        "what the best interleaved schedule saves over plain 1F1B, experts in their stages",
-        compare.schedule_gain,
-        lambda s: " ".join(compare.best_schedule(s).layout.overrides()),
     ),
     "layout.needed_ranks": Quantity(
         "devices",
@@ -243,9 +275,18 @@ QUANTITIES = {
         "least number of devices with experts inside their stages, as Megatron-Core has them",
         lambda s: compare.needed_ranks(s.layout, s.layout.pipeline),
     ),
+    "microbatches.enough_alone": Quantity(
+        "yes/no",
+        "whether twice the micro-batches of a round would gain 1F1B less than 1 %",
+        lambda s: float(
+            bubble(s.layout.pipeline, s.config.batch.microbatches)
+            - bubble(s.layout.pipeline, 2 * s.config.batch.microbatches)
+            < 0.01
+        ),
+    ),
     "microbatches.enough": Quantity(
         "yes/no",
-        "whether twice as many gain less than 1 % of a step",
+        "all rounds in one flush, of which twice as many would gain less than 1 %",
         lambda s: float(s.bubble(s.microbatches) - s.bubble(2 * s.microbatches) < 0.01),
     ),
     "expert_cache.needed": Quantity(
@@ -258,27 +299,6 @@ QUANTITIES = {
     ),
     "recompute.layers": Quantity(
         "layers", "layers recomputed whole", lambda s: len(s.config.recomputed_layers)
-    ),
-    "feature.megatron_tensor_parallel": Quantity(
-        "yes/no", "Megatron-Core is installed, TP is legal", compare.tensor_parallel_works
-    ),
-    "feature.expert_parallel": Quantity(
-        "yes/no",
-        "experts over stages are this project's own module",
-        lambda s: compare.has_module("moe_train.model.span.dispatcher") if s.layout.span else 1.0,
-    ),
-    "feature.nccl": Quantity(
-        "yes/no", "NCCL settings are part of the config", lambda _: compare.has_nccl_settings()
-    ),
-    "feature.expert_monitoring": Quantity(
-        "yes/no",
-        "tokens of every expert are recorded each step",
-        lambda _: compare.has_module("moe_train.train.router_stats"),
-    ),
-    "feature.packed_sequences": Quantity(
-        "yes/no",
-        "samples are packed to one length",
-        lambda _: compare.has_module("moe_train.data.datasets"),
     ),
     "feature.batched_exchange": Quantity(
         "yes/no",
@@ -300,11 +320,37 @@ QUANTITIES = {
     "deployment.strategies": Quantity(
         "yes/no", "the resolved config states every strategy that runs", compare.states_strategies
     ),
+    "schedule.gain": Quantity(
+        "of step",
+        "what the best interleaved 1F1B saves over the best plain one, experts in their stages",
+        compare.schedule_gain,
+        compare.best_schedule,
+        band="difference",
+        searches=True,
+    ),
     "layout.gain": Quantity(
-        "of time",
-        "what the fastest legal layout that fits saves a step",
+        "of a step's time",
+        "what the best other layout that fits saves",
         compare.layout_gain,
-        compare.fastest_overrides,
+        compare.better_overrides,
+        band="difference",
+        searches=True,
+    ),
+    "pipeline.bubble_document": Quantity(
+        "of the pipeline's time",
+        "bubble of 1F1B with the micro-batches of one round, (P - 1) / (M + P - 1), uniform stages",
+        lambda s: bubble(s.layout.pipeline, s.config.batch.microbatches),
+    ),
+    "recompute.whole_layers": Quantity(
+        "layers",
+        "layers recomputed whole, with the experts that their tokens visit",
+        lambda s: len(s.config.recomputed_layers) * (not s.layout.span),
+    ),
+    "published.bf16_mfu": Quantity(
+        "of peak",
+        "highest MFU of a BF16 MoE run that was published: Mixtral 8x22B with token drop on 128 "
+        "H100, arXiv:2504.14960, table 4",
+        lambda _: 0.522,
     ),
 }
 """All quantities by name."""

@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from moe_train.config.schema import value_at
 from moe_train.parallel.shapes import Assumptions
+from moe_train.planner.claims.comparisons import better, once
 from moe_train.planner.claims.document import Document
+from moe_train.planner.claims.page import first_page, sentences, wrapped
 from moe_train.planner.claims.quantities import QUANTITIES
-from moe_train.planner.claims.verdicts import Verdict, judge
+from moe_train.planner.claims.verdicts import REFUTED, Verdict, judge
 from moe_train.planner.estimate import Estimate
 from moe_train.planner.plan import assumptions_of
+from moe_train.planner.report.better import better_report
 from moe_train.planner.report.costs import ASSUMED, SOURCES
 from moe_train.planner.resolution import resolve_run
 
 
 def as_data(document: Document, verdicts: list[Verdict], plan: Estimate) -> dict[str, Any]:
-    """Plain mapping: every claim with its verdict, value, reason and condition."""
+    """Plain mapping: every claim with its verdict, value, reason and condition.
+
+    ``first_page`` has the sentences and their figures, and ``plan`` the plan.json that they
+    recompute from.
+    """
     return {
+        "first_page": [asdict(one) for one in sentences(verdicts, plan)],
         "title": document.title,
         "overrides": list(document.overrides),
         "layout": plan.layout.tag,
@@ -36,19 +44,25 @@ def as_data(document: Document, verdicts: list[Verdict], plan: Estimate) -> dict
                 "id": verdict.claim.id,
                 "text": verdict.claim.text,
                 "quantity": verdict.claim.quantity or None,
-                "claimed": None if verdict.claim.about else _bounds(verdict.claim.range),
+                "claimed": _bounds(verdict.claim.range) if verdict.claim.quantity else None,
                 "value": verdict.value,
                 "verdict": verdict.kind,
                 "statement": verdict.text,
                 "condition": verdict.condition,
+                "needs": verdict.needs,
                 "contradicts": list(verdict.contradicts),
+                "excludes": list(verdict.excludes),
+                "evidence": list(verdict.claim.evidence),
                 "reason": verdict.reason,
                 "shown": verdict.shown,
                 "note": verdict.claim.note,
             }
             for verdict in verdicts
         ],
-    }
+        "ours": {one.key: {"value": value_at(plan.config, one.key), "why": one.why}
+                 for one in document.ours},
+        "plan": {**plan.report(), "better": better_report(plan, once(plan, better))},
+    }  # fmt: skip
 
 
 def _bounds(claimed: tuple[float, float]) -> list[float | None]:
@@ -65,10 +79,14 @@ def explanation(verdict: Verdict) -> str:
     parts = [verdict.reason]
     if verdict.contradicts and verdict.condition:
         parts.append(f"it holds only if {verdict.condition}")
+    if verdict.kind == REFUTED and verdict.excludes:
+        parts.append(f"never together with claim {', '.join(verdict.excludes)}")
     parts += [
         f"{QUANTITIES[name].meaning}: {QUANTITIES[name].text(value)}"
         for name, value in verdict.shown.items()
     ]
+    if verdict.claim.evidence:
+        parts.append(f"shown by {', '.join(verdict.claim.evidence)}")
     if verdict.claim.note:
         parts.append(verdict.claim.note)
     return "; ".join(parts)
@@ -77,7 +95,6 @@ def explanation(verdict: Verdict) -> str:
 def as_markdown(document: Document, verdicts: list[Verdict], plan: Estimate) -> str:
     """The report, one table a section."""
     by_id = {verdict.claim.id: verdict for verdict in verdicts}
-    counts = Counter(verdict.kind for verdict in verdicts)
     hardware = plan.config.hardware
     lines = [
         f"# {document.title}",
@@ -86,10 +103,18 @@ def as_markdown(document: Document, verdicts: list[Verdict], plan: Estimate) -> 
         f"({hardware.memory_gb:g} GB, {hardware.devices_per_node} a node); overrides: "
         f"`{' '.join(document.overrides)}`.",
         "",
-        f"Of {len(verdicts)} claims: "
-        + ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-        + ". Figures are computed, none is measured.",
+        "```",
+        first_page(document, verdicts, plan),
+        "```",
+        "",
+        "## What the plan assumes and the document does not say",
+        "",
+        "| setting | value | why |",
+        "|---|---|---|",
     ]
+    for one in document.ours:
+        value = str(value_at(plan.config, one.key))
+        lines.append(f"| `{one.key}` | {_cell(value)} | {_cell(one.why)} |")
     for section in document.sections:
         lines += ["", f"## {section.title}", "", "| | claim | verdict | why |", "|---|---|---|---|"]
         for claim in section.claims:
@@ -107,21 +132,17 @@ def as_markdown(document: Document, verdicts: list[Verdict], plan: Estimate) -> 
 
 
 def show(verdicts: list[Verdict], document: Document, console: Console) -> None:
-    """Print a table a section."""
+    """Print every claim with its verdict and why, words and overrides unbroken."""
     by_id = {verdict.claim.id: verdict for verdict in verdicts}
     for section in document.sections:
-        table = Table(
-            title=section.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
-            padding=(0, 1, 0, 0), leading=1,
-        )  # fmt: skip
-        table.add_column("", no_wrap=True)
-        # Overrides are there to be copied: they may be broken over lines, never cut.
-        for name, ratio in (("claim", 5), ("verdict", 3), ("why", 9)):
-            table.add_column(name, ratio=ratio, overflow="fold")
+        lines = ["", section.title]
         for claim in section.claims:
             verdict = by_id[claim.id]
-            table.add_row(claim.id, claim.text, verdict.text, explanation(verdict))
-        console.print(table)
+            lines += wrapped(f"{claim.id:6}{claim.text}", 6)
+            lines += wrapped(f"{'':6}{verdict.text.upper()}" if verdict.kind == verdict.text
+                             else f"{'':6}{verdict.text}", 6)  # fmt: skip
+            lines += wrapped(f"{'':6}{explanation(verdict)}", 6)
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def open_plan(
@@ -155,11 +176,18 @@ def check_claims(
     world: int,
     assumptions: Assumptions,
     console: Console,
+    *,
+    full: bool = False,
 ) -> tuple[str, str]:
-    """Check all claims, print the verdicts, and return the report as (Markdown, JSON)."""
+    """Check all claims, print the first page, and return the report as (Markdown, JSON).
+
+    Args:
+        full: print a table a section, too.
+    """
     plan, verdicts = open_plan(document, overrides, world, assumptions)
-    show(verdicts, document, console)
+    page = first_page(document, verdicts, plan)
+    console.print(page, markup=False, highlight=False, soft_wrap=True)
+    if full:
+        show(verdicts, document, console)
     data = as_data(document, verdicts, plan)
-    counts = ", ".join(f"{count} {kind}" for kind, count in data["counts"].items())
-    console.print(f"{len(verdicts)} claims: {counts}")
     return as_markdown(document, verdicts, plan), json.dumps(data, indent=1) + "\n"

@@ -1,27 +1,46 @@
-"""From a claim and a plan to a verdict: confirmed, refuted, true only if ..., contradicts claim N.
+"""From a claim and a plan to a verdict.
 
-In this order: the quantity itself; another reading of the same claim; overrides under which it
-holds; the values of one key for which it holds. A condition that breaks another claim, or a value
-that another claim of the same subject excludes, makes it a contradiction.
+Confirmed, refuted, true only if ..., contradicts claim N, or not judged: an opinion, or a
+comparison without a rival. In this order: the quantity itself (within
+the error of predicted times nothing is judged);
+another reading of the same claim; overrides under which it holds; the values of one key for which
+it holds; the best layout that a search finds. A condition that breaks a claim that the plan
+confirms makes it a contradiction, and conditions that exclude each other name each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from moe_train.config.schema import value_at, with_values
 from moe_train.errors import ConfigFaults
 from moe_train.parallel.sizes import is_legal
+from moe_train.planner.claims.comparisons import best_mfu
+from moe_train.planner.claims.conditions import (
+    Needs,
+    exclusive,
+    joined,
+    needs_of,
+    with_exclusions,
+)
 from moe_train.planner.claims.document import Claim, Document
-from moe_train.planner.claims.quantities import QUANTITIES
+from moe_train.planner.claims.quantities import QUANTITIES, Quantity
+from moe_train.planner.claims.solve import solve
 from moe_train.planner.estimate import Estimate
 from moe_train.planner.memory.fit import fits
+from moe_train.planner.plan import BAND
 
 CONFIRMED = "confirmed"
 REFUTED = "refuted"
 CONDITIONAL = "true only if"
 CONTRADICTS = "contradicts"
+NOT_JUDGED = "not judged"
+
+FAR = 2.0
+"""A claim that misses the plan's own value by more than this factor is refuted, whatever other
+value of a key would make it true."""
 
 Replan = Callable[[Sequence[str]], Estimate]
 """The plan under further overrides; raises ConfigFaults where that is not legal."""
@@ -36,7 +55,11 @@ class Verdict:
     value: float | None
     reason: str
     condition: str = ""
+    needs: Needs = field(default_factory=dict)
+    """What the condition asks of config keys."""
     contradicts: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+    """Claims whose conditions cannot hold together with this one's."""
     shown: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -44,50 +67,103 @@ class Verdict:
         """The verdict as a report prints it."""
         if self.kind == CONTRADICTS:
             return f"contradicts claim {', '.join(self.contradicts)}"
-        if self.kind == CONDITIONAL:
-            return f"true only if {self.condition}"
-        return self.kind
+        if self.kind != CONDITIONAL:
+            return self.kind
+        apart = f"; never together with claim {', '.join(self.excludes)}" if self.excludes else ""
+        return f"true only if {self.condition}{apart}"
 
 
 def judge(document: Document, plan: Estimate, replan: Replan) -> list[Verdict]:
     """Verdicts on all claims, in the document's order."""
     verdicts: dict[str, Verdict] = {}
+    standing = [
+        claim
+        for claim in document.claims
+        if claim.quantity
+        and not QUANTITIES[claim.quantity].searches
+        and _holds(claim, QUANTITIES[claim.quantity], plan)
+    ]
     for claim in document.claims:
-        if claim.quantity:
-            verdicts[claim.id] = _judge(claim, plan, replan, document)
+        if claim.opinion:
+            reason = "an opinion: it names nothing that could be computed or measured"
+            verdicts[claim.id] = Verdict(claim, NOT_JUDGED, None, reason)
+        elif claim.quantity:
+            verdicts[claim.id] = _judge(claim, plan, replan, standing)
+        elif claim.evidence:
+            verdicts[claim.id] = Verdict(claim, CONFIRMED, None, "the program is tested for it")
     for claim in document.claims:
         if claim.subject:
             verdicts[claim.id] = _against_its_subject(verdicts[claim.id], document, verdicts)
     for claim in document.claims:
-        if claim.about:
-            verdicts[claim.id] = _roll_up(claim, verdicts)
+        _roll_up(claim, document, verdicts)
+    for name, excludes in with_exclusions({n: v.needs for n, v in verdicts.items()}).items():
+        verdicts[name] = replace(verdicts[name], excludes=excludes)
     return [verdicts[claim.id] for claim in document.claims]
 
 
-def _judge(claim: Claim, plan: Estimate, replan: Replan, document: Document) -> Verdict:
+def _holds(claim: Claim, quantity: Quantity, plan: Estimate) -> bool:
+    value = quantity.compute(plan)
+    return value is not None and claim.holds(value)
+
+
+def _within_band(claim: Claim, quantity: Quantity, value: float) -> bool:
+    """Whether the claim's range meets the values that a prediction of `value` stands for."""
+    low, high = claim.range
+    least, most = quantity.spread(value)
+    return least <= high and low <= most
+
+
+def _judge(claim: Claim, plan: Estimate, replan: Replan, standing: list[Claim]) -> Verdict:
     quantity = QUANTITIES[claim.quantity]
     value = quantity.compute(plan)
-    shown = {name: QUANTITIES[name].compute(plan) for name in claim.shows}
+    computed = {name: QUANTITIES[name].compute(plan) for name in claim.shows}
+    shown = {name: one for name, one in computed.items() if one is not None}
+    if value is None:
+        reason = f"{quantity.meaning}: none here, or nothing that fits to compare it with"
+        return Verdict(claim, NOT_JUDGED, None, reason, shown=shown)
     base = f"{quantity.describe(plan)}: {quantity.text(value)}"
-    if claim.holds(value) and claim.provided:
-        return Verdict(claim, CONDITIONAL, value, base, claim.provided, shown=shown)
-    if claim.holds(value):
-        return Verdict(claim, CONFIRMED, value, base, shown=shown)
     verdict = Verdict(claim, REFUTED, value, base, shown=shown)
+    if claim.holds(value):
+        kind = CONDITIONAL if claim.provided else CONFIRMED
+        return replace(verdict, kind=kind, condition=claim.provided)
+    if _within_band(claim, quantity, value):
+        reason = f"{base}, too near to tell: predicted times may be off by {100 * BAND:.0f} %"
+        return replace(verdict, kind=NOT_JUDGED, reason=reason)
     for name in claim.readings:
-        read = QUANTITIES[name].compute(plan)
+        read = QUANTITIES[name].of(plan)
         if claim.holds(read):
             condition = f"it means {QUANTITIES[name].meaning} ({QUANTITIES[name].text(read)})"
             return replace(verdict, kind=CONDITIONAL, condition=condition)
-    for overrides in claim.under:
-        if other := _under(verdict, overrides, replan, document):
-            return other
+    if claim.readings and claim.equals:
+        verdict = _nearest_reading(verdict, plan)
+    others = [
+        one for overrides in claim.under if (one := _under(verdict, overrides, replan, standing))
+    ]
+    if others:
+        return min(others, key=lambda one: len(one.contradicts))
     if claim.vary:
-        return _solved(verdict, claim.vary, plan)
+        verdict = _solved(verdict, claim.vary, plan)
+    if claim.search and verdict.kind == REFUTED:
+        verdict = _searched(verdict, plan)
     return verdict
 
 
-def _under(verdict: Verdict, overrides: str, replan: Replan, document: Document) -> Verdict | None:
+def _nearest_reading(verdict: Verdict, plan: Estimate) -> Verdict:
+    claim, wanted = verdict.claim, verdict.claim.equals
+    assert wanted is not None
+    values = {name: QUANTITIES[name].of(plan) for name in (claim.quantity, *claim.readings)}
+    name = min(values, key=lambda one: abs(values[one] - wanted))
+    near, off = QUANTITIES[name], values[name] / wanted - 1
+    reason = (
+        f"{verdict.reason}; it matches none of its readings: the nearest is "
+        f"{near.meaning}, {near.text(values[name])} ({100 * off:+.1f} %)"
+    )
+    return replace(verdict, reason=reason)
+
+
+def _under(
+    verdict: Verdict, overrides: str, replan: Replan, standing: list[Claim]
+) -> Verdict | None:
     claim = verdict.claim
     try:
         other = replan(overrides.split())
@@ -95,17 +171,26 @@ def _under(verdict: Verdict, overrides: str, replan: Replan, document: Document)
         return None
     for name in (claim.quantity, *claim.readings):
         value = QUANTITIES[name].compute(other)
-        if not claim.holds(value):
+        if value is None or not claim.holds(value):
             continue
         condition = f"{overrides} ({QUANTITIES[name].meaning}: {QUANTITIES[name].text(value)})"
-        broken = tuple(
-            each.id
-            for each in document.claims
-            if each.id in claim.against and not each.holds(QUANTITIES[each.quantity].compute(other))
-        )
+        broken = _broken(other, standing)
         kind = CONTRADICTS if broken else CONDITIONAL
-        return replace(verdict, kind=kind, condition=condition, contradicts=broken)
+        return replace(
+            verdict,
+            kind=kind,
+            condition=condition,
+            contradicts=broken,
+            needs=needs_of(overrides.split()),
+        )
     return None
+
+
+def _broken(other: Estimate, standing: list[Claim]) -> tuple[str, ...]:
+    """Claims that the plan confirms and another one does not."""
+    return tuple(
+        claim.id for claim in standing if not _holds(claim, QUANTITIES[claim.quantity], other)
+    )
 
 
 def _solved(verdict: Verdict, key: str, plan: Estimate) -> Verdict:
@@ -128,154 +213,107 @@ def _solved(verdict: Verdict, key: str, plan: Estimate) -> Verdict:
     layout = plan.layout
     unit = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
     solution = solve(claim, quantity_at, unit if key == "data.sequence" else 1)
-    if solution.low is None:
-        nearest = f"{quantity.text(solution.best)} at {key}={solution.best_at}"
-        reason = f"{verdict.reason}; nearest over every {key} that fits the device: {nearest}"
-        return replace(verdict, reason=reason)
+    if solution.low is None or solution.high is None:
+        nearest = "no value fits the device"
+        if solution.best_at:
+            at = f"{key}={solution.best_at:,}"
+            nearest = f"nearest over every {key} that fits: {quantity.text(solution.best)} at {at}"
+        return replace(verdict, reason=f"{verdict.reason}; {nearest}")
     condition = f"{key} is {solution.low:,} to {solution.high:,}"
     if claim.hold_tokens:
         condition += ", with batch.micro keeping the tokens of a micro-batch"
-    return replace(verdict, kind=CONDITIONAL, condition=condition)
+    needs: Needs = {key: (solution.low, solution.high)}
+    off = _factor(verdict)
+    if off > FAR:
+        reason = f"{verdict.reason}, {off:.0f} times off; it would take that {condition}"
+        return replace(verdict, reason=reason, condition=condition, needs=needs)
+    return replace(verdict, kind=CONDITIONAL, condition=condition, needs=needs)
+
+
+def _factor(verdict: Verdict) -> float:
+    """The factor between the plan's own value and the nearer end of the claim."""
+    low, high = verdict.claim.range
+    value = verdict.value
+    if not value:
+        return inf
+    return low / value if value < low else value / high
+
+
+def _searched(verdict: Verdict, plan: Estimate) -> Verdict:
+    """The MFU of the best layout for the plan's batch."""
+    assert verdict.claim.quantity == "time.mfu", "searches maximise the MFU, and nothing else"
+    best = best_mfu(plan)
+    if best is None:
+        return replace(verdict, reason=f"{verdict.reason}; no layout reaches more by the band")
+    value, overrides = best
+    text = f"{QUANTITIES['time.mfu'].text(value)} with {overrides}"
+    if verdict.claim.holds(value):
+        needs = needs_of(overrides.split())
+        return replace(verdict, kind=CONDITIONAL, condition=text, needs=needs)
+    return replace(verdict, reason=f"{verdict.reason}; over layouts: {text}")
 
 
 def _against_its_subject(
-    verdict: Verdict, document: Document, verdicts: dict[str, Verdict]
+    verdict: Verdict, document: Document, verdicts: Mapping[str, Verdict]
 ) -> Verdict:
     """Claims of one subject with ranges that exclude each other: the weaker one contradicts."""
     claim = verdict.claim
     low, high = claim.range
-    rivals = [
-        other
+    stronger = tuple(
+        other.id
         for other in document.claims
         if other.subject == claim.subject
-        and other.id != claim.id
         and (other.range[0] > high or other.range[1] < low)
-    ]
-    if not rivals or verdict.kind == CONFIRMED:
-        return verdict
-    rank = {CONFIRMED: 0, CONDITIONAL: 1, CONTRADICTS: 2, REFUTED: 2}
-    mine = (rank[verdict.kind], _gap(verdict))
-    stronger = tuple(
-        r.id for r in rivals if (rank[verdicts[r.id].kind], _gap(verdicts[r.id])) < mine
+        and verdicts[other.id].kind in (CONFIRMED, CONDITIONAL)
     )
-    if not stronger:
+    if not stronger or verdict.kind == CONFIRMED:
         return verdict
+    if verdict.kind == REFUTED:
+        return replace(
+            verdict, reason=f"{verdict.reason}; claim {', '.join(stronger)} says otherwise"
+        )
     return replace(verdict, kind=CONTRADICTS, contradicts=stronger)
 
 
-def _gap(verdict: Verdict) -> float:
-    """How far the plan's own value is from the claim, as a share of it."""
-    low, high = verdict.claim.range
-    assert verdict.value is not None
-    return max(low - verdict.value, verdict.value - high, 0.0) / max(abs(low), 1e-9)
-
-
-def _roll_up(claim: Claim, verdicts: dict[str, Verdict]) -> Verdict:
-    """A claim about other claims, named by id or by the beginning of their ids."""
+def _roll_up(claim: Claim, document: Document, verdicts: dict[str, Verdict]) -> Verdict:
+    """The verdict on a claim, those about other claims by these first."""
+    if not claim.about:
+        return verdicts[claim.id]
+    if claim.id in verdicts:
+        return verdicts[claim.id]
     rest = [
-        verdict
-        for name, verdict in verdicts.items()
-        if name != claim.id and any(name == one or (one.endswith(".") and name.startswith(one))
-                                    for one in claim.about)
-    ]  # fmt: skip
+        _roll_up(other, document, verdicts)
+        for other in document.claims
+        if other.id != claim.id and not other.opinion and _rests_on(claim, other.id)
+    ]
     assert rest, f"claim {claim.id} is about nothing"
+    verdicts[claim.id] = _sum_up(claim, rest)
+    return verdicts[claim.id]
 
-    def ids(kind: str) -> tuple[str, ...]:
-        return tuple(verdict.claim.id for verdict in rest if verdict.kind == kind)
 
-    share = sum(verdict.kind == CONFIRMED for verdict in rest)
-    reason = f"{share} of {len(rest)} claims that it rests on are confirmed as they stand"
-    refuted, broken, conditional = ids(REFUTED), ids(CONTRADICTS), ids(CONDITIONAL)
-    if refuted:
-        reason += f"; refuted: {', '.join(refuted)}"
-    if broken:
-        reason += f"; contradicting others: {', '.join(broken)}"
-    if refuted or broken:
+def _rests_on(claim: Claim, name: str) -> bool:
+    return any(name == one or (one.endswith(".") and name.startswith(one)) for one in claim.about)
+
+
+def _sum_up(claim: Claim, rest: list[Verdict]) -> Verdict:
+    ids = {kind: [one.claim.id for one in rest if one.kind == kind] for kind in
+           (CONFIRMED, REFUTED, CONTRADICTS, CONDITIONAL, NOT_JUDGED)}  # fmt: skip
+    reason = f"{len(ids[CONFIRMED])} of {len(rest)} claims that it rests on are confirmed"
+    for kind, title in (
+        (REFUTED, "refuted"),
+        (CONTRADICTS, "contradicting others"),
+        (NOT_JUDGED, "not judged"),
+    ):
+        if ids[kind]:
+            reason += f"; {title}: {', '.join(ids[kind])}"
+    apart = [one for one in rest if any(exclusive(one.needs, other.needs) for other in rest)]
+    if apart:
+        reason += f"; conditions that exclude each other: {', '.join(o.claim.id for o in apart)}"
+    if ids[REFUTED] or ids[CONTRADICTS] or apart:
         return Verdict(claim, REFUTED, None, reason)
-    if conditional:
-        condition = f"the conditions of claims {', '.join(conditional)} hold"
-        return Verdict(claim, CONDITIONAL, None, reason, condition)
+    if ids[NOT_JUDGED]:
+        return Verdict(claim, NOT_JUDGED, None, reason)
+    if ids[CONDITIONAL]:
+        condition = f"the conditions of claims {', '.join(ids[CONDITIONAL])} hold"
+        return Verdict(claim, CONDITIONAL, None, reason, condition, joined(o.needs for o in rest))
     return Verdict(claim, CONFIRMED, None, reason)
-
-
-GRID = tuple(2**power for power in range(4, 18))
-"""Values tried first: 16 to 131,072, a factor of 2 apart."""
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Values from `low` to `high` that confirm the claim, or the nearest that was reached."""
-
-    low: int | None
-    high: int | None
-    best: float
-    """Value of the quantity nearest to the claimed range."""
-    best_at: int
-
-
-def _side(claim: Claim, value: float) -> int:
-    low, high = claim.range
-    return -1 if value < low else (1 if value > high else 0)
-
-
-def _distance(claim: Claim, value: float) -> float:
-    low, high = claim.range
-    return max(low - value, value - high, 0.0)
-
-
-def solve(claim: Claim, value_at: Callable[[int], float | None], unit: int) -> Solution:
-    """Search multiples of `unit` for the first range in which the claim holds.
-
-    Args:
-        value_at: the quantity for a value of the key; None where that is not legal.
-    """
-    known: dict[int, float] = {}
-
-    def evaluate(x: int) -> float | None:
-        if x not in known and (value := value_at(x)) is not None:
-            known[x] = value
-        return known.get(x)
-
-    points = [x for x in sorted({max(g // unit, 1) * unit for g in GRID})
-              if evaluate(x) is not None]  # fmt: skip
-    for a, b in zip(points, points[1:], strict=False):
-        if _side(claim, known[a]) * _side(claim, known[b]) == -1:
-            _bisect(claim, evaluate, a, b, unit, 0)
-    inside = sorted(x for x, value in known.items() if claim.holds(value))
-    if not known:
-        return Solution(None, None, float("nan"), 0)
-    best_at = min(known, key=lambda x: _distance(claim, known[x]))
-    if not inside:
-        return Solution(None, None, known[best_at], best_at)
-    below = [x for x in known if x < inside[0]]
-    above = [x for x in known if x > inside[-1]]
-    low, high = inside[0], inside[-1]
-    if below:
-        low = _bisect(claim, evaluate, max(below), low, unit, 1)
-    if above:
-        high = _bisect(claim, evaluate, high, min(above), unit, -1)
-    return Solution(low, high, known[best_at], best_at)
-
-
-def _bisect(
-    claim: Claim, evaluate: Callable[[int], float | None], a: int, b: int, unit: int, edge: int
-) -> int:
-    """Narrow [a, b]: to a value inside the range (edge 0), or to the range's edge.
-
-    With edge 1 the range starts in (a, b], with -1 it ends in [a, b); the edge is returned.
-    """
-    start = _side(claim, evaluate(a) or 0.0)
-    while b - a > unit:
-        middle = (a + b) // 2 // unit * unit
-        middle = min(max(middle, a + unit), b - unit)
-        value = evaluate(middle)
-        if value is None:
-            break
-        side = _side(claim, value)
-        if edge == 0 and side == 0:
-            return middle
-        if side == start:
-            a = middle
-        else:
-            b = middle
-    return b if edge == 1 else a

@@ -82,6 +82,7 @@ def plan_report(
         "experiment": config.experiment,
         "experiment_reason": config.experiment_reason,
         "model": model.name,
+        "model_config": to_mapping(config)["model"],
         "layout": {
             "tag": layout.tag,
             "world": layout.world,
