@@ -84,11 +84,13 @@ def mixtral_eager_fused(case: Case) -> Step:
 def _mixtral(case: Case, experts: str) -> Step:
     import transformers
 
-    from moe_train.convert.mixtral import mixtral_config
+    from moe_train.convert.architecture import hf_config
+    from moe_train.convert.registry import ARCHITECTURES
 
     config = resolve_run([*case.overrides, "model.router.balancing=none"], 1).config
-    settings = mixtral_config(config.model, VOCAB, config.data.sequence)
-    made = transformers.MixtralConfig(
+    mixtral = ARCHITECTURES["mixtral"]
+    settings = hf_config(mixtral, config.model, VOCAB, "float32", config.data.sequence)
+    made = transformers.AutoConfig.for_model(
         **settings, attn_implementation="sdpa", experts_implementation=experts
     )
     model = transformers.MixtralForCausalLM(made).train()

@@ -25,7 +25,7 @@ fi
 
 tests=(
   tests/backend/test_kernels_*.py
-  tests/model/test_oracle_mixtral.py
+  tests/convert/test_gradients.py
   tests/train/test_parity_small.py
   tests/model/test_span_gradients.py
   tests/train/test_recompute.py

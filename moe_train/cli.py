@@ -101,6 +101,26 @@ GROUPS: dict[str, dict[str, Command]] = {
             "checkpoint verify runs/twin-TP2.PP4.EP8.span/checkpoints/step_00000060",
         ),
     },
+    "Hugging Face": {
+        "export-hf": Command(
+            "moe_train.commands.export_hf",
+            "export_main",
+            "a checkpoint of any layout as a Hugging Face folder",
+            "export-hf runs/notes exported/notes",
+        ),
+        "import-hf": Command(
+            "moe_train.commands.import_hf",
+            "import_main",
+            "a Hugging Face folder as a checkpoint and a model file",
+            "import-hf models/olmoe imported/olmoe",
+        ),
+        "verify-hf": Command(
+            "moe_train.commands.verify_hf",
+            "verify_main",
+            "a Hugging Face folder against its export, itself and Transformers",
+            "verify-hf exported/notes --roundtrip --logits",
+        ),
+    },
 }
 HELP = ("-h", "--help", "help")
 COMMANDS = {name: one for group in GROUPS.values() for name, one in group.items()}

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from moe_train.checkpoint.digests import Block, FileEntry, blocks, hash_range
+from moe_train.config.model import ModelConfig
 from moe_train.errors import CheckpointError
 from moe_train.files import Count, read_validated, write_atomically
 
@@ -76,6 +77,29 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write to ``folder`` and flush it to the disk."""
         write_atomically(folder / NAME, json.dumps(asdict(self), indent=1, sort_keys=True))
+
+
+def identity(model: ModelConfig, padded_vocab: int) -> dict[str, Any]:
+    """Fields that fix the shapes of the weights, which a checkpoint and a run must share.
+
+    Layout, precision and batch sizes may differ.
+    """
+    return {
+        "layers": model.layers,
+        "hidden": model.hidden,
+        "heads": model.heads,
+        "kv_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "experts": model.experts,
+        "expert_hidden": model.expert_hidden,
+        "shared_expert_hidden": model.shared_expert_hidden,
+        "padded_vocab": padded_vocab,
+        "tied_embeddings": model.tied_embeddings,
+        "expert_bias": model.router.expert_bias,
+        # Absent where there is none, as in checkpoints of versions that had no such key.
+        **({"qk_norm": model.qk_norm} if model.qk_norm != "none" else {}),
+        **{name: True for method in model.router.balancing_methods for name in method.state},
+    }
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -115,7 +115,7 @@ class Architecture:
         ]
 
     def tensors(
-        self, model: ModelConfig, vocab: int, stacked: bool = False
+        self, model: ModelConfig, stacked: bool = False
     ) -> Iterator[tuple[Entry, int | None]]:
         """Units in the order of their layers: of no layer first, then layer by layer."""
         entries = self.entries(model, stacked)
@@ -129,7 +129,7 @@ class Architecture:
         """Shapes by name of all tensors."""
         return {
             name: shape
-            for entry, layer in self.tensors(model, vocab, stacked)
+            for entry, layer in self.tensors(model, stacked)
             for names in entry.names_of(model, layer)
             for name, shape in zip(names, entry.shapes(model, vocab), strict=True)
         }
@@ -173,6 +173,9 @@ COMMON_RULES = (
         "routing is random",
         "model.router.force_balance=false",
     ),
+    Rule("kv_lora_rank", lambda m: not m.latent, "attention is multi-latent (MLA)"),
+    Rule("dense_layers", lambda m: not m.dense_layers, "every layer is an MoE layer there"),
+    Rule("mtp_layers", lambda m: not m.mtp_layers, "it has no heads of further tokens"),
 )
 
 SOFTMAX_RULES = (

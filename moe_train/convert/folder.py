@@ -21,7 +21,7 @@ from moe_train.config.root import Config
 from moe_train.config.schema import from_mapping
 from moe_train.config.validate import validate
 from moe_train.convert.architecture import Architecture, model_mapping
-from moe_train.convert.registry import architecture_of
+from moe_train.convert.registry import ARCHITECTURES, architecture_of
 from moe_train.convert.safetensors_file import Stored, read_header, read_rows
 from moe_train.convert.tensors import WIDTHS, Array, Entry, Shape
 from moe_train.errors import CheckpointError, ConfigError
@@ -77,7 +77,7 @@ class HfFolder:
 
     def units(self) -> Iterator[tuple[str, int | None]]:
         """Global keys, and the layer of each unit, layer by layer."""
-        for entry, layer in self.architecture.tensors(self.model, self.vocab, self.stacked):
+        for entry, layer in self.architecture.tensors(self.model, self.stacked):
             yield entry.key.key, layer
 
     def shape(self, key: str) -> Shape:
@@ -131,7 +131,10 @@ def open_folder(path: Path) -> HfFolder:
         architecture = architecture_of(config)
         model = model_of(model_mapping(architecture, config))
     except ConfigError as misfit:
-        field = f"{path / CONFIG}: {misfit.field}"
+        # The user has config.json before them, not the keys that follow from it.
+        fields = ARCHITECTURES[config["model_type"]].fields if misfit.field[:6] == "model." else ()
+        names = {f"model.{one.ours}": one.name for one in fields}
+        field = f"{path / CONFIG}: {names.get(misfit.field, misfit.field)}"
         raise ConfigError(field, misfit.problem, misfit.fix) from misfit
     tensors = _tensors(path)
     assert model.vocab is not None

@@ -16,29 +16,16 @@ from moe_train.checkpoint.staging import Staging
 from moe_train.checkpoint.state_dict import model_state, sharded_model_state
 from moe_train.config.model import ModelConfig
 from moe_train.convert.folder import HfFolder
-from moe_train.convert.tensors import FC1, FC2, Array
+from moe_train.convert.tensors import FC1, FC2
+from moe_train.convert.values import to_torch
 from moe_train.errors import CheckpointError, ConfigError
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FREE = {"name", "vocab", "vocab_multiple", "init_std"}
 _FREE_ROUTER = {
     *("balancing", "aux_coeff", "z_coeff", "expert_bias_rate"),
     *("force_balance", "drop_policy", "pad_to_capacity"),
 }
 """Keys that a run may choose: they change no logit, or only while training."""
-
-
-def to_torch(dtype: str, values: Array) -> torch.Tensor:
-    """A tensor of a safetensors dtype on the memory of the integers that hold it."""
-    return torch.from_numpy(values).view(DTYPES[dtype])
-
-
-def to_raw(tensor: torch.Tensor) -> Array:
-    """The integers that hold a tensor's values, on its memory."""
-    width = {4: torch.uint32, 2: torch.uint16}[tensor.itemsize]
-    values: Array = tensor.detach().view(width).numpy()
-    return values
 
 
 def check_model(folder: HfFolder, model: ModelConfig, padded_vocab: int) -> None:

@@ -22,7 +22,6 @@ from moe_train.features.optimizers import OPTIMIZERS, Optimizer
 
 if TYPE_CHECKING:
     from moe_train.backend.protocol import Backend
-    from moe_train.config.model import ModelConfig
     from moe_train.config.root import Config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -115,29 +114,6 @@ def _moe_fields(config: Config) -> dict[str, Any]:
         "moe_expert_capacity_factor": router.capacity_factor,
         "moe_token_drop_policy": router.drop_policy,
         "moe_pad_expert_input_to_capacity": router.pad_to_capacity,
-    }
-
-
-def identity(model: ModelConfig, padded_vocab: int) -> dict[str, Any]:
-    """Fields that fix the shapes of the weights, which a checkpoint and a run must share.
-
-    Layout, precision and batch sizes may differ.
-    """
-    return {
-        "layers": model.layers,
-        "hidden": model.hidden,
-        "heads": model.heads,
-        "kv_heads": model.num_query_groups,
-        "head_dim": model.kv_channels,
-        "experts": model.experts,
-        "expert_hidden": model.expert_hidden,
-        "shared_expert_hidden": model.shared_expert_hidden,
-        "padded_vocab": padded_vocab,
-        "tied_embeddings": model.tied_embeddings,
-        "expert_bias": model.router.expert_bias,
-        # Absent where there is none, as in checkpoints of versions that had no such key.
-        **({"qk_norm": model.qk_norm} if model.qk_norm != "none" else {}),
-        **{name: True for method in model.router.balancing_methods for name in method.state},
     }
 
 

@@ -57,7 +57,7 @@ class Session:
 
     def manifest_fields(self) -> dict[str, Any]:
         """The fields of a checkpoint's manifest that describe this session."""
-        from moe_train.model.transformer_config import identity
+        from moe_train.checkpoint.manifest import identity
 
         run = self.run
         tokenizer = self.corpus.tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,36 +131,74 @@ def overrides_of(model: Any) -> list[str]:
     return lines
 
 
-def our_logits(
-    rank: int, world: int, folders: Sequence[str], layout: Sequence[str] = ()
-) -> dict[str, Any]:
-    """This rank's logits of each folder: [BATCH, SEQUENCE, VOCAB / TP]; none before the end."""
+@dataclasses.dataclass
+class Answer:
+    """What the model here says with a folder's weights, and with random ones that it then saves."""
+
+    imported: Any
+    """Logits [BATCH, SEQUENCE, VOCAB]."""
+    random: Any
+    checkpoint: str
+    """Of the random weights."""
+
+
+def answers(rank: int, world: int, folders: Sequence[str], root: str) -> dict[str, Answer]:
+    """An answer for each folder; checkpoints go below ``root``."""
     from moe_train.backend.groups import close_world
+    from moe_train.checkpoint.manifest import identity
+    from moe_train.checkpoint.save import Save
     from moe_train.convert.folder import open_folder
     from moe_train.convert.loading import check_model, load_weights
-    from moe_train.train.step import validate
-    from tests.support.engines import micro_batches, open_engine
+    from moe_train.model.initialise import initialise
+    from tests.support.engines import open_engine
 
-    answers: dict[str, Any] = {}
-    for folder in folders:
+    results: dict[str, Answer] = {}
+    for number, folder in enumerate(folders):
         opened = open_folder(Path(folder))
         run = [
             *overrides_of(opened.model),
             *(f"data.sequence={SEQUENCE}", f"batch.global={BATCH}", "batch.micro=1"),
-            *("recompute=none", "parallel=single", "dtype=fp32", *layout),
+            *("recompute=none", "parallel=single", "dtype=fp32"),
         ]
         engine = open_engine(rank, world, run, VOCAB)
         check_model(opened, engine.config.model, VOCAB)
-        load_weights(opened, [chunk.module for chunk in engine.chunks])
-        rows: list[Any] = []
-        if engine.is_last_stage:
-            engine.chunks[-1].module.output_layer.register_forward_hook(
-                lambda module, inputs, output, rows=rows: rows.append(
-                    output[0].detach().transpose(0, 1).numpy().copy()
-                )
-            )
-        targets = np.concatenate([tokens(), tokens()[:, :1]], 1)
-        validate(engine, [micro_batches(engine, targets)])
-        answers[folder] = np.concatenate(rows) if rows else None
+        chunks = [chunk.module for chunk in engine.chunks]
+        load_weights(opened, chunks)
+        imported = logits_of(engine)
+        initialise(chunks, engine.megatron, seed=number)
+        save = Save(
+            Path(root) / str(number),
+            step=7,
+            chunks=chunks,
+            optimizer=engine.optimizer,
+            keep=1,
+            fields={
+                "model": identity(opened.model, VOCAB),
+                "layout": "single",
+                "world": 1,
+                "seed": number,
+                "tokenizer": "unknown",
+                "consumed_samples": 0,
+                "consumed_tokens": 0,
+            },
+        )
+        results[folder] = Answer(imported, logits_of(engine), str(save.commit()))
         close_world()
-    return answers
+    return results
+
+
+def logits_of(engine: Any) -> np.ndarray[Any, Any]:
+    """Of `tokens`, from one rank: [BATCH, SEQUENCE, VOCAB]"""
+    from moe_train.train.step import validate
+    from tests.support.engines import micro_batches
+
+    rows: list[Any] = []
+    hook = engine.chunks[-1].module.output_layer.register_forward_hook(
+        lambda module, inputs, output: rows.append(
+            output[0].detach().transpose(0, 1).numpy().copy()
+        )
+    )
+    targets = np.concatenate([tokens(), tokens()[:, :1]], 1)
+    validate(engine, [micro_batches(engine, targets)])
+    hook.remove()
+    return np.concatenate(rows)

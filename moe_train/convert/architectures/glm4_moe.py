@@ -104,7 +104,7 @@ GLM4_MOE = Architecture(
     about="sigmoid scores with a bias on the choice, groups, a shared expert",
     fields=(
         *FIELDS,
-        Field("n_routed_experts", "experts", 128, ("num_local_experts", "num_experts")),
+        Field("n_routed_experts", "experts", 128, ("num_local_experts",)),
         Field("moe_intermediate_size", "expert_hidden", 1408),
         Field("rms_norm_eps", "norm_epsilon", 1e-5),
     ),
