@@ -7,6 +7,9 @@
 
 Names are imported when first used, so ``import moe_train`` and :func:`plan` stay free of torch.
 ``train_model`` is not called ``train``: that is the package of the training step and loop.
+
+api: commands as Python functions. cli: the console script. errors: what a user can cause, exit
+codes. files: JSON files, digests, locks. The packages are on the map of docs/architecture.md.
 """
 
 from importlib import import_module
