@@ -24,11 +24,14 @@ except PackageNotFoundError:
 _MODULES = {
     "Callback": "moe_train.train.callback",
     "evaluate": "moe_train.api",
+    "export_hf": "moe_train.api",
     "generate": "moe_train.api",
+    "import_hf": "moe_train.api",
     "load_config": "moe_train.api",
     "plan": "moe_train.api",
     "train_model": "moe_train.api",
     "tune": "moe_train.api",
+    "verify_hf": "moe_train.api",
 }
 __all__ = ["__version__", *_MODULES]
 
