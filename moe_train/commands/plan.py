@@ -113,7 +113,8 @@ def plan_main(argv: Sequence[str]) -> int:
     if args.world is None and here and here.gpus and world == DEFAULT_WORLD:
         # What `make train` would start here.
         world = min(world, len(here.gpus))
-    run = resolve_run(args.overrides, world, local_facts(here, world) if here else None)
+    facts = local_facts(here, world) if here else None
+    run = resolve_run(args.overrides, world, facts, (config, faults))
     taken = assumptions_of(run.config, imbalance, args.fragmentation, args.imbalance)
     plan = estimate(run, taken)
     report = {**plan.report(), "better": short_search(plan)}

@@ -52,7 +52,7 @@ def schedule_main(argv: Sequence[str]) -> int:
     check_imbalance(args.imbalance)
     if args.beside and not args.trace:
         raise ConfigError("--beside", "needs --trace", "add --trace FILE")
-    run = resolve_run(args.overrides, world)
+    run = resolve_run(args.overrides, world, composed=(config, faults))
     plan = Plan.of(run, assumptions_of(run.config, args.imbalance))
     schedule = build_schedule(plan, args.kind, args.detail)
     report = schedule_report(schedule)

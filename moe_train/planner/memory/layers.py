@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import lru_cache
 from typing import NamedTuple
 
 from moe_train.parallel.shapes import Shapes
@@ -48,8 +49,14 @@ INPUT_TWICE = "layer input, counted already"
 
 def whole_layer(z: Shapes) -> list[Term]:
     """All that a layer without recomputation saves on the rank of its tokens."""
-    local = [*dense_terms(z), *routing_terms(z)]
-    return local if z.span else [*local, *expert_terms(z)]
+    return list(_whole_layer(z))
+
+
+@lru_cache(maxsize=256)
+def _whole_layer(z: Shapes) -> tuple[Term, ...]:
+    """Asked for every layer and moment of the thousands of plans that a search compares."""
+    local = (*dense_terms(z), *routing_terms(z))
+    return local if z.span else (*local, *expert_terms(z))
 
 
 def saved_terms(
