@@ -1,8 +1,4 @@
-"""Every check, in the order of importance.
-
-machine: environment. numbers: weights, curves, checkpoints. kernels: throughput. speed: step time.
-limits: memory. survival: kills. layouts: several GPUs. reference_30b: eight GPUs.
-"""
+"""Every check, in the order of importance."""
 
 from __future__ import annotations
 

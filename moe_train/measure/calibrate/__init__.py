@@ -1,4 +1,1 @@
-"""Measure this machine for the planner: ``moe-train plan --calibrate``.
-
-kernels: matrix products, attention, memory. collectives: gloo. overheads: of operators in a step.
-"""
+"""Measure this machine for the planner: ``moe-train plan --calibrate``."""

@@ -1,5 +1,1 @@
-"""Claims about a plan, each tied to a computed quantity, and the verdict on each.
-
-document: a claims file. quantities: what a claim can name; comparisons: those that compare.
-verdicts: a claim against a plan. report: table, Markdown, JSON.
-"""
+"""Claims about a plan, each tied to a computed quantity, and the verdict on each."""

@@ -89,9 +89,8 @@ def _product(
         fused: whether it adds its weights' gradient to the buffer itself.
         again: whether the backward pass computes it once more (selective recomputation).
     """
-    fitted = constants(config.hardware)
-    share *= fitted.products * (fitted.fp8 if peak is None and config.dtype == "fp8" else 1.0)
-    rate = max((peak_flops(config) if peak is None else peak) * share, 1.0)
+    peak = peak_flops(config) if peak is None else peak
+    rate = max(peak * share, 1.0)
     bandwidth = _bandwidth(config.hardware)
     once = max(flops / rate, weights * z.b / bandwidth)
     buffer = weights * bytes_per_parameter(config.dtype, config.optim).gradient
@@ -243,7 +242,10 @@ def expert_parts(config: Config, z: Shapes, share: float = 1.0, layers: int = 1)
     again = "moe" in chosen and not z.span
     # Input, both halves of fc1, the product of SwiGLU and the probability of every row; then the
     # buffers that are sent and received.
-    activation = 2 * rows * z.F * z.b + rows * z.F * z.b
+    # TransformerEngine's fused grouped MLP has SwiGLU and its casts inside the products.
+    fused = bool(config.megatron.transformer.get("use_transformer_engine_op_fuser", False))
+    activation = 0.0 if fused else 3 * rows * z.F * z.b
+    inner = 0 if fused else z.F
     swiglu = rows * z.H * z.b + activation + 4 * rows
     exchanged = z.N * z.K * z.H * z.b + z.R * z.H * z.b
     moved = 2 * swiglu + 2 * share * exchanged
@@ -254,7 +256,7 @@ def expert_parts(config: Config, z: Shapes, share: float = 1.0, layers: int = 1)
     return [
         _product(config, z, "experts", 6 * rows * z.H * z.F, reached,
                  modules * 3 * z.H * z.F, "6 R H F", again=again),
-        _casts(config, rows * (z.H + z.F), rows * (2 * z.F + z.H)),
+        _casts(config, rows * (z.H + inner), rows * (2 * inner + z.H)),
         _moved(config, "permutation and SwiGLU", moved, repeated),
         _launches(once, 2 * once),
     ]  # fmt: skip

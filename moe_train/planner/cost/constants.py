@@ -22,12 +22,6 @@ class Constants:
     host: float = 10.1
     """Host time of a kernel over the profile's launch_us: Python, autograd and
     TransformerEngine's checks around the launch itself."""
-    products: float = 1.17
-    """Matrix products' share of the peak over the profile's gemm_efficiency and
-    grouped_efficiency."""
-    fp8: float = 1.0
-    """fp8 products' share of their peak over bf16 products' share of theirs: a product of the same
-    size is half as long, its start, its end and its scales are not."""
     elementwise: float = 1.88
     """Seconds of elementwise kernels over those of the bytes counted: small tensors, bytes that a
     formula leaves out, and gaps between kernels."""
@@ -42,8 +36,6 @@ class Constants:
 
 BOUNDS = {
     "host": (2.0, 16.0),
-    "products": (0.8, 1.2),
-    "fp8": (0.5, 1.0),
     "elementwise": (1.0, 3.0),
     "exchange": (0.4, 1.1),
     "hidden": (0.3, 1.0),
@@ -51,9 +43,7 @@ BOUNDS = {
 }
 """Between which each makes sense."""
 
-NEUTRAL = Constants(
-    host=1.0, products=1.0, fp8=1.0, elementwise=1.0, exchange=1.0, hidden=1.0, imbalance=0.0
-)
+NEUTRAL = Constants(host=1.0, elementwise=1.0, exchange=1.0, hidden=1.0, imbalance=0.0)
 """Of a profile that was measured as a whole."""
 
 CONSTANTS = Constants()

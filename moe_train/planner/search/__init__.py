@@ -1,8 +1,4 @@
-"""The search for the fastest layout that fits: legal layouts and options, by predicted time.
-
-space: layouts and options. explore: branch and bound; candidate: what it yields. best: the facade.
-terms: what separates two plans. tuning: ``moe-train tune``.
-"""
+"""The search for the fastest layout that fits: legal layouts and options, by predicted time."""
 
 from moe_train.planner.search.best import best, better_than, candidates, search_of
 from moe_train.planner.search.candidate import Candidate, frontier

@@ -35,9 +35,7 @@ POLICIES = (
     RecomputeConfig("none", ["moe_act", "layernorm"]),
     RecomputeConfig("all", []),
 )
-"""Recomputation that a search tries, from the fastest to the smallest, and that of the config.
-
-No single layers among them: the config's choice, if it names some, is the only such one."""
+"""Recomputation from the fastest to the smallest; that of the config is tried as well."""
 
 
 @dataclass(frozen=True)
