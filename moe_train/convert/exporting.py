@@ -83,7 +83,8 @@ def export_checkpoint(
         card = model_card(architecture, config, vocab, facts, record.weights_digest(tensors))
         (staging / "README.md").write_text(card, encoding="utf-8")
         weights = {one.file for one in tensors.values()}
-        rest = sorted(path for path in staging.iterdir() if path.name not in weights)
+        # The card is there to be edited.
+        rest = sorted(p for p in staging.iterdir() if p.name not in {*weights, "README.md"})
         written = ExportRecord(
             architecture=architecture.name,
             weights_sha256=record.weights_digest(tensors),

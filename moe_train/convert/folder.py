@@ -126,6 +126,7 @@ def open_folder(path: Path) -> HfFolder:
         raise CheckpointError(
             str(path), f"has no {CONFIG}", "give a folder that save_pretrained or export-hf wrote"
         )
+    _check_links(path)
     config = read_json(path / CONFIG)
     try:
         architecture = architecture_of(config)
@@ -142,6 +143,17 @@ def open_folder(path: Path) -> HfFolder:
     expected = architecture.expected(model, model.vocab, stacked)
     _check(path, tensors, expected, model)
     return HfFolder(path, config, architecture, model, stacked, tensors)
+
+
+def _check_links(path: Path) -> None:
+    """Links lead to the blobs of Hugging Face's cache, or nowhere: what they name is copied."""
+    folder = path.resolve()
+    blobs = folder.parents[1] / "blobs" if len(folder.parents) > 1 else None
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and file.resolve().parent != blobs:
+            raise CheckpointError(
+                str(path / file.name), "is a link out of the folder", "copy the file itself"
+            )
 
 
 def model_of(mapping: Mapping[str, Any]) -> ModelConfig:

@@ -53,7 +53,7 @@ class ExportRecord:
     source: Source
     versions: dict[str, str]
     files: dict[FileName, Sha256]
-    """Every other file of the folder."""
+    """Every other file of the folder but the model card."""
     tensors: dict[str, TensorRecord]
     format: Literal[1] = 1
 

@@ -47,10 +47,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         CheckpointError: not a plain file, or its header is damaged or contradicts its size.
     """
     try:
-        status = path.stat(follow_symlinks=False)
-        if stat.S_ISLNK(status.st_mode):
-            # Caches of models link to blobs; the target is only ever read as this format.
-            status = path.stat()
+        status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(str(path), "is not a plain file", _DAMAGED)
         with open(path, "rb") as file:

@@ -286,6 +286,22 @@ def test_code_of_a_folder_is_not_run(saved: Any, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.py"))
 
 
+def test_links_lead_nowhere_else(saved: Any, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    folder = tmp_path / "models--x" / "snapshots" / "1"
+    shutil.copytree(saved("olmoe", "gqa", False), folder)
+    # As in Hugging Face's cache.
+    blobs = folder.parents[1] / "blobs"
+    blobs.mkdir()
+    (folder / "model.safetensors").rename(blobs / "abc")
+    (folder / "model.safetensors").symlink_to("../../blobs/abc")
+    assert open_folder(folder).tensors
+    (folder / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(CheckpointError, match="chat_template.jinja: is a link out"):
+        open_folder(folder)
+
+
 def test_an_existing_folder_is_not_overwritten(saved: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
