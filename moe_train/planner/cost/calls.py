@@ -51,7 +51,7 @@ class Call:
     kind: str
     """Group kind, as in `Layout.groups`."""
     part: str
-    """Where in a pass: gather, scatter, router, dispatch, combine, embedding, head."""
+    """Where in a pass: gather, scatter, context, router, dispatch, combine, embedding, head."""
     sent: Sent
     """Of one call."""
     forward: int
@@ -89,6 +89,17 @@ def tensor_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
         results.append(Call("QK norm, all-reduce", "tp", "gather", sums, 2, 2, "4 A"))
     router = [one for each in config.model.router.balancing_methods for one in each.collectives]
     return results + _priced(config, layout, z, router)
+
+
+def context_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
+    """Of one layer's attention under context parallelism.
+
+    Keys and values go around a ring, forward and again backward with their gradients behind them
+    (ring attention, arXiv:2310.01889), while the scores of the part at hand are computed.
+    """
+    where = group(layout, config.hardware, "cp")
+    sent = all_gather(config.hardware, where, where.size * z.A * 2 * z.G * z.b)
+    return [Call("context parallel, keys and values", "cp", "context", sent, 1, 2, "2 c A G b")]
 
 
 def expert_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:

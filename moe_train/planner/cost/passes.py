@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from moe_train.planner.cost.calls import end_calls, sum_of, tensor_calls
+from moe_train.planner.cost.calls import context_calls, end_calls, sum_of, tensor_calls
 from moe_train.planner.cost.communication import layer_traffic
 from moe_train.planner.cost.compute import (
     Part,
@@ -40,7 +40,8 @@ class LayerTime:
     exchange: Passes
     """Exposed part, and what overlap takes from compute."""
     waiting: Passes = Passes(0.0, 0.0)
-    """For the host, where its launches take longer than the kernels. Under ``placement=span``
+    """For the host, where its launches take longer than the kernels, and for the keys and values of
+    other context ranks. Under ``placement=span``
     `experts` have that, and this is what overlapping exchanges take from compute."""
 
     def forward(self) -> float:
@@ -101,7 +102,23 @@ def _waits(plan: Plan, layer: LayerTime, experts: Passes, active: int) -> Passes
     in_chunk = max(len(plan.layout.stage_layers(0, 0)), 1)
     host = host_seconds(plan.config, plan.shapes, active, in_chunk)
     busy = zip(layer.dense, experts, layer.tensor, layer.exchange, strict=True)
-    return Passes(*(max(0.0, one - sum(ran)) for one, ran in zip(host, busy, strict=True)))
+    waits = Passes(*(max(0.0, one - sum(ran)) for one, ran in zip(host, busy, strict=True)))
+    return _plus(waits, _context_waits(plan))
+
+
+def _context_waits(plan: Plan) -> Passes:
+    """What the scores do not hide of the ring of keys and values, and what it takes from them."""
+    config, z = plan.config, plan.shapes
+    if plan.layout.context == 1:
+        return Passes(0.0, 0.0)
+    calls = context_calls(config, plan.layout, z)
+    scores = next(part for part in dense_parts(config, z) if part.name == "scores")
+    waits = []
+    for way, computed in (("forward", scores.seconds), ("backward", scores.backward_seconds)):
+        ring = sum_of(calls, way).seconds
+        hidden = min(ring, computed)
+        waits.append(ring - hidden * (1.0 - config.hardware.overlap_share))
+    return Passes(*waits)
 
 
 def _plus(one: Passes, other: Passes) -> Passes:
