@@ -19,7 +19,7 @@ PLANS = [
     ["device=cpu", "experiment=twin"],
     ["hardware=unknown_gpu", "experiment=single"],
     ["experiment=single", "megatron.transformer.apply_rope_fusion=false",
-     "megatron.ddp.bucket_size=40000000", "megatron.optimizer.overlap_cpu_optimizer_d2h_h2d=false"],
+     "megatron.optimizer.overlap_cpu_optimizer_d2h_h2d=false"],
 ]  # fmt: skip
 
 
