@@ -31,7 +31,7 @@ def ends(stages: int, chunks: int = 1, message: float = 0.0, update: float = 0.0
     place = Place("0", ("1",) * chunks, "0")
     return Ends(
         (Piece("send", message, 8.0),) * stages, (4.0,) * stages,
-        Piece("gradients", update), Piece("optimizer", update), (place,) * stages,
+        (Piece("gradients", update),) * stages, Piece("optimizer", update), (place,) * stages,
     )  # fmt: skip
 
 

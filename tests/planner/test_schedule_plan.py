@@ -16,6 +16,7 @@ from moe_train.errors import ConfigError
 from moe_train.features.schedules import SCHEDULES
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.shapes import shapes
+from moe_train.planner.cost.communication import step_traffic
 from moe_train.planner.cost.passes import layer_time
 from moe_train.planner.estimate import Estimate
 from moe_train.planner.plan import Plan, assumptions_of
@@ -123,6 +124,13 @@ def test_nodes_and_edges_say_who_and_how_much() -> None:
     assert back == {"kind": "gradient", "bytes": z.N * z.H * z.b}
     assert graph.edges["F3@1/L8/combine", "B3@1/L8/again/gather"]["kind"] == "saved"
     assert graph.edges["F3@1/L8/combine", "B3@1/L8/again/gather"]["bytes"] > 0
+    two = built(*STAGE, *FEW, world=16, detail="layer").graph
+    plan = Plan.of(resolve_run([*STAGE, *FEW], 16))
+    for stage in (0, 3):
+        traffic = step_traffic(plan, stage)
+        whole = sum(one.intra_bytes + one.inter_bytes for one in traffic if one.kind != "pp"
+                    and ("gradients" in one.name or "weights" in one.name))  # fmt: skip
+        assert two.nodes[f"gradients@{stage}"]["bytes"] == pytest.approx(whole) and whole > 0
     assert graph.nodes["F3@1/L6/dispatch"]["bytes"] > graph.nodes["F3@1/L6/combine"]["bytes"] > 0
 
 

@@ -90,7 +90,7 @@ class Builder:
         """End the step: every optimizer needs the gradient norm, and so every stage."""
         stages = list(stages)
         reduced = [
-            self.node(f"gradients@{stage}", self.ends.gradients, [stage], direction="update")
+            self.node(f"gradients@{stage}", self.ends.gradients[stage], [stage], direction="update")
             for stage in stages
         ]
         for stage in stages:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from moe_train.parallel.layout import ranges
 from moe_train.planner.cost.calls import Call, end_calls, expert_calls, sum_of, tensor_calls
+from moe_train.planner.cost.communication import gradient_traffic
 from moe_train.planner.cost.compute import Part, dense_parts
 from moe_train.planner.cost.links import Sent, point_to_point
 from moe_train.planner.cost.passes import (
@@ -65,7 +66,8 @@ class Ends:
     """Entry s: from stage s to the next one, or back (the last entry closes the ring)."""
     saved: tuple[float, ...]
     """Bytes of activations that a stage saves for one micro-batch (and chunk)."""
-    gradients: Piece
+    gradients: tuple[Piece, ...]
+    """Reduction of a stage's gradients and gather of its weights, by stage."""
     optimizer: Piece
     places: tuple[Place, ...]
 
@@ -293,11 +295,14 @@ def _span_work(
 
 def _ends(plan: Plan, time: StepTime) -> Ends:
     layout, z = plan.layout, plan.shapes
-    messages, saved, places = [], [], []
+    messages, saved, places, gradients = [], [], [], []
     for stage in range(layout.pipeline):
         sent = point_to_point(layout, plan.config.hardware, stage, z.N * z.H * z.b)
         messages.append(Piece("send", sent.seconds, sent.intra + sent.inter))
         saved.append(stage_memory(plan, stage).one_microbatch)
+        reduced = gradient_traffic(plan.config, layout, plan.parameters(stage))
+        size = sum(sent.intra + sent.inter for _, _, sent in reduced)
+        gradients.append(Piece("gradients", time.gradients, size))
         ranks = layout.stage_ranks(stage)
         experts = {expert for rank in ranks for expert in layout.local_experts(rank)}
         chunks = range(layout.virtual_pipeline)
@@ -309,6 +314,6 @@ def _ends(plan: Plan, time: StepTime) -> Ends:
             )
         )
     return Ends(
-        tuple(messages), tuple(saved), Piece("gradients", time.gradients),
+        tuple(messages), tuple(saved), tuple(gradients),
         Piece("optimizer", time.optimizer), tuple(places),
     )  # fmt: skip
