@@ -7,6 +7,9 @@
 
 Names are imported when first used, so ``import moe_train`` and :func:`plan` stay free of torch.
 ``train_model`` is not called ``train``: that is the package of the training step and loop.
+
+api: commands as Python functions. cli: the console script. errors: what a user can cause, exit
+codes. files: JSON files, digests, locks. The packages are on the map of docs/architecture.md.
 """
 
 from importlib import import_module
@@ -21,11 +24,14 @@ except PackageNotFoundError:
 _MODULES = {
     "Callback": "moe_train.train.callback",
     "evaluate": "moe_train.api",
+    "export_hf": "moe_train.api",
     "generate": "moe_train.api",
+    "import_hf": "moe_train.api",
     "load_config": "moe_train.api",
     "plan": "moe_train.api",
     "train_model": "moe_train.api",
     "tune": "moe_train.api",
+    "verify_hf": "moe_train.api",
 }
 __all__ = ["__version__", *_MODULES]
 

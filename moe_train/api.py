@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from moe_train.config.root import Config
+    from moe_train.convert.exporting import Exported
+    from moe_train.convert.importing import Imported
+    from moe_train.convert.verifying import Verified
     from moe_train.train.callback import Callback
 
 
@@ -121,3 +124,54 @@ def generate(
             ignore_eod=ignore_eod,
             batch=batch,
         )
+
+
+def export_hf(
+    path: str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    tokenizer: str | None = None,
+    shard_gb: float = 5.0,
+) -> Exported:
+    """Write the checkpoint of a run folder, or a checkpoint, as a Hugging Face folder.
+
+    Args:
+        tokenizer: ``byte``, a tokenizer.json, ``none``; None is that of the run's data.
+
+    Raises:
+        MoeTrainError: see :func:`moe_train.convert.exporting.export_checkpoint`.
+    """
+    from pathlib import Path
+
+    from moe_train.convert.exporting import export_checkpoint
+    from moe_train.convert.source import open_source, tokens_for
+
+    source = open_source(Path(path), overrides)
+    return export_checkpoint(
+        source.checkpoint,
+        Path(out),
+        source.config,
+        tokens=tokens_for(source, tokenizer),
+        facts=source.facts,
+        shard_bytes=int(shard_gb * 1e9),
+    )
+
+
+def import_hf(path: str | Path, out: str | Path) -> Imported:
+    """Import a Hugging Face folder; see :func:`moe_train.convert.importing.import_folder`."""
+    from pathlib import Path
+
+    from moe_train.convert.importing import import_folder
+
+    return import_folder(Path(path), Path(out))
+
+
+def verify_hf(path: str | Path) -> Verified:
+    """Compare an exported folder with its record, without torch; see
+    :func:`moe_train.convert.verifying.verify_folder`."""
+    from pathlib import Path
+
+    from moe_train.convert.verifying import verify_folder
+
+    return verify_folder(Path(path))

@@ -15,7 +15,12 @@ ANSWERS = [match.groups() for match in ROW.finditer(PAGE)]
 
 
 def defined(path: Path) -> set[str]:
-    """Names that a module defines at its top, and methods and fields of its classes."""
+    """Names that a module defines at its top, and methods and fields of its classes.
+
+    Words and keys of a file that is no module.
+    """
+    if path.suffix != ".py":
+        return set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
     names = set()
 
     def collect(body: list[ast.stmt], prefix: str) -> None:

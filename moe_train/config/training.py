@@ -190,7 +190,8 @@ class BackendConfig:
 
     timeout_seconds: PositiveInteger = 600
     """A step, validation or save that takes longer counts as hung: the rank writes its stacks to
-    logs/, names the ranks that it waits for and exits with code 6."""
+    logs/, names the ranks that it waits for and exits with code 6. A single collective waits twice
+    as long (collective_seconds)."""
     cpu_threads: PositiveInteger = 1
     """Threads of a rank that runs on a CPU; 1 is bitwise reproducible."""
     cuda_device_max_connections: PositiveInteger | None = None
@@ -203,3 +204,11 @@ class BackendConfig:
     """NCCL_* environment variables without the prefix, e.g. {IB_QPS_PER_CONNECTION: 2}."""
     nccl_groups: dict[GroupName, NcclGroup] = field(default_factory=dict)
     """NCCL settings by process group, e.g. {ep: {max_ctas: 16}}."""
+
+    @property
+    def collective_seconds(self) -> int:
+        """Timeout of a collective, and of the meeting of all ranks at the start.
+
+        Longer than the watchdog's, which names the lost rank: a collective's timeout does not.
+        """
+        return 2 * self.timeout_seconds

@@ -1,1 +1,6 @@
-"""Conversion of weights and configs between Megatron's keys and Hugging Face's names."""
+"""Conversion of weights and configs between Megatron's keys and Hugging Face's names.
+
+architecture: the descriptor of a model class; architectures: one each; registry: all of them, the
+choice. tensors: names and shapes, both ways. safetensors_file: reading and writing. folder: a
+folder opened and accounted for; loading: into a model of any layout. mixtral: Mixtral alone.
+"""

@@ -1,1 +1,10 @@
-"""Tokens: tokenizers, prepared datasets, blends and layout-invariant batches."""
+"""Tokens: tokenizers, prepared datasets, blends and layout-invariant batches.
+
+Before a run: sources: raw files; encode: text to ids in workers; shards: work that can be resumed;
+prepare: all of it to an indexed dataset; manifest: what a dataset says of itself; tokenizer:
+bytes, BPE, tokenizer.json; statistics: ``data inspect``.
+
+In a run: blend: all data opened and checked, the one tokenizer of it; corpus: the embedded corpus;
+verify: checks of a dataset's files; cache: folder and locks; datasets: packed samples, order, loss
+mask; batches: which sample goes to which replica and micro-batch.
+"""

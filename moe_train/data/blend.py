@@ -1,4 +1,4 @@
-"""Blends: parse ``data.train`` (weights and prefixes), open and check the datasets."""
+"""All data of a run, opened and checked: blends of datasets, their one tokenizer, their ids."""
 
 from __future__ import annotations
 

@@ -100,7 +100,10 @@ def build_datasets(
     vocab_limit: int | None = None,
     corpus: Corpus | None = None,
 ) -> Datasets:
-    """Build the datasets of a run.
+    """Build the datasets of a run: samples packed and blended by Megatron.
+
+    Every token counts in the loss and attends to its whole sample: ends of documents are neither
+    masked (``eod_mask_loss``) nor borders of attention (``reset_attention_mask``).
 
     Without a process group every process builds or loads alone (a file lock keeps them
     apart, and the cache may be local to a node); with one, all ranks must call this

@@ -105,7 +105,8 @@ BALANCING = {
 
 EXPERT_BIAS = Balancing(
     name="expert_bias",
-    about="bias on the choice, updated once a step; no loss (arXiv:2408.15664)",
+    about="bias on the choice, updated once a step by Megatron's finalize_model_grads; no loss "
+    "(arXiv:2408.15664)",
     step_groups=("tp_dp_cp",),
     state=("expert_bias",),
     plain_top_k=False,

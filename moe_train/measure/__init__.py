@@ -1,1 +1,4 @@
-"""Measurements that run the trainer: dry runs on fake tensors, calibration of a machine."""
+"""Measurements that run the trainer: dry runs on fake tensors, calibration of a machine.
+
+dryrun: a rank's step on fake tensors. calibrate: a hardware profile of this machine.
+"""

@@ -1,1 +1,7 @@
-"""Memory, time and the best layout of a run, before it starts. No torch."""
+"""Memory, time and the best layout of a run, before it starts. No torch.
+
+resolution: overrides to a `ResolvedRun`; legality: every fault; plan_only: planned, not trained.
+machine: device, profile, experiment. plan: a run under assumptions; memory, cost, schedule: what
+follows from it; estimate: the facade. ranking: ``parallel=auto``; search: ``tune``. report:
+tables, plan.json; claims: a document's figures, checked.
+"""

@@ -20,7 +20,8 @@ from moe_train.planner.machine.experiment import (
     with_device,
 )
 from moe_train.planner.machine.profiles import unknown_device_warning
-from moe_train.planner.memory.fit import launch_fault, launch_warning, unmodelled_overrides
+from moe_train.planner.memory.fit import launch_fault, launch_warning
+from moe_train.planner.overrides import unpriced_note
 from moe_train.planner.plan_only import plan_only, plan_only_notes
 from moe_train.planner.ranking import resolve
 
@@ -86,18 +87,17 @@ def resolve_launch(
     if refused := plan_only(run.config):
         raise ConfigFaults(refused)
     notes = [*facts.notes, *per_rank_options(run.config, run.layout).values()]
+    remark = unpriced_note(run.config)
     if facts.kind != "cpu":
         notes += filter(None, [unknown_device_warning(run.config.hardware)])
         fault = launch_fault(run, facts)
         if fault is None:
             notes += filter(None, [launch_warning(run, facts)])
-        elif unmodelled := unmodelled_overrides(run.config):
-            notes.append(
-                f"{fault}\n    continuing: the memory estimate does not cover "
-                f"{', '.join(unmodelled)}"
-            )
+        elif remark:
+            remark = f"{fault}\n    continuing: {remark}"
         else:
             raise fault
+    notes += filter(None, [remark])
     return run.with_notes(notes)
 
 

@@ -129,7 +129,7 @@ def open_session(
         run = run.with_name(folder.path.name)
     groups = open_groups(
         run.layout,
-        timeout_seconds=2 * config.backend.timeout_seconds,
+        timeout_seconds=config.backend.collective_seconds,
         nccl=config.backend.nccl_groups if backend.communication == "nccl" else {},
     )
     engine = (build or build_engine)(run, backend, groups)
@@ -150,8 +150,7 @@ def _join(
     from moe_train.backend.groups import close_world, open_world
     from moe_train.run.broadcast import broadcast_or_raise, check_same_kernels
 
-    # Longer than the watchdog's: a collective's own timeout does not name the lost rank.
-    open_world(backend, rank, world, 2 * config.backend.timeout_seconds)
+    open_world(backend, rank, world, config.backend.collective_seconds)
 
     def close(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         # A graceful close waits for peers, which may hang if this rank alone has failed.

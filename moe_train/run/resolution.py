@@ -72,7 +72,7 @@ def resolve_on_all_ranks(
     elif certain := certain_faults(overrides, world):
         raise ConfigFaults([*certain, *local_faults])
     if world > 1:
-        seconds = 2 * config.backend.timeout_seconds
+        seconds = config.backend.collective_seconds
         compared = _compare_with_peers(
             overrides, place, _complete(devices), tables, run, local_faults, seconds
         )

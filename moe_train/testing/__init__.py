@@ -3,8 +3,8 @@
 :mod:`~moe_train.testing.runs` trains with overrides and callbacks and returns the metrics;
 :mod:`~moe_train.testing.compare` compares the curves of two runs; the layouts and small models to
 run are in :mod:`~moe_train.testing.layouts`; :mod:`~moe_train.testing.world` calls any function on
-forked ranks. Ranks are processes: what they use has to be importable by name, so define it at
-module level.
+forked ranks, whose imports :mod:`~moe_train.testing.preload` makes once. Ranks are processes: what
+they use has to be importable by name, so define it at module level.
 
 A callback, on two ranks::
 

@@ -129,6 +129,8 @@ def build_engine(
 def _optimizer(
     config: Config, backend: Backend, chunks: list[Any]
 ) -> tuple[Any, OptimizerParamScheduler]:
+    # Weight decay by parameter is Megatron's default (get_standard_config_overrides): parameters of
+    # one dimension (norms) and biases have none.
     with patches.optimizer_built_by(OPTIMIZERS[config.optim.name], config.optim):
         optimizer = get_megatron_optimizer(
             optimizer_config(config, backend),
@@ -187,7 +189,14 @@ def _connect(
     optimizer: Any,
     tracer: Tracer,
 ) -> None:
-    """Give the schedules their hooks into DDP and the optimizer (as Megatron's training does)."""
+    """Give the schedules their hooks into DDP and the optimizer (as Megatron's training does).
+
+    ``grad_scale_func`` scales the loss; Megatron's schedules divide it and the auxiliary losses by
+    the number of micro-batches (``forward_step_calc_loss``). ``finalize_model_grads`` ends a
+    schedule: gradients are averaged over replicas, those of norms under sequence parallelism summed
+    over tensor-parallel ranks, those of tied embeddings over the first and the last stage; then it
+    updates the expert bias.
+    """
     megatron.finalize_model_grads_func = tracer.around(
         "gradients", "gradients", finalize_model_grads
     )

@@ -19,7 +19,14 @@ from moe_train.data.batches import MicroBatch
 def mean_loss(
     mask_BS: torch.Tensor, cp_group: Any, loss_BS: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean token loss of a micro-batch, and its copy for the log."""
+    """Mean token loss of a micro-batch, and its copy for the log.
+
+    Args:
+        mask_BS: 1 where a token counts, as the dataset says (``data/datasets.py``:
+            ``eod_mask_loss=False``, so every token does, ends of documents included).
+        cp_group: ranks that hold parts of the same sequences.
+        loss_BS: nats per token.
+    """
     mask_BS = mask_BS.to(loss_BS.dtype)
     total = torch.stack([(loss_BS * mask_BS).sum(), mask_BS.sum()])
     if cp_group.size() > 1:

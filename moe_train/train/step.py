@@ -54,7 +54,8 @@ def train_step(engine: Engine, batches: Sequence[MicroBatch], step: int) -> Step
     before = [(state, state.clone()) for state in router_state(engine)]
     losses = engine.forward_backward(**schedule_arguments(engine, batches))
     engine.optimizer.prepare_grads()
-    # With torch's kernels this is backend/torch_kernels/gradient_norm.py, comparable over layouts.
+    # Over all ranks, each parameter once (Megatron leaves out replicas over TP, and sums experts
+    # over their own groups). torch's kernels: backend/torch_kernels/gradient_norm.py.
     grad_norm = float(engine.optimizer.get_grad_norm())
     loss, routing = reduce_step_stats(engine, losses, len(batches))
     lr = set_step(engine.scheduler, step)
@@ -147,7 +148,8 @@ def reduce_step_stats(
         microbatches: of each replica.
 
     Returns:
-        Mean token loss (nats) and routing totals, the same on every rank.
+        Mean token loss (nats) and routing totals, the same on every rank. The loss is the mean of
+        all replicas' micro-batches, each the mean of its tokens.
     """
     data_size = engine.groups.dp.size()
     loss = torch.zeros(1, dtype=torch.float64)

@@ -75,7 +75,7 @@ def test_the_same_model_starts_with_the_precision_aware_optimizer() -> None:
 def test_what_megatron_is_told_directly_is_the_users_to_judge() -> None:
     plan = resolve_on_devices([*PLAIN, "megatron.transformer.fp8_param=false"], seen(8, 64.0))
     warning = next(note for note in plan.notes if note.startswith("memory"))
-    assert "does not cover megatron.transformer.fp8_param" in warning
+    assert "do not price megatron.transformer.fp8_param" in warning
 
 
 def test_a_cpu_is_never_refused_for_memory() -> None:

@@ -1,4 +1,8 @@
-"""Every check, in the order of importance."""
+"""Every check, in the order of importance.
+
+machine: environment. numbers: weights, curves, checkpoints. kernels: throughput. speed: step time.
+limits: memory. survival: kills. layouts: several GPUs. reference_30b: eight GPUs.
+"""
 
 from __future__ import annotations
 

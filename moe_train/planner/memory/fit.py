@@ -124,12 +124,3 @@ def launch_warning(run: ResolvedRun, facts: MachineFacts) -> str | None:
     if facts.kind == "cpu":
         return None
     return margin_warning(worst(plan_memory(on_devices(run, facts))))
-
-
-def unmodelled_overrides(config: Config) -> list[str]:
-    """``megatron.*`` overrides that are set: the memory formulas do not cover them."""
-    return [
-        f"megatron.{section}.{key}"
-        for section in ("transformer", "ddp", "optimizer")
-        for key in getattr(config.megatron, section)
-    ]

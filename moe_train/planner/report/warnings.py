@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_train.parallel.rules import per_rank_options
 from moe_train.planner.estimate import Estimate
 from moe_train.planner.machine.profiles import unknown_device_warning
-from moe_train.planner.memory.fit import unmodelled_overrides
+from moe_train.planner.overrides import unpriced_note
 
 
 def plan_warnings(plan: Estimate) -> list[str]:
@@ -16,12 +16,7 @@ def plan_warnings(plan: Estimate) -> list[str]:
         sentences.append(f"{fault.problem}; {fault.fix.replace(chr(10), ' ')}")
     elif tight := plan.margin_warning:
         sentences.append(tight)
-    if uncovered := unmodelled_overrides(config):
-        sentences.append(
-            f"the formulas of memory and time do not price {', '.join(uncovered)}: the run may "
-            "need more or less"
-        )
-    sentences += filter(None, [unknown_device_warning(config.hardware)])
+    sentences += filter(None, [unpriced_note(config), unknown_device_warning(config.hardware)])
     sentences += per_rank_options(config, layout).values()
     cores = config.hardware.cores
     if 0 < cores < layout.world:

@@ -1,4 +1,8 @@
-"""The search for the fastest layout that fits: legal layouts and options, by predicted time."""
+"""The search for the fastest layout that fits: legal layouts and options, by predicted time.
+
+space: layouts and options. explore: branch and bound; candidate: what it yields. best: the facade.
+terms: what separates two plans. tuning: ``moe-train tune``.
+"""
 
 from moe_train.planner.search.best import best, better_than, candidates, search_of
 from moe_train.planner.search.candidate import Candidate, frontier

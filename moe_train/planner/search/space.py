@@ -35,7 +35,9 @@ POLICIES = (
     RecomputeConfig("none", ["moe_act", "layernorm"]),
     RecomputeConfig("all", []),
 )
-"""Recomputation from the fastest to the smallest; that of the config is tried as well."""
+"""Recomputation that a search tries, from the fastest to the smallest, and that of the config.
+
+No single layers among them: the config's choice, if it names some, is the only such one."""
 
 
 @dataclass(frozen=True)
