@@ -129,6 +129,7 @@ def _damaged(rank: int, world: int, argv: list[str]) -> Any:
 
 
 @pytest.mark.world
+@pytest.mark.full
 def test_a_damaged_checkpoint_is_refused_on_every_rank(small_runs: Runs, tmp_path: Path) -> None:
     copy = tmp_path / "source"
     shutil.copytree(source(small_runs).folder / "checkpoints" / f"step_{SAVED_AT:08d}", copy)

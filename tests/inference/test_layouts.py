@@ -134,18 +134,22 @@ def test_a_checkpoint_without_its_run_needs_the_model(trained: Path, tmp_path: P
     assert run_world(_command, 1, [*argv, "model=twin", *model]) == [0]
 
 
-def test_scores_are_the_same_in_every_layout(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [layouts.TP2_PP2_EP4_SPAN, pytest.param(layouts.DP2, marks=pytest.mark.full)],
+    ids=lambda layout: layout.name,
+)
+def test_scores_are_the_same_in_every_layout(trained: Path, tmp_path: Path, layout: Layout) -> None:
     text = tmp_path / "a.txt"
     text.write_text("".join(f"value_{n} = {n * n}\n" for n in range(60)))
     more = {"text": str(text)}
     [one] = run_world(_evaluate, 1, str(trained), [], more)
-    for layout in (layouts.TP2_PP2_EP4_SPAN, layouts.DP2):
-        ranks = run_world(
-            _evaluate, layout.world, str(trained), ["parallel=single", *layout.overrides], more
-        )
-        assert all(rank["loss_hex"] == ranks[0]["loss_hex"] for rank in ranks)
-        assert ranks[0]["loss"] == pytest.approx(one["loss"], rel=1e-6)
-        assert ranks[0]["tokens"] == one["tokens"]
+    ranks = run_world(
+        _evaluate, layout.world, str(trained), ["parallel=single", *layout.overrides], more
+    )
+    assert all(rank["loss_hex"] == ranks[0]["loss_hex"] for rank in ranks)
+    assert ranks[0]["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert ranks[0]["tokens"] == one["tokens"]
 
 
 def test_domains_and_choices(trained: Path, tmp_path: Path) -> None:
