@@ -17,8 +17,8 @@ def check(config: Config, world: int, *, here: bool = False) -> list[ConfigError
     """Every violated rule of `config` on `world` ranks; empty when it can run.
 
     Null parallel sizes count as `moe_train.parallel.sizes.layout_of` fills them; resolve
-    ``parallel.auto`` first (`moe_train.planner.ranking.resolve`). ``device=auto``, which callers
-    decide where they know the devices, passes for GPUs.
+    ``parallel.auto`` first (`moe_train.planner.search.automatic.resolve`). ``device=auto``, which
+    callers decide where they know the devices, passes for GPUs.
 
     Args:
         here: whether it will run on this machine's own GPUs, with the kernels installed here.

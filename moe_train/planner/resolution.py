@@ -23,7 +23,7 @@ from moe_train.planner.machine.profiles import unknown_device_warning
 from moe_train.planner.memory.fit import launch_fault, launch_warning
 from moe_train.planner.overrides import unpriced_note
 from moe_train.planner.plan_only import plan_only, plan_only_notes
-from moe_train.planner.ranking import resolve
+from moe_train.planner.search.automatic import resolve
 
 Composed = tuple[Config, list[ConfigError]]
 """Result of `moe_train.config.compose.collect`: a config, and the faults of form."""

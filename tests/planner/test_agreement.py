@@ -13,7 +13,7 @@ from moe_train.errors import ConfigError
 from moe_train.parallel.resolved import resolved_run
 from moe_train.planner.estimate import estimate
 from moe_train.planner.legality import check
-from moe_train.planner.ranking import resolve
+from moe_train.planner.search.automatic import resolve
 from moe_train.testing.world import run_world
 from tests.support.draws import base, draw
 from tests.support.oracle import refusals

@@ -103,7 +103,7 @@ def test_one_gpu_gets_the_largest_model_that_it_holds(memory_gb: float) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "layout", "sequences"),
-    [(2, "EP2", 32), (3, "DP3", 36), (4, "EP4", 32), (5, "DP5", 40), (7, "DP7", 28)],
+    [(2, "EP2", 32), (3, "ETP3", 36), (4, "EP4", 32), (5, "DP5", 40), (7, "DP7", 28)],
 )
 def test_a_few_gpus_share_the_batch(ranks: int, layout: str, sequences: int) -> None:
     plan = outcome(tables((ranks, node(ranks))))

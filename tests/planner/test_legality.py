@@ -8,8 +8,8 @@ from moe_train.config.compose import compose
 from moe_train.errors import ConfigFaults
 from moe_train.parallel.sizes import layout_of, legal_layouts
 from moe_train.planner.legality import check
-from moe_train.planner.ranking import resolve
 from moe_train.planner.resolution import resolve_run
+from moe_train.planner.search.automatic import resolve
 
 GPU = "hardware=h100_80gb"
 FP8 = [GPU, "dtype=fp8"]
@@ -41,7 +41,8 @@ def faults(overrides: list[str], world: int) -> dict[str, str]:
          "batch.microbatches", "4"),
         (["batch.global=7", "parallel.tensor=1", "parallel.pipeline=1"], 2, "batch.global",
          "[6, 8]"),
-        (["parallel.overlap_expert_comm=true"], 2, "parallel.overlap_expert_comm", "="),
+        (["parallel.overlap_expert_comm=true", "parallel.placement=stage"], 2,
+         "parallel.overlap_expert_comm", "="),
         (["parallel.overlap_param_gather=true"], 2, "parallel.overlap_param_gather", "distributed"),
         (["optim.precision_aware=true"], 1, "optim.precision_aware", "optim.distributed=true"),
         (["optim.moment_dtype=bf16"], 1, "optim.moment_dtype", "precision_aware"),
@@ -149,8 +150,8 @@ def test_named_layouts_are_legal_when_pasted() -> None:
     ("overrides", "world", "tag"),
     [
         ([], 1, "single"),
-        ([], 2, "EP2"),
-        ([], 4, "EP4"),
+        ([], 2, "DP2"),
+        ([], 4, "DP2.PP2"),
         ([], 8, "TP2.PP4.EP8.span"),
         (["experiment=single"], 1, "single"),
         (["experiment=moe_30b_8x64gb"], 8, "TP2.PP4.EP8.span"),
@@ -162,7 +163,7 @@ def test_named_layouts_are_legal_when_pasted() -> None:
         (["parallel.tensor=2", "parallel.expert=1", "parallel.expert_tensor=2"], 2, "TP2.ETP2"),
         (["parallel=tp2_pp4_etp2"], 8, "TP2.PP4.ETP2"),
         (["parallel=tp2_ep8"], 8, "TP2.EP8"),
-        (["parallel.pipeline=2", "parallel.expert=2"], 2, "PP2"),
+        (["parallel.pipeline=2", "parallel.expert=2"], 2, "PP2.EP2.span"),
     ],
 )
 def test_automatic_layouts(overrides: list[str], world: int, tag: str) -> None:

@@ -15,7 +15,7 @@ from moe_train.planner.legality import check
 from moe_train.planner.machine.profiles import profile_overrides, with_device_figures
 from moe_train.planner.memory.stages import GB, plan_memory, worst
 from moe_train.planner.plan import Plan
-from moe_train.planner.ranking import resolve
+from moe_train.planner.search.automatic import resolve
 
 FALLBACK = "twin"
 """Chosen if no other experiment is legal and fits."""

@@ -127,9 +127,15 @@ class Search:
         return Plan(config, layout, self.vocab, self.source, assumptions=self.assumptions)
 
     def seconds(self, plan: Plan) -> float:
-        """Predicted time of a step."""
+        """Predicted time of a step; where layouts make steps of different sizes, of as many tokens
+        as one replica of all ranks makes.
+        """
         self.evaluated += 1
-        return step_time(plan).step
+        return step_time(plan).step * self._scale(plan)
+
+    def _scale(self, plan: Plan) -> float:
+        same = self.space.config.batch.global_ is not None
+        return 1.0 if same else self.space.world / plan.layout.data
 
     def cells(self) -> list[Cell]:
         """All cells, the least bound first."""
@@ -151,7 +157,8 @@ class Search:
         dense, experts = self._layers[z, stages]
         count, local = plan.microbatches, layout.layers / layout.pipeline
         filled = count + (layout.pipeline - 1) / layout.virtual_pipeline
-        return local * (filled * dense + (count if layout.span else filled) * experts)
+        seconds = local * (filled * dense + (count if layout.span else filled) * experts)
+        return seconds * self._scale(plan)
 
     def explore(
         self, wanted: int = 5, *, below: float = inf, pareto: bool = False, effort: float = inf

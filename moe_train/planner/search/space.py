@@ -24,6 +24,10 @@ from moe_train.parallel.layout import Layout, divisors
 from moe_train.parallel.rules import layout_faults
 from moe_train.parallel.sizes import layout_of, with_layout
 
+SIZES = (
+    "tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "placement",
+)  # fmt: skip
+"""Dimensions of a layout, by their names below ``parallel``."""
 TOKENS = 32768
 """Tokens to which a micro-batch grows at most; eight sequences are tried in any case. Larger ones
 only fill memory: the products of the experts have thousands of rows by then."""
@@ -89,7 +93,8 @@ class Space:
     """Layouts and options that a search considers for `config` on `world` ranks.
 
     Args:
-        config: with ``batch.global`` set, so that every candidate makes the same steps.
+        config: with ``batch.global`` set, every candidate makes the same steps; without it, each
+            replica makes the micro-batches that are configured, of the configured size.
         fixed: config keys whose values stay, such as ``parallel.tensor`` or ``batch.micro``.
     """
 
@@ -138,6 +143,9 @@ class Space:
             ):
                 if self.world % (tensor * pipeline * context):
                     continue
+                if placement == "span" and pipeline == 1 and len(placements) > 1:
+                    # Experts that span one stage are inside it.
+                    continue
                 dense = replace(one, tensor=tensor, pipeline=pipeline, context=context)
                 for layout in self._expert_layouts(dense, inside):
                     if self.legal(with_layout(easy, layout), layout):
@@ -181,7 +189,8 @@ class Space:
     @cached_property
     def easiest(self) -> Options:
         """The options that fewest rules refuse, of those that are not fixed."""
-        micro = self.config.batch.micro if "batch.micro" in self.fixed else 1
+        batch = self.config.batch
+        micro = batch.micro if "batch.micro" in self.fixed or batch.global_ is None else 1
         recompute, overlap, dispatcher, distributed, reduce, gather = self.choices
         return Options(
             micro, recompute[0], overlap[0], dispatcher[0], distributed[0], reduce[0], gather[-1]
@@ -189,10 +198,9 @@ class Space:
 
     def micros(self, layout: Layout) -> list[int]:
         """Sizes of a micro-batch that divide a replica's sequences."""
-        if "batch.micro" in self.fixed:
-            return [self.config.batch.micro]
         sequences, most = self.config.batch.global_, max(8, TOKENS // self.config.data.sequence)
-        assert sequences is not None, "a search compares steps of one size"
+        if "batch.micro" in self.fixed or sequences is None:
+            return [self.config.batch.micro]
         return [micro for micro in divisors(max(sequences // layout.data, 1)) if micro <= most]
 
     def options(self, layout: Layout, micro: int) -> Iterator[Options]:
