@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moe_train.measure.dryrun.prepare import enough_microbatches
 from moe_train.parallel.shapes import Assumptions
 from moe_train.planner.memory.stages import stage_memory
 from moe_train.planner.plan import Plan
@@ -23,7 +24,7 @@ from moe_train.testing.layouts import (
     Layout,
 )
 from moe_train.testing.world import run_world
-from tests.support.dryrun_page import READINGS, enough_microbatches, rows
+from tests.support.dryrun_page import READINGS, rows
 from tests.support.tracked import VOCAB, real_rank
 
 LONG = [*SMALL, "device=cpu", "data.sequence=256", "batch.global=6", "model.hidden=128"]

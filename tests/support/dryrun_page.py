@@ -11,9 +11,12 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
-from moe_train.measure.dryrun.prepare import cpu_backend, first_of_stages
+from moe_train.measure.dryrun.prepare import (
+    cpu_backend,
+    enough_microbatches,
+    first_of_stages,
+)
 from moe_train.measure.dryrun.report import activation_difference, difference, planned
-from moe_train.parallel.layout import Layout
 from moe_train.planner.memory.stages import GB
 from moe_train.planner.resolution import resolve_run
 
@@ -92,17 +95,6 @@ def rows(reading: str, policy: str) -> list[Row]:
             )
         )  # fmt: skip
     return results
-
-
-def enough_microbatches(layout: Layout) -> int:
-    """Micro-batches after which a step repeats itself on every rank, and its peak with it.
-
-    1F1B is steady once the first stage holds P of them and went back by one; the spanning
-    schedule once it holds 2 P - 1.
-    """
-    if layout.pipeline == 1:
-        return 2
-    return 2 * layout.pipeline if layout.span else layout.pipeline + 1
 
 
 def page(workers: int) -> str:

@@ -27,3 +27,15 @@ def first_of_stages(layout: Layout) -> list[int]:
     divided evenly (legality sees to that), and rows are routed evenly.
     """
     return [layout.stage_ranks(stage)[0] for stage in range(layout.pipeline)]
+
+
+def enough_microbatches(layout: Layout) -> int:
+    """Micro-batches after which a step repeats itself on every rank, and its peak with it.
+
+    1F1B is steady once the first stage holds P of them and went back by one; the spanning
+    schedule once it holds 2 P - 1; interleaving takes them in groups of P.
+    """
+    if layout.pipeline == 1:
+        return 2
+    several = layout.span or layout.virtual_pipeline > 1
+    return 2 * layout.pipeline if several else layout.pipeline + 1

@@ -107,3 +107,50 @@ def _print_frontier(rows: Sequence[dict[str, Any]], console: Console) -> None:
     console.print(table)
     if len(rows) > SHOWN:
         console.print(f"and {len(rows) - SHOWN} slower, smaller ones (--json)")
+
+
+def print_proofs(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Peaks on fake tensors beside the predicted ones, without allowances, with torch's kernels."""
+    table = table_of(
+        "Memory of the real step on fake tensors, torch's kernels", "layout", "stage", "peak",
+        "predicted", "off", "",
+    )  # fmt: skip
+    table.columns[5].justify = "left"
+    for row in rows:
+        if row["skipped"]:
+            table.add_row(row["layout"], "", "", "", "", f"not run: {row['skipped']}")
+            continue
+        table.add_row(
+            row["layout"],
+            str(row["stage"]),
+            f"{row['peak_bytes'] / GB:.2f} GB",
+            f"{row['predicted_bytes'] / GB:.2f} GB",
+            f"{row['difference']:+.1%}",
+            row["changed"],
+        )
+    console.print(table)
+
+
+def print_trials(report: dict[str, Any], console: Console) -> None:
+    """What the runs of ``--measure`` took, the cost model refitted to them, and the choice."""
+    table = table_of("Measured here", "layout", "median step", "steps", "predicted", "refitted")
+    for row in report["trials"]:
+        table.add_row(
+            row["layout"],
+            f"{row['median_seconds']:.3f} s",
+            str(len(row["seconds"])),
+            f"{row['predicted_seconds']:.3f} s",
+            f"{row['refitted_seconds']:.3f} s",
+        )
+    console.print(table)
+    factors = ", ".join(f"{name} x {factor:.2f}" for name, factor in report["factors"].items())
+    console.print(f"Refitted: {factors}")
+    if report["unmeasured"]:
+        row = report["unmeasured"]
+        console.print(
+            f"Of what did not run, {row['layout']} is the fastest by the refit: "
+            f"{row['refitted_seconds']:.3f} s"
+        )
+    console.print("[bold]Fastest:[/bold] " + report["trials"][0]["layout"])
+    console.print("  " + shlex.join(report["trials"][0]["overrides"]), highlight=False,
+                  markup=False, soft_wrap=True)  # fmt: skip

@@ -14,7 +14,7 @@ from moe_train.planner.plan import Plan
 NAMES = {
     "dense": "attention and dense parts",
     "experts": "experts",
-    "tensor": "tensor-parallel collectives",
+    "tensor": "tensor and context parallelism",
     "exchange": "expert exchange",
 }
 """Terms of `LayerTime` by its fields."""

@@ -19,6 +19,7 @@ from moe_train.planner.plan import BAND, Plan, assumptions_of
 from moe_train.planner.resolution import resolve_run
 from moe_train.planner.search.best import search_of
 from moe_train.planner.search.candidate import COMFORT, OPTIONS, Candidate, bytes_needed, frontier
+from moe_train.planner.search.space import SIZES
 from moe_train.planner.search.terms import separation, step_terms
 
 VERSION = 1
@@ -50,8 +51,12 @@ class Tuning:
     pareto: tuple[Candidate, ...]
     remedies: tuple[str, ...]
 
-    def report(self) -> dict[str, Any]:
-        """The same as plain data; bytes, seconds, shares."""
+    def report(self, shown: int | None = None) -> dict[str, Any]:
+        """The same as plain data; bytes, seconds, shares.
+
+        Args:
+            shown: candidates in ``top``; None for all.
+        """
         first = self.top[0]
         return {
             "version": VERSION,
@@ -64,7 +69,7 @@ class Tuning:
             "fixed": list(self.fixed),
             "fits": first.fits,
             "requested": self._requested(first),
-            "top": [self._row(one, first) for one in self.top],
+            "top": [self._row(one, first) for one in self.top[:shown]],
             "pareto": [self._row(one, first) for one in self.pareto],
             "remedies": list(self.remedies),
         }
@@ -120,16 +125,8 @@ def _verdict(one: Candidate, first: Candidate, apart: dict[str, Any]) -> dict[st
 
 def fixed_keys(overrides: Sequence[str]) -> tuple[str, ...]:
     """Searched keys that the overrides set one by one; groups are where a search starts."""
-    return tuple(
-        sorted(
-            key
-            for key in override_keys(overrides)
-            if key in OPTIONS
-            or key.removeprefix("parallel.")
-            in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor",
-                "placement")
-        )
-    )  # fmt: skip
+    searched = {*OPTIONS, *(f"parallel.{name}" for name in SIZES)}
+    return tuple(sorted(searched & override_keys(overrides)))
 
 
 def tune(
