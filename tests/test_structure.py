@@ -185,6 +185,27 @@ def test_packages_and_modules_say_what_they_are() -> None:
     assert not silent, f"modules without a docstring: {silent}"
 
 
+def test_packages_list_their_files() -> None:
+    """A reader opens a package's ``__init__.py`` and knows which file to open next."""
+    parts: dict[str, list[str]] = {}
+    for module in sources():
+        package, _, name = module.rpartition(".")
+        # The map of docs/architecture.md lists the packages themselves.
+        is_package = (ROOT / module.replace(".", "/") / "__init__.py").exists()
+        if package and name != "__main__" and not (package == PACKAGE and is_package):
+            parts.setdefault(package, []).append(name)
+    missing = []
+    for package, names in parts.items():
+        text = ast.get_docstring(sources()[package]) or ""
+        path = package.replace(".", "/")
+        missing += [
+            f"{path}/__init__.py: add `{name}: what it holds` to its docstring"
+            for name in names
+            if not re.search(rf"\b{name}(?=[,:`/])", text)
+        ]
+    assert not missing, "\n".join(missing)
+
+
 def test_every_config_field_is_documented() -> None:
     config = {name: tree for name, tree in sources().items() if package(name) == "config"}
     groups = {

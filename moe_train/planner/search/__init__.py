@@ -2,6 +2,7 @@
 
 space: layouts and options. explore: branch and bound; candidate: what it yields. best: the facade.
 terms: what separates two plans. tuning: ``moe-train tune``.
+automatic: the layout of ``parallel=auto``.
 """
 
 from moe_train.planner.search.best import best, better_than, candidates, search_of
