@@ -11,9 +11,9 @@ from typing import Any
 from moe_train.config.root import Config
 from moe_train.convert.folder import read_json
 from moe_train.data import tokenizer as data_tokenizers
-from moe_train.data.blend import parse_blend
 from moe_train.data.cache import cache_folder
-from moe_train.data.corpus import DEFAULT_TOKENIZER, embedded_corpus
+from moe_train.data.corpus import parse_blend
+from moe_train.data.embedded import DEFAULT_TOKENIZER, embedded_corpus
 from moe_train.data.manifest import read_manifest
 from moe_train.data.tokenizer import EOD_NAMES, ByteTokenizer, FileTokenizer, Tokenizer
 from moe_train.errors import CheckpointError, DataError

@@ -16,7 +16,6 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from moe_train.config.training import DataConfig
-from moe_train.data.blend import Corpus, Part, open_corpus
 from moe_train.data.cache import (
     cache_folder,
     indices_unchanged,
@@ -24,6 +23,7 @@ from moe_train.data.cache import (
     record_indices,
     refuse_pickles,
 )
+from moe_train.data.corpus import Corpus, Part, open_corpus
 from moe_train.errors import DataError
 from moe_train.files import json_digest
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_train.backend.select import select_backend
-from moe_train.data.blend import open_corpus
+from moe_train.data.corpus import open_corpus
 from moe_train.errors import MoeTrainError, NonFiniteError, Preempted
 from moe_train.run.failure import clear
 from moe_train.run.logs import log_to_file
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moe_train.backend.protocol import Backend
     from moe_train.config.root import Config
     from moe_train.config.training import DataConfig
-    from moe_train.data.blend import Corpus
+    from moe_train.data.corpus import Corpus
     from moe_train.parallel.layout import Layout
     from moe_train.parallel.resolved import ResolvedRun
     from moe_train.train.engine import Engine

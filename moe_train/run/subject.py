@@ -21,7 +21,7 @@ from moe_train.config.schema import to_mapping
 from moe_train.config.training import DataConfig
 from moe_train.convert.folder import CONFIG, is_hf_folder, open_folder
 from moe_train.data import tokenizer as tokenizers
-from moe_train.data.blend import Corpus, open_corpus
+from moe_train.data.corpus import Corpus, open_corpus
 from moe_train.errors import ConfigError
 from moe_train.run.failure import diagnose
 from moe_train.run.resolution import resolve_on_all_ranks

@@ -13,7 +13,7 @@ import torch.multiprocessing
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from moe_train.config.training import DataConfig
-from moe_train.data.blend import open_corpus
+from moe_train.data.corpus import open_corpus
 from moe_train.data.datasets import Datasets, build_datasets
 from moe_train.data.statistics import count_tokens, dataset_entropy, entropy_of_counts
 from moe_train.errors import DataError

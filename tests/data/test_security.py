@@ -17,7 +17,7 @@ import pytest
 
 from moe_train.config.training import DataConfig
 from moe_train.data import cache
-from moe_train.data.blend import open_corpus
+from moe_train.data.corpus import open_corpus
 from moe_train.data.manifest import BLOCK, MAX_BYTES, dataset_file, read_manifest
 from moe_train.data.prepare import Request, prepare
 from moe_train.data.verify import HEADER, check_files

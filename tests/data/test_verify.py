@@ -10,7 +10,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from moe_train.config.training import DataConfig
-from moe_train.data.blend import open_corpus, parse_blend
+from moe_train.data.corpus import open_corpus, parse_blend
 from moe_train.data.manifest import dataset_file
 from moe_train.data.prepare import Request, prepare
 from moe_train.data.verify import HEADER, check_files

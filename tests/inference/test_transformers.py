@@ -110,7 +110,7 @@ def _rows(rank: int, world: int, overrides: list[str], steps: int) -> NDArray[An
     """Token ids of a run's first global batches, [steps x batch, sequence + 1]."""
     from moe_train.backend.select import select_backend
     from moe_train.data.batches import BatchSource
-    from moe_train.data.blend import open_corpus
+    from moe_train.data.corpus import open_corpus
     from moe_train.run.resolution import resolve_on_all_ranks
 
     run = resolve_on_all_ranks(["device=cpu", *overrides], 1)

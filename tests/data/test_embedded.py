@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from moe_train.config.training import DataConfig
-from moe_train.data import corpus as corpora
-from moe_train.data.blend import open_corpus
+from moe_train.data import embedded
+from moe_train.data.corpus import open_corpus
 from moe_train.data.manifest import dataset_file
 from moe_train.data.verify import check_files
 from moe_train.errors import DataError
@@ -19,8 +19,8 @@ from moe_train.errors import DataError
 
 def ask(cache: str, mark: str) -> None:
     """What a rank does; it leaves a mark if it was the one that prepared."""
-    corpora.CORPUS_BYTES = 200_000
-    corpora.embedded_corpus(Path(cache), "bpe:512")
+    embedded.CORPUS_BYTES = 200_000
+    embedded.embedded_corpus(Path(cache), "bpe:512")
     # Only who prepares imports the preparation, and with it Megatron.
     if "moe_train.data.prepare" in sys.modules:
         Path(mark).touch()
@@ -28,17 +28,17 @@ def ask(cache: str, mark: str) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "CORPUS_BYTES", 200_000)
+    monkeypatch.setattr(embedded, "CORPUS_BYTES", 200_000)
 
 
 def test_selection_is_of_real_sources_and_stable() -> None:
     root = Path(sysconfig.get_path("stdlib"))
-    chosen = corpora.select(root)
-    assert chosen == corpora.select(root)
+    chosen = embedded.select(root)
+    assert chosen == embedded.select(root)
     sizes = [path.stat().st_size for path in chosen]
-    assert 3_000_000 < sum(sizes) <= corpora.CORPUS_BYTES
-    assert max(sizes) <= corpora.FILE_BYTES
-    assert not any(corpora.LEFT_OUT & set(p.relative_to(root).parts) for p in chosen)
+    assert 3_000_000 < sum(sizes) <= embedded.CORPUS_BYTES
+    assert max(sizes) <= embedded.FILE_BYTES
+    assert not any(embedded.LEFT_OUT & set(p.relative_to(root).parts) for p in chosen)
     # The last documents are the validation split: not the small left-overs.
     tail = sizes[-max(1, len(sizes) // 50) :]
     assert sum(tail) > 20_000
@@ -50,9 +50,9 @@ def test_selection_skips_what_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_bytes(b"")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "left_out.py").write_text("x = 1")
-    assert [path.name for path in corpora.select(tmp_path)] == ["good.py"]
+    assert [path.name for path in embedded.select(tmp_path)] == ["good.py"]
     with pytest.raises(DataError, match="no Python sources"):
-        corpora.select(tmp_path / "test" / "nothing")
+        embedded.select(tmp_path / "test" / "nothing")
 
 
 @pytest.mark.full
@@ -67,7 +67,7 @@ def test_two_processes_at_once_prepare_once(tmp_path: Path, small: None) -> None
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     assert sum(mark.exists() for mark in marks) == 1
-    prefix = corpora.embedded_corpus(Path(cache), "bpe:512")
+    prefix = embedded.embedded_corpus(Path(cache), "bpe:512")
     assert check_files(prefix).manifest is not None
 
 
@@ -86,9 +86,9 @@ def test_default_data_of_a_run(
 
 
 def test_damaged_cache_is_prepared_again(tmp_path: Path, small: None) -> None:
-    prefix = corpora.embedded_corpus(tmp_path, "byte")
+    prefix = embedded.embedded_corpus(tmp_path, "byte")
     path = dataset_file(prefix, ".bin")
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
-    assert corpora.embedded_corpus(tmp_path, "byte") == prefix
+    assert embedded.embedded_corpus(tmp_path, "byte") == prefix
     assert path.read_bytes() == whole
