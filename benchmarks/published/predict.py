@@ -47,6 +47,8 @@ def overrides(one: Entry) -> list[str]:
     megatron: dict[str, object] = {}
     if run.fp8_recipe:
         megatron["fp8_recipe"] = run.fp8_recipe
+    if run.dtype == "fp8" and run.fp8_param_gather:
+        values["megatron.ddp.fp8_param_gather"] = True
     if run.cuda_graphs:
         megatron |= {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": run.cuda_graphs}
     if run.dispatcher in flex:

@@ -83,6 +83,8 @@ class Run:
     unit: Unit
     """mfu (share of peak_tflops), TFLOP/s or tokens/s of a GPU, or seconds of a step."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    fp8_param_gather: bool = False
+    """Whether weights are kept and gathered in fp8."""
     cuda_graphs: list[str] = field(default_factory=list)
     """Modules in CUDA graphs, by Megatron's ``cuda_graph_scope``."""
     precision_aware: bool = False

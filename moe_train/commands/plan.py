@@ -62,9 +62,8 @@ def plan_main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--fragmentation",
         type=float,
-        default=0.05,
         metavar="X",
-        help="share of all tensors that the allocator wastes (default 0.05)",
+        help="share of all tensors that the allocator wastes (default 0.02)",
     )
     parser.add_argument(
         "--claims",
@@ -84,7 +83,7 @@ def plan_main(argv: Sequence[str]) -> int:
     from moe_train.parallel.sizes import DEFAULT_WORLD
     from moe_train.planner.estimate import estimate
     from moe_train.planner.machine.devices import local_facts
-    from moe_train.planner.plan import assumptions_of
+    from moe_train.planner.plan import FRAGMENTATION, assumptions_of
     from moe_train.planner.report.better import short_search
     from moe_train.planner.report.screen import print_screen, print_warnings
     from moe_train.planner.report.tables import print_plan
@@ -93,6 +92,8 @@ def plan_main(argv: Sequence[str]) -> int:
 
     imbalance = 1.0 if args.imbalance is None else args.imbalance
     check_imbalance(imbalance)
+    if args.fragmentation is None:
+        args.fragmentation = FRAGMENTATION
     if not 0 <= args.fragmentation < 1:
         raise ConfigError(
             "--fragmentation", f"{args.fragmentation:g} is not a share", "from 0 to below 1"

@@ -44,7 +44,7 @@ class Assumptions:
     """
 
     imbalance: float = 1.0
-    fragmentation: float = 0.05
+    fragmentation: float = 0.02
     fused: bool = True
     memory_imbalance: float = 1.0
 

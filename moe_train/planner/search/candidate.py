@@ -10,12 +10,12 @@ from moe_train.config.root import Config
 from moe_train.config.schema import value_at
 from moe_train.parallel.layout import Layout
 from moe_train.planner.cost.timing import StepTime, step_time
+from moe_train.planner.memory.fit import TIGHT
 from moe_train.planner.memory.stages import stage_memory
 from moe_train.planner.plan import Plan
 
-COMFORT = 0.92
-"""Share of a device's memory that a plan should need at most: what the estimate leaves out, and
-steps that route less evenly than assumed, find room in the rest. Assumed."""
+COMFORT = 1 - TIGHT
+"""Share of a device's memory that a plan should need at most."""
 OPTIONS = (
     "batch.micro",
     "recompute.layers",
