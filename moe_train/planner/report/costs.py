@@ -43,7 +43,7 @@ SOURCES = {
     "kernels": "roofline, Williams et al. 2009, with the profile's efficiencies",
     "collectives": "Thakur et al. 2005: ring (n-1)/n, all-to-all 1/n to each peer; calls of "
     "Megatron-Core 0.19",
-    "constants": "five, fitted to published runs on GPUs (planner/cost/constants.py)",
+    "constants": "fitted to published runs on GPUs (planner/cost/constants.py)",
     "bubble": "share of the pipeline's time in which a stage waits, averaged over the stages; of "
     "uniform stages (P-1)/(vM+P-1), arXiv:2104.04473",
 }
