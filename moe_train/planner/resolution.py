@@ -12,6 +12,7 @@ from moe_train.config.validate import sizes_refused, validate
 from moe_train.errors import ConfigError, ConfigFaults
 from moe_train.parallel.resolved import ResolvedRun, resolved_run
 from moe_train.parallel.rules import per_rank_options
+from moe_train.planner.cost.timing import step_time
 from moe_train.planner.legality import check
 from moe_train.planner.machine.experiment import (
     compose_for_machine,
@@ -22,7 +23,9 @@ from moe_train.planner.machine.experiment import (
 from moe_train.planner.machine.profiles import unknown_device_warning
 from moe_train.planner.memory.fit import launch_fault, launch_warning
 from moe_train.planner.overrides import unpriced_note
+from moe_train.planner.plan import Plan
 from moe_train.planner.plan_only import plan_only, plan_only_notes
+from moe_train.planner.report.better import short_search
 from moe_train.planner.search.automatic import resolve
 
 Composed = tuple[Config, list[ConfigError]]
@@ -90,6 +93,7 @@ def resolve_launch(
     remark = unpriced_note(run.config)
     if facts.kind != "cpu":
         notes += filter(None, [unknown_device_warning(run.config.hardware)])
+        notes += filter(None, [_better_note(run)])
         fault = launch_fault(run, facts)
         if fault is None:
             notes += filter(None, [launch_warning(run, facts)])
@@ -99,6 +103,18 @@ def resolve_launch(
             raise fault
     notes += filter(None, [remark])
     return run.with_notes(notes)
+
+
+def _better_note(run: ResolvedRun) -> str | None:
+    """One line about a layout that beats the run's by more than the band; None without one."""
+    plan = Plan.of(run)
+    better = short_search(plan)
+    if not better["overrides"]:
+        return None
+    return (
+        f"{better['layout']} is predicted to take {better['step_seconds']:.3g} s a step, this "
+        f"layout {step_time(plan).step:.3g} s: {' '.join(better['overrides'])}"
+    )
 
 
 def certain_faults(overrides: Sequence[str], world: int) -> list[ConfigError]:

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from moe_train.measure.trials import (
     refit,
     trials_report,
 )
-from moe_train.planner.plan import BAND
 from moe_train.planner.search import Candidate, candidates
 from moe_train.planner.search.candidate import OPTIONS
 
@@ -87,8 +87,10 @@ def test_each_run_decides_the_next_one(pool: Sequence[Candidate], tmp_path: Path
     # The first choice by predicted time is not the fastest here, and the runs say so.
     assert trials[0].median < 0.8 * predicted(groups(pool[0]), SLOW)
     report = trials_report(trials, pool, lines)
-    for row in report["trials"]:
-        assert row["refitted_seconds"] == pytest.approx(row["median_seconds"], rel=BAND)
+    off = {"predicted_seconds": 0.0, "refitted_seconds": 0.0}
+    for name, row in product(off, report["trials"]):
+        off[name] += abs(row[name] / row["median_seconds"] - 1)
+    assert off["refitted_seconds"] < off["predicted_seconds"] / 2
     left = [one for one in pool if one.layout.tag not in ran]
     assert report["unmeasured"]["refitted_seconds"] == pytest.approx(
         min(predicted(groups(one), report["factors"]) for one in left)

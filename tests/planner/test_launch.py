@@ -28,9 +28,9 @@ PLAIN = [
 PRECISION = ["experiment=moe_30b_8x64gb"]
 
 
-def seen(world: int, memory_gb: float) -> list[RankTable]:
+def seen(world: int, memory_gb: float, name: str = "") -> list[RankTable]:
     """Tables of one node's ranks, each with a GPU of its own; none of 0 GB."""
-    gpus = tuple(Gpu(f"GPU-{n}", "", memory_gb) for n in range(world)) if memory_gb else ()
+    gpus = tuple(Gpu(f"GPU-{n}", name, memory_gb) for n in range(world)) if memory_gb else ()
     return [RankTable(Place(rank, world, rank, world), gpus) for rank in range(world)]
 
 
@@ -76,6 +76,17 @@ def test_what_megatron_is_told_directly_is_the_users_to_judge() -> None:
     plan = resolve_on_devices([*PLAIN, "megatron.transformer.fp8_param=false"], seen(8, 64.0))
     warning = next(note for note in plan.notes if note.startswith("memory"))
     assert "do not price megatron.transformer.fp8_param" in warning
+
+
+def test_a_run_names_a_layout_that_beats_its_own() -> None:
+    """Pasted behind the overrides, nothing is left to name."""
+    gpus = seen(8, 64.0, "NVIDIA A100-SXM-64GB")
+    run = resolve_on_devices(PRECISION, gpus)
+    [note] = [one for one in run.notes if "is predicted to take" in one]
+    better = note.split(": ", 1)[1].split()
+    again = resolve_on_devices([*PRECISION, *better], gpus)
+    assert again.layout.tag == note.split()[0]
+    assert not any("is predicted to take" in one for one in again.notes)
 
 
 def test_a_cpu_is_never_refused_for_memory() -> None:
