@@ -77,6 +77,7 @@ class Shapes:
     b: int
     s: int
     t: int
+    c: int
     x: int
     local_experts: int
     fused: bool
@@ -149,6 +150,7 @@ def shapes(config: Config, layout: Layout, vocab: int, assumptions: Assumptions)
         b=DTYPE_BYTES[config.dtype],
         s=1 if config.dtype == "fp8" else DTYPE_BYTES[config.dtype],
         t=tensor,
+        c=layout.context,
         x=layout.expert_tensor,
         local_experts=model.experts // layout.expert,
         fused=assumptions.fused,

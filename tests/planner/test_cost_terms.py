@@ -123,18 +123,6 @@ def test_overlap_hides_a_share_and_costs_compute() -> None:
     assert taken.step > overlapped.step
 
 
-def test_context_ranks_wait_for_keys_where_scores_are_short() -> None:
-    """Long sequences hide the ring, short ones between nodes do not."""
-    words = ["parallel.expert=16", "parallel.dispatcher=flex", "hardware.devices_per_node=2"]
-    waits = []
-    for sequence in (4096, 131072):
-        context = ["parallel.context=4", f"data.sequence={sequence}", "batch.micro=4"]
-        layer = layer_time(plan(*words, *context))
-        waits.append(sum(layer.waiting) / layer.forward())
-    assert waits[0] > waits[1] > 0
-    assert sum(layer_time(plan(*words)).waiting) == 0
-
-
 def test_recomputed_modules_take_their_time() -> None:
     plain = of("parallel.expert=16")
     for module in ("core_attn", "layernorm", "moe_act", "moe"):

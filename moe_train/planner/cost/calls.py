@@ -3,6 +3,12 @@
 Sequence parallelism all-gathers before and reduce-scatters after each tensor-parallel pair of
 products and repeats the first gather in the backward pass (Korthikanti et al., arXiv:2205.05198,
 section 4.2.2). What experts exchange is in `moe_train.features.dispatchers`.
+
+Attention over c parts of a sequence is a ring (Liu et al., arXiv:2310.01889) in TransformerEngine's
+default, cp_comm_type p2p (``AttnFuncWithCPAndKVP2P``, context_parallel.py): c steps, in each of
+which a rank attends to the keys and values that it has while it passes them on. In c - 1 forward
+steps it sends them; in c backward steps first them, then them and the sums of their gradients in
+the same dtype, last the sums, which come back to their owner.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from moe_train.planner.cost.links import (
     group,
     once_a_node,
     reduce_scatter,
+    ring_step,
     uneven_reduce_scatter,
 )
 
@@ -51,7 +58,8 @@ class Call:
     kind: str
     """Group kind, as in `Layout.groups`."""
     part: str
-    """Where in a pass: gather, scatter, context, router, dispatch, combine, embedding, head."""
+    """Where in a pass: gather, scatter, router, dispatch, combine, embedding, head; ring and ring
+    back are messages beside a forward and a backward step of attention."""
     sent: Sent
     """Of one call."""
     forward: int
@@ -91,15 +99,19 @@ def tensor_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
     return results + _priced(config, layout, z, router)
 
 
-def context_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
-    """Of one layer's attention under context parallelism.
-
-    Keys and values go around a ring, forward and again backward with their gradients behind them
-    (ring attention, arXiv:2310.01889), while the scores of the part at hand are computed.
-    """
-    where = group(layout, config.hardware, "cp")
-    sent = all_gather(config.hardware, where, where.size * z.A * 2 * z.G * z.b)
-    return [Call("context parallel, keys and values", "cp", "context", sent, 1, 2, "2 c A G b")]
+def ring_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:
+    """Of one layer's attention over parts of a sequence; the messages of all ranks in a step."""
+    if z.c == 1:
+        return []
+    where, steps = group(layout, config.hardware, "cp"), z.c - 1
+    both = 2 * z.A * z.G * z.b
+    single, double = (ring_step(config.hardware, where, size) for size in (both, 2 * both))
+    again = steps if "core_attn" in config.recompute.modules else 0
+    return [
+        Call("ring, K and V", "cp", "ring", single, steps, again, "2 A G b"),
+        Call("ring back, K and V, or dK and dV", "cp", "ring back", single, 0, 2, "2 A G b"),
+        Call("ring back, K, V, dK and dV", "cp", "ring back", double, 0, steps - 1, "4 A G b"),
+    ]
 
 
 def expert_calls(config: Config, layout: Layout, z: Shapes) -> list[Call]:

@@ -14,9 +14,9 @@ from moe_train.parallel.optimizer_state import bytes_per_parameter
 from moe_train.parallel.parameters import RankParameters
 from moe_train.parallel.shapes import Shapes
 from moe_train.planner.cost.calls import (
-    context_calls,
     end_calls,
     expert_calls,
+    ring_calls,
     sum_of,
     tensor_calls,
 )
@@ -102,8 +102,8 @@ def step_traffic(plan: Plan, stage: int) -> list[Traffic]:
     layers, recomputed = len(numbers), len(config.recomputed_layers.intersection(numbers))
     hardware, last = config.hardware, stage == layout.pipeline - 1
     # Per micro-batch: (call, forward passes, backward passes) through what makes it.
-    every = [*tensor_calls(config, layout, z), *context_calls(config, layout, z)]
-    passes = [(call, layers + recomputed, layers) for call in every]
+    dense = [*tensor_calls(config, layout, z), *ring_calls(config, layout, z)]
+    passes = [(call, layers + recomputed, layers) for call in dense]
     again = 0 if layout.span else recomputed
     passes += [(call, layers + again, layers) for call in expert_calls(config, layout, z)]
     for call in end_calls(config, layout, z):

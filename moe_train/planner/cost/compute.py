@@ -20,6 +20,11 @@ inputs; their backward products are fp32 by TF32, at half of the bf16 peak (NVID
 data sheets), or at the fp32 peak without TransformerEngine (``RouterGatingLinearFunction`` in
 Megatron-Core's moe_utils.py).
 
+Over c parts of a sequence attention is c steps. Each rank has a chunk from the front and its mirror
+image from the back (Megatron's ``get_batch_on_this_cp_rank``), so that every step has as many
+pairs on every rank: one step its own causal square, the others half of the keys or half of the
+queries (TransformerEngine's context_parallel.py). Elementwise kernels merge what they give.
+
 Elementwise kernels write every tensor once and read it once. Their bytes are counted here, apart
 from those of `moe_train.planner.memory`: a change of the memory model leaves every time as it is,
 and so the layout that ``parallel=auto`` takes among those that fit.
@@ -151,6 +156,32 @@ def _scores(config: Config, z: Shapes) -> Part:
     return Part("scores", flops, once + softmax, back, "A (Q + U) (S + 1)")
 
 
+def ring_steps(config: Config, parts: list[Part], z: Shapes) -> tuple[float, float]:
+    """Seconds of a forward and of a backward step of attention, `parts` being a layer's."""
+    scores = next(part for part in parts if part.name == "scores")
+    repeated = scores.seconds if "core_attn" in config.recompute.modules else 0.0
+    return scores.seconds / z.c, (scores.backward_seconds - repeated) / z.c
+
+
+def _merged(config: Config, z: Shapes) -> Part:
+    """Merging of a ring's partial results (TransformerEngine's context_parallel.py).
+
+    Forward K and V are joined for the messages and the first output is scaled; each further step
+    corrects the log-sum and adds its output. Backward K, V and the first gradients are copied, and
+    each further step adds its own. On average a further step has 3/4 of the queries and of the
+    keys: half of the steps have all queries and half of the keys, the others the reverse.
+    """
+    outputs, sums = z.A * z.U * z.b, 4 * z.A * z.n
+    queries, both = z.A * z.Q * z.b, 2 * z.A * z.G * z.b
+    further = 0.75 * (z.c - 1)
+    ahead = 2 * (both + outputs + sums) + further * (3 * outputs + 5 * sums)
+    back = 2 * (2 * both + queries) + further * 3 * (queries + both)
+    again = ahead if "core_attn" in config.recompute.modules else 0.0
+    rate = _bandwidth(config.hardware) / constants(config.hardware).elementwise
+    formula = "9/4 (c - 1) A U b and once 2 A (2 G + U) b"
+    return Part("merges of ring steps", 0.0, ahead / rate, (back + again) / rate, formula)
+
+
 def _accumulated(config: Config, z: Shapes, weights: float) -> float:
     """Seconds to add `weights` parameters' own gradients to the buffer."""
     buffer = weights * bytes_per_parameter(config.dtype, config.optim).gradient
@@ -205,6 +236,8 @@ def dense_parts(config: Config, z: Shapes) -> list[Part]:
         _scores(config, z),
         _router(config, z, moe),
     ]  # fmt: skip
+    if z.c > 1:
+        parts.append(_merged(config, z))
     if z.C:
         parts.append(
             _product(config, z, "latents", 2 * z.N * z.H * z.C, hardware.gemm_efficiency,

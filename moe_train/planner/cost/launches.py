@@ -34,6 +34,12 @@ ROUTER = Launches(14, 20)
 LATENT = Launches(8, 14)
 """More for multi-latent attention: down-projections, their norms, and the heads' concatenation."""
 SHARED = Launches(3, 6)
+RING = Launches(3, 6)
+"""More for attention over parts of a sequence: K and V joined, the first log-sum copied and output
+scaled; backward K and V copied, a message (a send and a receive), the first dQ, dK and dV."""
+RING_STEP = Launches(5, 8)
+"""Of each further step: a send and a receive, attention, correction of log-sum and output; backward
+attention's 3 kernels and 3 additions: counted in TransformerEngine's context_parallel.py."""
 GRADIENTS = 9
 """Additions to gradient buffers of a layer's weights where products do not fuse them."""
 CAST = 1
@@ -75,11 +81,12 @@ def layer_launches(config: Config, z: Shapes, layers: int = 1) -> dict[str, tupl
     """
     shared = SHARED if z.W else Launches(0, 0)
     latent = LATENT if z.C else Launches(0, 0)
+    ring = [(z.c > 1) * once + (z.c - 1) * each for once, each in zip(RING, RING_STEP, strict=True)]
     casts = CAST if config.dtype == "fp8" else 0
     one: dict[str, tuple[float, float]] = {
         "attention": (
-            ATTENTION.forward + latent.forward + 2 * casts,
-            ATTENTION.backward + latent.backward + 2 * casts,
+            ATTENTION.forward + latent.forward + ring[0] + 2 * casts,
+            ATTENTION.backward + latent.backward + ring[1] + 2 * casts,
         ),
         "router": (ROUTER.forward + shared.forward, ROUTER.backward + shared.backward),
         "exchange": dispatcher(config.parallel.dispatcher, span=z.span).launches,

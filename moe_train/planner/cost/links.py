@@ -181,8 +181,26 @@ def _exchanged(
 
 def point_to_point(layout: Layout, hardware: HardwareConfig, stage: int, data: float) -> Sent:
     """A message of `data` bytes from `stage` to the next one."""
-    rates, latency = _rates(hardware, 2), _latency(hardware)
     ours, theirs = (layout.stage_ranks(s)[0] for s in (stage, (stage + 1) % layout.pipeline))
-    if ours // hardware.fast_devices == theirs // hardware.fast_devices:
-        return Sent(data, 0.0, latency + (data + rates.half_fast) / rates.fast)
-    return Sent(0.0, data, latency + (data + rates.half_slow) / rates.slow)
+    inside = ours // hardware.fast_devices == theirs // hardware.fast_devices
+    seconds = _message(hardware, data, inside)
+    return Sent(data, 0.0, seconds) if inside else Sent(0.0, data, seconds)
+
+
+def ring_step(hardware: HardwareConfig, where: Group, data: float) -> Sent:
+    """A message of `data` bytes from every rank to the next one of its group, all at once.
+
+    A pair has one port, unlike the rings of a collective; where one of them crosses nodes, all wait
+    for it. Of a node's members one sends across.
+    """
+    if where.size == 1:
+        return Sent(0.0, 0.0, 0.0)
+    crossing = 0.0 if where.inside else data / where.per_node
+    return Sent(data - crossing, crossing, _message(hardware, data, where.inside))
+
+
+def _message(hardware: HardwareConfig, data: float, inside: bool) -> float:
+    rates, latency = _rates(hardware, 2), _latency(hardware)
+    if inside:
+        return latency + (data + rates.half_fast) / rates.fast
+    return latency + (data + rates.half_slow) / rates.slow

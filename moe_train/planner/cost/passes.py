@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from moe_train.planner.cost.calls import context_calls, end_calls, sum_of, tensor_calls
+from moe_train.config.hardware import HardwareConfig
+from moe_train.planner.cost.calls import end_calls, ring_calls, sum_of, tensor_calls
 from moe_train.planner.cost.communication import layer_traffic
 from moe_train.planner.cost.compute import (
     Part,
@@ -15,6 +16,7 @@ from moe_train.planner.cost.compute import (
     expert_parts,
     head_parts,
     mtp_parts,
+    ring_steps,
     seconds,
 )
 from moe_train.planner.cost.constants import constants
@@ -39,9 +41,10 @@ class LayerTime:
     tensor: Passes
     exchange: Passes
     """Exposed part, and what overlap takes from compute."""
+    ring: Passes = Passes(0.0, 0.0)
+    """Exposed part of the messages between parts of a sequence."""
     waiting: Passes = Passes(0.0, 0.0)
-    """For the host, where its launches take longer than the kernels, and for the keys and values of
-    other context ranks. Under ``placement=span``
+    """For the host, where its launches take longer than the kernels. Under ``placement=span``
     `experts` have that, and this is what overlapping exchanges take from compute."""
 
     def forward(self) -> float:
@@ -54,7 +57,7 @@ class LayerTime:
 
     @property
     def _parts(self) -> tuple[Passes, ...]:
-        return (self.dense, self.experts, self.tensor, self.exchange, self.waiting)
+        return (self.dense, self.experts, self.tensor, self.exchange, self.ring, self.waiting)
 
 
 def passes_of(parts: list[Part]) -> Passes:
@@ -73,7 +76,7 @@ def layer_time(plan: Plan) -> LayerTime:
     if config.parallel.overlap_expert_comm and not layout.span:
         exchange = _overlapped(plan, exchange, dense, experts)
     tensor = Passes(traffic.tensor_forward.seconds, traffic.tensor_backward.seconds)
-    layer = LayerTime(dense, experts, tensor, exchange)
+    layer = LayerTime(dense, experts, tensor, exchange, ring_time(plan))
     waiting = _waits(plan, layer, experts, stages)
     if not layout.span:
         return replace(layer, waiting=waiting)
@@ -93,7 +96,8 @@ def feed_forward_time(plan: Plan) -> LayerTime:
     ways = ("forward", "backward")
     tensor = Passes(*(sum_of(calls, way).seconds for way in ways))
     nothing = Passes(0.0, 0.0)
-    layer = LayerTime(passes_of(dense_parts(config, z)), nothing, tensor, nothing)
+    dense = passes_of(dense_parts(config, z))
+    layer = LayerTime(dense, nothing, tensor, nothing, ring_time(plan))
     return replace(layer, waiting=_waits(plan, layer, nothing, 0))
 
 
@@ -101,24 +105,36 @@ def _waits(plan: Plan, layer: LayerTime, experts: Passes, active: int) -> Passes
     """Seconds in which a layer's kernels are done and the host has not launched the next ones."""
     in_chunk = max(len(plan.layout.stage_layers(0, 0)), 1)
     host = host_seconds(plan.config, plan.shapes, active, in_chunk)
-    busy = zip(layer.dense, experts, layer.tensor, layer.exchange, strict=True)
-    waits = Passes(*(max(0.0, one - sum(ran)) for one, ran in zip(host, busy, strict=True)))
-    return _plus(waits, _context_waits(plan))
+    busy = zip(layer.dense, experts, layer.tensor, layer.exchange, layer.ring, strict=True)
+    return Passes(*(max(0.0, one - sum(ran)) for one, ran in zip(host, busy, strict=True)))
 
 
-def _context_waits(plan: Plan) -> Passes:
-    """What the scores do not hide of the ring of keys and values, and what it takes from them."""
+def ring_time(plan: Plan) -> Passes:
+    """What the steps of attention over parts of a sequence leave of the messages beside them."""
     config, z = plan.config, plan.shapes
-    if plan.layout.context == 1:
+    calls = ring_calls(config, plan.layout, z)
+    if not calls:
         return Passes(0.0, 0.0)
-    calls = context_calls(config, plan.layout, z)
-    scores = next(part for part in dense_parts(config, z) if part.name == "scores")
-    waits = []
-    for way, computed in (("forward", scores.seconds), ("backward", scores.backward_seconds)):
-        ring = sum_of(calls, way).seconds
-        hidden = min(ring, computed)
-        waits.append(ring - hidden * (1.0 - config.hardware.overlap_share))
-    return Passes(*waits)
+    steps = ring_steps(config, dense_parts(config, z), z)
+    beside = dict(zip(("ring", "ring back"), steps, strict=True))
+    ahead = back = 0.0
+    for call in calls:
+        left = exposed_seconds(config.hardware, call.sent.seconds, beside[call.part])
+        ahead, back = ahead + call.forward * left, back + call.backward * left
+    return Passes(ahead, back)
+
+
+def exposed_seconds(
+    hardware: HardwareConfig, sent: float, beside: float, steady: float = 1.0
+) -> float:
+    """What compute of `beside` seconds leaves of communication of `sent`, and pays for hiding it.
+
+    Args:
+        steady: share of the step in which there is such compute.
+    """
+    share = hardware.overlap_share
+    hidden = min(constants(hardware).hidden * sent, beside * (1.0 - share)) * steady
+    return sent - hidden * (1.0 - share)
 
 
 def _plus(one: Passes, other: Passes) -> Passes:
@@ -140,9 +156,7 @@ def _overlapped(plan: Plan, exchange: Passes, dense: Passes, experts: Passes) ->
     passes = plan.microbatches * plan.layout.virtual_pipeline
     ahead = plan.schedule.in_flight(plan.pipeline, 0)
     steady = max(0.0, 1.0 - ahead / passes)
-    room = (sum(dense) + sum(experts)) * (1.0 - hardware.overlap_share)
-    hidden = min(constants(hardware).hidden * whole, room) * steady
-    left = whole - hidden * (1.0 - hardware.overlap_share)
+    left = exposed_seconds(hardware, whole, sum(dense) + sum(experts), steady)
     return Passes(*(each * left / whole for each in exchange)) if whole else exchange
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_train.features.schedules import ticks
-from moe_train.planner.cost.constants import constants
 from moe_train.planner.cost.links import point_to_point
 from moe_train.planner.cost.passes import (
     LayerTime,
     Passes,
     end_times,
+    exposed_seconds,
     feed_forward_time,
     layer_time,
     served_times,
@@ -87,7 +88,7 @@ def _exposed_messages(plan: Plan) -> float:
     hardware = plan.config.hardware
     if plan.layout.virtual_pipeline == 1 or hardware.kind == "cpu":
         return 1.0
-    return 1.0 - constants(hardware).hidden * (1.0 - hardware.overlap_share)
+    return exposed_seconds(hardware, 1.0, math.inf)
 
 
 def pipeline_time(plan: Plan, layer: LayerTime, stages: tuple[StageTime, ...]) -> PipelineTime:

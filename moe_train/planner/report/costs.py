@@ -28,6 +28,8 @@ ASSUMED = {
     "kernels and of the host's launches",
     "exchange": "waits for the busiest rank; exposed unless parallel.overlap_expert_comm is on, "
     "which hides a share of it and slows compute meanwhile",
+    "ring": "keys and values pass from rank to rank beside attention's steps (cp_comm_type p2p); "
+    "the causal mask leaves every rank the same work",
     "gradients": "reduction hides behind one micro-batch's backward pass where it overlaps, its "
     "exchange left out",
     "weights": "backward reads them once and moves their gradients into the buffer: inside the "
@@ -44,6 +46,8 @@ SOURCES = {
     "collectives": "Thakur et al. 2005: ring (n-1)/n, all-to-all 1/n to each peer; calls of "
     "Megatron-Core 0.19",
     "constants": "fitted to published runs on GPUs (planner/cost/constants.py)",
+    "ring": "ring attention, arXiv:2310.01889; messages, kernels and merges of TransformerEngine's "
+    "context_parallel.py",
     "bubble": "share of the pipeline's time in which a stage waits, averaged over the stages; of "
     "uniform stages (P-1)/(vM+P-1), arXiv:2104.04473",
 }

@@ -79,8 +79,8 @@ SERVE, WAIT, UPDATE, GRADIENTS = "#cdc3e3", "#f3f3f3", "#6b6b6b", "#a3a3a3"
 OPS = {
     "attention": "#4c78a8", "router": "#9ecae9", "shared expert": "#72b7b2", "experts": "#54a24b",
     "embedding": "#b279a2", "head": "#b279a2", "gather": "#f2cf5b", "scatter": "#f2cf5b",
-    "dispatch": "#e45756", "combine": "#f58518", "send": "#404040", "gradients": GRADIENTS,
-    "optimizer": UPDATE,
+    "ring": "#ff9da6", "dispatch": "#e45756", "combine": "#f58518", "send": "#404040",
+    "gradients": GRADIENTS, "optimizer": UPDATE,
 }  # fmt: skip
 """Colours of a layer's pieces."""
 

@@ -12,7 +12,7 @@ MEASURED = 1000
 
 CATEGORY = {
     "dispatch": "exchange", "combine": "exchange", "gather": "tensor", "scatter": "tensor",
-    "send": "p2p", "gradients": "gradients", "optimizer": "optimizer",
+    "ring": "tensor",     "send": "p2p", "gradients": "gradients", "optimizer": "optimizer",
 }  # fmt: skip
 
 

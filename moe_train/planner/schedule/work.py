@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_train.parallel.layout import ranges
-from moe_train.planner.cost.calls import Call, end_calls, expert_calls, sum_of, tensor_calls
+from moe_train.planner.cost.calls import (
+    Call,
+    end_calls,
+    expert_calls,
+    ring_calls,
+    sum_of,
+    tensor_calls,
+)
 from moe_train.planner.cost.communication import gradient_traffic
 from moe_train.planner.cost.compute import Part, dense_parts
 from moe_train.planner.cost.links import Sent, point_to_point
@@ -36,7 +43,7 @@ class Piece:
     """A part of a pass that runs without interruption."""
 
     op: str
-    """One of COMPUTE, TENSOR, EXCHANGE, or send, gradients, optimizer."""
+    """One of COMPUTE, TENSOR, EXCHANGE, or ring, send, gradients, optimizer."""
     seconds: float
     bytes: float = 0.0
     """Sent by each rank; 0 for compute."""
@@ -145,6 +152,11 @@ class LayerPieces:
                        sum_of(tensor, "backward", "gather"))  # fmt: skip
         # The device waits for launches before the products that follow the exchange's counts.
         self._both("attention", *_waiting(_computed(attention), layer))
+        if ring := ring_calls(config, layout, z):
+            # What is waited for beyond the steps of attention that hide the rest.
+            ways = zip(("forward", "backward"), layer.ring, strict=True)
+            sent = (sum_of(ring, way)._replace(seconds=left) for way, left in ways)
+            self._both("ring", *sent)
         if layout.tensor > 1:
             self._both("scatter", sum_of(tensor, "forward", "scatter"),
                        sum_of(tensor, "backward", "scatter"))  # fmt: skip

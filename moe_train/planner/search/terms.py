@@ -16,6 +16,7 @@ NAMES = {
     "experts": "experts",
     "tensor": "tensor and context parallelism",
     "exchange": "expert exchange",
+    "ring": "context-parallel ring",
 }
 """Terms of `LayerTime` by its fields."""
 BUBBLE, ENDS, RECOMPUTED = "pipeline bubble", "embedding, head, messages", "recomputation"
@@ -56,10 +57,11 @@ def step_terms(plan: Plan, time: StepTime) -> dict[str, float]:
 
 
 def placed(plan: Plan, term: str) -> str:
-    """`term` with the links that it uses, where it is an exchange of experts."""
-    if term != NAMES["exchange"]:
+    """`term` with the links that it uses, where it is an exchange of experts or a ring."""
+    kinds = {NAMES["exchange"]: "ep", NAMES["ring"]: "cp"}
+    if term not in kinds:
         return term
-    ranks = group(plan.layout, plan.config.hardware, "ep")
+    ranks = group(plan.layout, plan.config.hardware, kinds[term])
     return f"{term} {'inside a node' if ranks.inside else 'between nodes'}"
 
 
