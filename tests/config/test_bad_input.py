@@ -240,13 +240,13 @@ def assert_refused(folder: Path, reason: str) -> None:
 
 def _uneven(rank: int, world: int, overrides: list[str], blind: str) -> int:
     """Rank 1 does not find the data that its peers see, as on a node without the mount."""
-    from moe_train.run import opening
-    from moe_train.run.main import main
+    from moe_train.data.corpus import open_corpus
+    from moe_train.run import main, opening
 
     if rank == 1:
-        seen = opening.open_corpus
-        opening.open_corpus = lambda data, ready: seen(replace(data, train=[blind]), ready)
-    return main(overrides)
+        read = lambda data, prepare: open_corpus(replace(data, train=[blind]), prepare)  # noqa: E731
+        opening.open_session.__kwdefaults__["read"] = read
+    return main.main(overrides)
 
 
 def _damaged_meanwhile(rank: int, world: int, overrides: list[str], tokens: str) -> int:

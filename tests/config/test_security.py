@@ -121,12 +121,12 @@ def test_hostile_files_of_a_run_that_is_evaluated(
     from moe_train.commands.evaluate import evaluate_main
 
     run, canary = tmp_path / "runs/r", tmp_path / "canary"
-    run.mkdir(parents=True)
+    (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("{}")
     (run / "plan.json").write_text('{"batch": {"sequences_per_step": 2}}')
     for content in (pickle.dumps(Touch(canary)), hostile_yaml(canary)["apply"].encode()):
         (run / name).write_bytes(content)
-        assert evaluate_main([f"run.dir={tmp_path}/runs", "run.name=r"]) == EXIT_CONFIG
+        assert evaluate_main([str(run)]) == EXIT_CONFIG
         output = capsys.readouterr().err
         assert name in output and "Traceback" not in output
     assert not canary.exists()
