@@ -94,7 +94,7 @@ class Coordinates(NamedTuple):
 class Layout:
     """Sizes of all parallel dimensions over `world` ranks, and what follows from them.
 
-    A layout is arithmetic; `moe_train.planner.legality` checks whether it is legal.
+    A layout is arithmetic; `moe_train.parallel.rules` checks whether it is legal.
     `layers` and `experts` (per layer) are needed by `stage_layers` and `local_experts`.
     """
 
@@ -291,9 +291,9 @@ class Layout:
     def stage_layers(self, stage: int, chunk: int | None = None) -> list[int]:
         """1-based layers of pipeline stage `stage`, of one model chunk or of all.
 
-        Interleaving deals chunks round-robin (Megatron's
-        ``get_transformer_layer_offset``): chunk c of stage s starts after
-        c * layers / chunks + s * layers / (chunks * stages) layers.
+        For plans; the model is cut by `moe_train.model.build` and Megatron. Interleaving deals
+        chunks round-robin (Megatron's ``get_transformer_layer_offset``): chunk c of stage s starts
+        after c * layers / chunks + s * layers / (chunks * stages) layers.
         """
         slots = self.pipeline * self.virtual_pipeline
         dealt = self.stages or (self.layers // slots,) * slots

@@ -1,4 +1,7 @@
-"""Termination signals: a handler sets a flag, which all ranks exchange after every step."""
+"""Termination signals: a handler sets a flag, which all ranks exchange after every step.
+
+`moe_train.train.loop.sync_control_flags` exchanges it; the loop then saves and stops.
+"""
 
 from __future__ import annotations
 

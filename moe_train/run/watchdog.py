@@ -40,7 +40,8 @@ class Watchdog:
     Args:
         logs: folder that all ranks share.
         limit: seconds that a phase may take; 0 disables the watchdog.
-        on_hang: called once, from the watchdog's thread, with what is wrong.
+        on_hang: called once, from the watchdog's thread, with what is wrong; ends the process
+            (`moe_train.run.failure.exit_hung`).
         peer_failure: the failure that another rank reported, or None. A rank that waits for that
             one in an NCCL collective gets no error by itself.
     """

@@ -23,15 +23,15 @@ class CudaBackend(Backend):
     name = "cuda"
     communication = "nccl"
 
-    def __init__(self, local_rank: int, config: BackendConfig | None = None) -> None:
-        self._local_rank = local_rank
+    def __init__(self, index: int, config: BackendConfig | None = None) -> None:
+        self._index = index
         self._config = config or BackendConfig()
         self.kernels: KernelChoice = expected_kernels(self._config.kernels, on_cpu=False)
 
     @property
     def device(self) -> torch.device:
-        """The GPU of this local rank."""
-        return torch.device("cuda", self._local_rank)
+        """The GPU of this rank, as `moe_train.backend.select` chose it."""
+        return torch.device("cuda", self._index)
 
     def prepare(self) -> None:
         """Take the GPU, choose the kernels and import Megatron for them.
