@@ -14,7 +14,7 @@ from moe_train.planner.plan import Plan
 NAMES = {
     "dense": "attention and dense parts",
     "experts": "experts",
-    "tensor": "tensor and context parallelism",
+    "tensor": "tensor-parallel collectives",
     "exchange": "expert exchange",
     "ring": "context-parallel ring",
 }
