@@ -249,18 +249,26 @@ class Layout:
         if kind == "embd":
             ranks = self.members("pp", rank)
             return [ranks[0], ranks[-1]] if len(ranks) > 1 else ranks
-        strides = self._strides
-        parts = [strides[axis] for axis in GROUPS[kind].axes]
-        if self.span:
-            parts = [
-                strides[dense]
-                for axis in GROUPS[kind].axes
-                for dense in {"etp": (), "ep": ("tp", "pp"), "edp": ("cp", "dp")}.get(axis, (axis,))
-            ]
-        parts = list(dict.fromkeys(parts))
+        parts = self.steps(kind)
         first = rank - sum(rank // stride % size * stride for stride, size in parts)
         offsets = (range(0, stride * size, stride) for stride, size in reversed(parts))
         return [first + sum(steps) for steps in product(*offsets)]
+
+    def steps(self, kind: str) -> tuple[tuple[int, int], ...]:
+        """(distance between neighbours, size) along each axis of a group's ranks, fastest first."""
+        parts = self._steps.get(kind)
+        if parts is None:
+            axes = GROUPS[kind].axes
+            if self.span:
+                dense = {"etp": (), "ep": ("tp", "pp"), "edp": ("cp", "dp")}
+                axes = tuple(other for axis in axes for other in dense.get(axis, (axis,)))
+            parts = tuple(self._strides[axis] for axis in dict.fromkeys(axes))
+            self._steps[kind] = parts
+        return parts
+
+    @cached_property
+    def _steps(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        return {}
 
     @cached_property
     def _strides(self) -> dict[str, tuple[int, int]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
+from math import lcm
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_train.config.hardware import HardwareConfig
 from moe_train.features.dispatchers import reached
-from moe_train.parallel.layout import Layout
+from moe_train.parallel.layout import GROUPS, Layout
 from moe_train.planner.cost.links import (
     Group,
     all_gather,
@@ -172,3 +174,28 @@ def test_fast_links_may_reach_over_nodes() -> None:
     node = HardwareConfig(devices_per_node=4)
     assert group(layout, node, "ep").per_node == 4
     assert group(layout, dataclasses.replace(node, fast_domain=64), "ep").inside
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.tuples(*[st.sampled_from((1, 2, 3, 4, 6, 8))] * 5),
+    st.sampled_from((1, 2, 3, 5, 16)),
+    st.booleans(),
+    st.sampled_from((1, 2, 3, 4, 8, 72)),
+)
+def test_a_group_is_placed_as_its_list_of_members_says(
+    sizes: tuple[int, ...], replicas: int, span: bool, devices: int
+) -> None:
+    tensor, context, pipeline, expert, expert_tensor = sizes
+    if span:
+        expert, expert_tensor = tensor * pipeline, 1
+    grid = expert * expert_tensor * (1 if span else pipeline)
+    world = replicas * lcm(tensor * context * pipeline, grid)
+    layout = Layout(
+        world, tensor, pipeline, 1, context, expert, expert_tensor, "span" if span else "stage"
+    )
+    node = HardwareConfig(devices_per_node=devices)
+    for kind in GROUPS.keys() - {"embd"}:
+        lists = [layout.members(kind, rank) for rank in (0, world - 1)]
+        placed = [min(Counter(rank // devices for rank in ranks).values()) for ranks in lists]
+        assert group(layout, node, kind) == (kind, len(lists[0]), min(placed))

@@ -17,8 +17,11 @@ of them at once, and a pair its own alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import product
+from math import lcm, prod
 from typing import NamedTuple
 
 from moe_train.config.hardware import HardwareConfig
@@ -50,20 +53,31 @@ class Sent(NamedTuple):
 
 def group(layout: Layout, hardware: HardwareConfig, kind: str) -> Group:
     """The worse placed of the first and the last rank's groups of one kind."""
-    return _worse(layout, hardware.fast_devices, kind)
+    return _worse(kind, layout.steps(kind), layout.world - 1, hardware.fast_devices)
 
 
-@lru_cache(maxsize=4096)
-def _worse(layout: Layout, devices_per_node: int, kind: str) -> Group:
-    results = []
-    for rank in {0, layout.world - 1}:
-        ranks = layout.members(kind, rank)
-        nodes: dict[int, int] = {}
-        for each in ranks:
-            node = each // devices_per_node
-            nodes[node] = nodes.get(node, 0) + 1
-        results.append(Group(kind, len(ranks), min(nodes.values())))
-    return min(results, key=lambda one: one.per_node)
+@lru_cache(maxsize=1 << 16)
+def _worse(kind: str, steps: tuple[tuple[int, int], ...], last: int, node: int) -> Group:
+    placed = min(_fewest(steps, rank, node) for rank in {0, last})
+    return Group(kind, prod(size for _, size in steps), placed)
+
+
+def _fewest(steps: tuple[tuple[int, int], ...], rank: int, node: int) -> int:
+    """Least members that one node of `node` devices has of `rank`'s group."""
+    first = rank - sum(rank // stride % size * stride for stride, size in steps)
+    merged: list[tuple[int, int]] = [(1, 1)]
+    for stride, size in steps:
+        inner, count = merged[-1]
+        if stride == inner * count:
+            merged[-1] = (inner, count * size)
+        elif size > 1:
+            merged.append((stride, size))
+    # Along the slowest axis the shares of nodes repeat: some periods show them all.
+    stride, size = merged[-1]
+    period = lcm(stride, node) // stride
+    merged[-1] = (stride, size if size < 5 * period else size % period + 4 * period)
+    members = product(*(range(0, stride * size, stride) for stride, size in merged))
+    return min(Counter((first + sum(offsets)) // node for offsets in members).values())
 
 
 class _Rates(NamedTuple):
