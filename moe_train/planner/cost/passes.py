@@ -74,7 +74,7 @@ def layer_time(plan: Plan) -> LayerTime:
     traffic = layer_traffic(config, layout, z)
     exchange = Passes(traffic.expert_forward.seconds, traffic.expert_backward.seconds)
     if config.parallel.overlap_expert_comm and not layout.span:
-        exchange = _overlapped(plan, exchange, dense, experts)
+        exchange = overlapped(config.hardware, exchange, dense, experts, _steady(plan))
     tensor = Passes(traffic.tensor_forward.seconds, traffic.tensor_backward.seconds)
     layer = LayerTime(dense, experts, tensor, exchange, ring_time(plan))
     waiting = _waits(plan, layer, experts, stages)
@@ -141,21 +141,28 @@ def _plus(one: Passes, other: Passes) -> Passes:
     return Passes(one.forward + other.forward, one.backward + other.backward)
 
 
-def _overlapped(plan: Plan, exchange: Passes, dense: Passes, experts: Passes) -> Passes:
+def _steady(plan: Plan) -> float:
+    """Share of Megatron's combined 1F1B in which two micro-batches' passes run side by side."""
+    passes = plan.microbatches * plan.layout.virtual_pipeline
+    return max(0.0, 1.0 - plan.schedule.in_flight(plan.pipeline, 0) / passes)
+
+
+def overlapped(
+    hardware: HardwareConfig, exchange: Passes, dense: Passes, experts: Passes, steady: float
+) -> Passes:
     """What Megatron's combined 1F1B leaves of the exchange, and what it costs.
 
     Where it is steady a forward and a backward pass of different micro-batches hide each other's
     exchange; the first and the last ones have none beside them. While the exchange runs it takes
     multiprocessors from compute.
+
+    Args:
+        steady: share of the step in which it is.
     """
-    hardware = plan.config.hardware
     if hardware.kind == "cpu":
         hidden = dense.forward + experts.forward
         return Passes(*(max(0.0, each - hidden) for each in exchange))
     whole = sum(exchange)
-    passes = plan.microbatches * plan.layout.virtual_pipeline
-    ahead = plan.schedule.in_flight(plan.pipeline, 0)
-    steady = max(0.0, 1.0 - ahead / passes)
     left = exposed_seconds(hardware, whole, sum(dense) + sum(experts), steady)
     return Passes(*(each * left / whole for each in exchange)) if whole else exchange
 

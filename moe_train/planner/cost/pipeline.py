@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from moe_train.config.hardware import HardwareConfig
 from moe_train.features.schedules import ticks
 from moe_train.planner.cost.links import point_to_point
 from moe_train.planner.cost.passes import (
@@ -67,7 +68,11 @@ def stage_times(plan: Plan, layer: LayerTime) -> tuple[StageTime, ...]:
         if layout.pipeline > 1:
             link = min(stage, layout.pipeline - 2)
             message = point_to_point(layout, plan.config.hardware, link, z.N * z.H * z.b)
-            exposed = message.seconds * layout.virtual_pipeline * _exposed_messages(plan)
+            exposed = (
+                message.seconds
+                * layout.virtual_pipeline
+                * exposed_messages(plan.config.hardware, layout.virtual_pipeline)
+            )
             forward, backward = forward + exposed, backward + exposed
         times.append(StageTime(stage, forward, backward))
     return tuple(times)
@@ -79,14 +84,13 @@ def _both_ways(layer: LayerTime) -> tuple[float, float, float]:
     return layer.forward(), back, repeated
 
 
-def _exposed_messages(plan: Plan) -> float:
-    """Share of the messages between stages that is waited for.
+def exposed_messages(hardware: HardwareConfig, chunks: int) -> float:
+    """Share of the messages between stages of `chunks` model chunks that is waited for.
 
     Megatron overlaps them with the passes of other chunks when interleaving (overlap_p2p_comm); on
     a CPU they take a core's time.
     """
-    hardware = plan.config.hardware
-    if plan.layout.virtual_pipeline == 1 or hardware.kind == "cpu":
+    if chunks == 1 or hardware.kind == "cpu":
         return 1.0
     return exposed_seconds(hardware, 1.0, math.inf)
 

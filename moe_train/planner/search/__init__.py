@@ -1,6 +1,7 @@
 """The search for the fastest layout that fits: legal layouts and options, by predicted time.
 
-space: layouts and options. explore: branch and bound; candidate: what it yields. best: the facade.
+space: layouts and options. explore: branch and bound; bounds: what it prunes with; candidate: what
+it yields. best: the facade.
 terms: what separates two plans. tuning: ``moe-train tune``.
 automatic: the layout of ``parallel=auto``.
 """

@@ -1,9 +1,8 @@
 """Branch and bound over the space: the same first choice as trying everything, in a fraction.
 
-A cell is a layout with a micro-batch size. Its bound is the arithmetic of its layers and the bubble
-between them, over links that cost nothing and without recomputation: no option is faster. Cells are
-opened from the least bound on, until the next one is beyond what is still of use; inside a cell,
-an exchange that is too slow without recomputation is dropped before any policy is tried.
+A cell is a layout with a micro-batch size. Cells are opened from the least bound (`bounds`) on,
+until the next one is beyond what is still of use; inside a cell, an exchange that is too slow
+without recomputation is dropped before any policy is tried.
 
 Taken from the cost model as it is: recomputation never saves time; a reduction or gather that
 overlaps is never slower than one that does not and needs no memory; recomputing all layers keeps
@@ -14,24 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush, nsmallest
 from itertools import product
 from math import inf
 
 from moe_train.parallel.layout import Layout
 from moe_train.parallel.optimizer_state import state_bytes
 from moe_train.parallel.resolved import vocabulary
-from moe_train.parallel.shapes import Assumptions, Shapes
+from moe_train.parallel.shapes import Assumptions
 from moe_train.parallel.sizes import with_layout
-from moe_train.planner.cost.compute import dense_parts, expert_parts
-from moe_train.planner.cost.passes import passes_of
 from moe_train.planner.cost.timing import step_time
 from moe_train.planner.memory.stages import GB
 from moe_train.planner.plan import Plan, assumptions_of
+from moe_train.planner.search.bounds import Bounds
 from moe_train.planner.search.candidate import COMFORT, Candidate, bytes_needed
 from moe_train.planner.search.space import Options, Space
 
 REACH = 2.0
 """Candidates that take more than this many times the fastest one's step are left out."""
+LISTED = 2500
+"""Cells and step times after which no more is computed for the frontier alone: in large worlds it
+is that of the most promising cells."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Results:
         self.wanted, self.device = wanted, device
         self.best: dict[Layout, Candidate] = {}
         self.frontier: list[Candidate] = []
+        self._ahead: dict[tuple[int, ...], list[tuple[float, ...]]] = {}
 
     def add(self, one: Candidate) -> None:
         """Keep `one` where it is of use."""
@@ -66,6 +69,7 @@ class Results:
         known = self.best.get(kind)
         if known is None or one.rank < known.rank:
             self.best[kind] = one
+            self._ahead.clear()
         if one.fits and not self.dominated(one.seconds, one.bytes):
             keep = [o for o in self.frontier if o.seconds < one.seconds or o.bytes < one.bytes]
             self.frontier = [*keep, one]
@@ -79,7 +83,10 @@ class Results:
         if size > self.device:
             return -inf
         tiers = (0,) if size <= COMFORT * self.device else (0, 1)
-        ahead = sorted(one.rank[:2] for one in self.best.values() if one.tier in tiers)
+        if tiers not in self._ahead:
+            ranks = (one.rank[:2] for one in self.best.values() if one.tier in tiers)
+            self._ahead[tiers] = nsmallest(self.wanted, ranks)
+        ahead = self._ahead[tiers]
         if len(ahead) < self.wanted:
             return inf
         tier, seconds = ahead[self.wanted - 1]
@@ -117,9 +124,11 @@ class Search:
         self.space = space
         self.vocab, self.source = vocabulary(space.config)
         self.assumptions = assumptions or assumptions_of(space.config)
-        self._layers: dict[tuple[Shapes, int], tuple[float, float]] = {}
+        self.bounds = Bounds(space, self.vocab, self.assumptions)
         self.evaluated = 0
         """Step times that were computed."""
+        self.opened = 0
+        """Cells whose options were looked at."""
 
     def plan(self, layout: Layout, options: Options) -> Plan:
         """The plan of a layout with options."""
@@ -131,34 +140,20 @@ class Search:
         as one replica of all ranks makes.
         """
         self.evaluated += 1
-        return step_time(plan).step * self._scale(plan)
+        return step_time(plan).step * self._scale(plan.layout)
 
-    def _scale(self, plan: Plan) -> float:
+    def _scale(self, layout: Layout) -> float:
         same = self.space.config.batch.global_ is not None
-        return 1.0 if same else self.space.world / plan.layout.data
+        return 1.0 if same else self.space.world / layout.data
 
     def cells(self) -> list[Cell]:
         """All cells, the least bound first."""
         cells = [
-            Cell(layout, micro, self._bound(layout, micro))
+            Cell(layout, micro, self.bounds.least(layout, micro) * self._scale(layout))
             for layout in self.space.layouts()
             for micro in self.space.micros(layout)
         ]
         return sorted(cells, key=lambda cell: cell.bound)
-
-    def _bound(self, layout: Layout, micro: int) -> float:
-        config = replace(self.space.easiest, micro=micro).applied(self.space.config)
-        plan = Plan(config, layout, self.vocab, assumptions=self.assumptions)
-        z, stages = plan.shapes, layout.pipeline // layout.expert_stages
-        if (z, stages) not in self._layers:
-            dense = sum(passes_of(dense_parts(config, z)))
-            experts = sum(passes_of(expert_parts(config, z, layers=stages)))
-            self._layers[z, stages] = dense, experts
-        dense, experts = self._layers[z, stages]
-        count, local = plan.microbatches, layout.layers / layout.pipeline
-        filled = count + (layout.pipeline - 1) / layout.virtual_pipeline
-        seconds = local * (filled * dense + (count if layout.span else filled) * experts)
-        return seconds * self._scale(plan)
 
     def explore(
         self, wanted: int = 5, *, below: float = inf, pareto: bool = False, effort: float = inf
@@ -175,23 +170,40 @@ class Search:
         def useful(seconds: float, size: float) -> bool:
             if seconds < below and seconds <= results.limit(size):
                 return True
-            return pareto and results.widens(seconds, size)
+            listing = pareto and self.opened + self.evaluated < LISTED
+            return listing and results.widens(seconds, size)
 
-        for cell in self.cells():
-            if not useful(cell.bound, 0.0) or self.evaluated >= effort:
-                break
+        # Cells come twice: by the bound of their passes, then with the update added.
+        heap = [(cell.bound, number, cell) for number, cell in enumerate(self.cells())]
+        refined: set[int] = set()
+        while heap and useful((entry := heappop(heap))[0], 0.0) and self.evaluated < effort:
+            _, number, cell = entry
+            if number not in refined:
+                refined.add(number)
+                bound = self.bounds.with_update(cell.layout, cell.micro)
+                cell = replace(cell, bound=bound * self._scale(cell.layout))
+                heappush(heap, (cell.bound, number, cell))
+                continue
+            self.opened += 1
             self._open(cell, results, useful)
         return results
 
     def _open(self, cell: Cell, results: Results, useful: Callable[[float, float], bool]) -> None:
         space, layout, choices = self.space, cell.layout, self.space.choices
         easy = replace(space.easiest, micro=cell.micro)
+        if not space.legal(self.plan(layout, easy).config, layout):
+            return
         light = self.plan(layout, replace(easy, recompute=space.least_memory))
         least = _state_bytes(light)
         if not useful(cell.bound, least):
             return
         exact = False
         for values in product(choices.overlap, choices.dispatcher, choices.distributed):
+            overlap, dispatcher, distributed = values
+            exchange = overlap, dispatcher
+            bound = self.bounds.of(layout, cell.micro, exchange, distributed=distributed)
+            if not useful(bound * self._scale(layout), least):
+                continue
             plain = self._first_legal(layout, cell.micro, *values)
             if plain is None or not useful(bound := self.seconds(plain), least):
                 continue

@@ -32,6 +32,9 @@ TOKENS = 32768
 """Tokens to which a micro-batch grows at most; eight sequences are tried in any case. Larger ones
 only fill memory: the products of the experts have thousands of rows by then."""
 
+MANY, POSITIONS = 512, 512
+"""Beyond so many ranks, the least positions of a sequence that context parallelism leaves a rank:
+finer parts have more ring steps with less in each, and many ranks have other ways to be used."""
 
 POLICIES = (
     RecomputeConfig("none", []),
@@ -136,10 +139,11 @@ class Space:
         for placement in placements:
             one = replace(base, placement=placement)
             inside = self.config.hardware.devices_per_node
+            parts = max(self.config.data.sequence // POSITIONS, 1) if self.world > MANY else None
             for tensor, pipeline, context in product(
                 self._sizes(one, "tensor", inside),
                 self._sizes(one, "pipeline"),
-                self._sizes(one, "context"),
+                self._sizes(one, "context", parts),
             ):
                 if self.world % (tensor * pipeline * context):
                     continue
