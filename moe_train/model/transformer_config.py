@@ -7,7 +7,8 @@ a list of layers, see `moe_train.model.spec.Layer`.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import enum
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -174,12 +175,29 @@ def optimizer_config(config: Config, backend: Backend) -> NamedOptimizerConfig:
         return _build(NamedOptimizerConfig, fields, config.megatron.optimizer, "optimizer")
 
 
+def _enums(kind: type) -> dict[str, type[enum.Enum]]:
+    """Fields of a Megatron dataclass that take an enum alone, or null; configs name its members."""
+    enums = {}
+    for field, annotation in get_type_hints(kind).items():
+        match [one for one in get_args(annotation) or (annotation,) if one is not type(None)]:
+            case [type() as one] if issubclass(one, enum.Enum):
+                enums[field] = one
+    return enums
+
+
 def _build(kind: type, fields: dict[str, Any], extra: dict[str, Any], name: str) -> Any:
     legal = {field.name for field in dataclasses.fields(kind)}
     if unknown := set(extra) - legal:
         raise ConfigError(f"megatron.{name}.{sorted(unknown)[0]}", f"no field of {kind.__name__}")
     merged = {**fields, **extra}
+    enums = _enums(kind)
     for key, value in merged.items():
+        if key in enums and isinstance(value, str):
+            if value not in (names := enums[key].__members__):
+                raise ConfigError(
+                    f"megatron.{name}.{key}", f"{value!r} is unknown", f"one of {', '.join(names)}"
+                )
+            merged[key] = enums[key][value]
         if key.endswith("dtype") and isinstance(value, str) and value in DTYPES:
             merged[key] = DTYPES[value] if not key.startswith("moe_") else value
     try:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_train.errors import ConfigError
+from moe_train.model.transformer_config import _build
 from moe_train.testing.world import run_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,3 +150,15 @@ def test_answers_are_those_of_the_pinned_transformer_engine() -> None:
     )
     assert pinned
     assert pinned[1] == TRANSFORMER_ENGINE
+
+
+def test_enums_of_megatron_are_given_by_name() -> None:
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+    for name in AttnBackend.__members__:
+        config = _build(TransformerConfig, sizes, {"attention_backend": name}, "transformer")
+        assert config.attention_backend is AttnBackend[name]
+    with pytest.raises(ConfigError, match="attention_backend.*'nonsense' is unknown"):
+        _build(TransformerConfig, sizes, {"attention_backend": "nonsense"}, "transformer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -136,7 +137,9 @@ def _better(better: dict[str, Any], step: float, band: float) -> str:
         more = f"none by more than {share_text(band, 0)} among the most promising layouts"
         return f"{more}; moe-train tune tries all"
     saved = 1 - better["step_seconds"] / step
+    # A plan that does not fit is beaten by any that does, however slow.
+    change = f"{share_text(abs(saved), 0)} {'less' if saved > 0 else 'more, but fits'}"
     return (
-        f"{seconds_text(better['step_seconds'])} a step ({share_text(saved, 0)} less), "
-        f"{better['total_bytes'] / 1e9:.1f} GB, with {' '.join(better['overrides'])}"
+        f"{seconds_text(better['step_seconds'])} a step ({change}), "
+        f"{better['total_bytes'] / 1e9:.1f} GB, with {shlex.join(better['overrides'])}"
     )
