@@ -45,7 +45,9 @@ def write_json_option(args: argparse.Namespace, content: Any) -> None:
     """
     if args.json is None:
         return
-    text = json.dumps(content, indent=1) + "\n"
+    # JSON has no NaN and no infinity: null.
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    text = json.dumps(finite, indent=1) + "\n"
     if args.json == "-":
         sys.stdout.write(text)
         return

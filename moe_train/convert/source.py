@@ -14,14 +14,13 @@ from moe_train.checkpoint.manifest import NAME, Manifest, read_manifest
 from moe_train.config.compose import compose
 from moe_train.config.files import read_config
 from moe_train.config.root import Config, MegatronConfig
+from moe_train.config.schema import from_mapping
 from moe_train.convert.card import Facts
 from moe_train.convert.tokenizers import Tokens, tokenizer_of_run, tokens_of, tokens_of_import
 from moe_train.data import tokenizer as data_tokenizers
-from moe_train.errors import CheckpointError
+from moe_train.errors import CheckpointError, ConfigError, ConfigFaults
 from moe_train.run_folder import metrics
 from moe_train.run_folder.folder import RunFolder
-
-_GROUPS = ("model", "data", "optim")
 
 
 @dataclass(frozen=True)
@@ -73,22 +72,36 @@ def _config(path: Path, overrides: Sequence[str]) -> Config:
             )  # fmt: skip
         return compose(["recompute=none", *overrides])
     mapping = read_config(path)
+    config, faults = from_mapping(Config, mapping)
+    if faults:
+        raise ConfigFaults(faults)
+    if not overrides:
+        return config
     chosen = {one.partition("=")[0].lstrip("+") for one in overrides}
     with tempfile.TemporaryDirectory(prefix="moe-train-") as folder:
         groups = []
-        for group in _GROUPS:
+        for group in ("model", "data"):
             if isinstance(mapping.get(group), dict) and group not in chosen:
                 file = Path(folder) / f"{group}.yaml"
                 file.write_text(yaml.safe_dump(mapping[group]), encoding="utf-8")
                 groups.append(f"{group}={file}")
-        dtype = [] if "dtype" in chosen else [f"dtype={mapping.get('dtype', 'fp32')}"]
-        config = compose(["recompute=none", *groups, *dtype, *overrides])
-    megatron = mapping.get("megatron")
-    fields = megatron.get("transformer") if isinstance(megatron, dict) else None
-    if isinstance(fields, dict):
-        both = {**fields, **config.megatron.transformer}
-        config = replace(config, megatron=MegatronConfig(transformer=both))
-    return config
+        dtype = [] if "dtype" in chosen else [f"dtype={config.dtype}"]
+        other = compose(["recompute=none", *groups, *dtype, *overrides])
+    # Options of the router that no architecture has can be left out of an export.
+    if replace(other.model, router=config.model.router) != config.model:
+        raise ConfigError(
+            "model",
+            f"differs from the model that was trained, of {path}",
+            "leave out overrides of model: a run's weights mean nothing in another model",
+        )
+    megatron = {**config.megatron.transformer, **other.megatron.transformer}
+    return replace(
+        config,
+        model=other.model,
+        data=other.data,
+        dtype=other.dtype,
+        megatron=MegatronConfig(transformer=megatron),
+    )
 
 
 def _facts(run: RunFolder, manifest: Manifest) -> Facts:

@@ -249,7 +249,7 @@ def read_prompts(path: Path) -> list[str]:
         DataError: the file or a line of it cannot be used.
     """
     if path.suffix != ".jsonl":
-        prompts = [line for line in read_text(path)[0][1].splitlines() if line]
+        prompts = [line.removesuffix("\r") for line in read_text(path)[0][1].split("\n") if line]
     else:
         prompts = []
         for place, line in _lines(path):
@@ -263,7 +263,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and content of each line of a jsonl file; empty ones are passed over."""
-    for number, text in enumerate(read_text(path)[0][1].splitlines(), start=1):
+    for number, text in enumerate(read_text(path)[0][1].split("\n"), start=1):
         if not text.strip():
             continue
         try:

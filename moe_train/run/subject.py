@@ -92,7 +92,7 @@ class Subject:
             ConfigError: a file that describes it cannot be read.
         """
         if self.kind == "huggingface":
-            return _foreign(self.path)
+            return _foreign(self.path, given)
         if self.run is None:
             return []
         config = read_config(self.run.config)
@@ -122,8 +122,14 @@ def _sequences(plan: Path) -> int | None:
         raise ConfigError(str(plan), str(error), "restore it from a copy") from error
 
 
-def _foreign(path: Path) -> list[str]:
+def _foreign(path: Path, given: Sequence[str]) -> list[str]:
     """Model, precision, tokenizer and length of a Hugging Face folder."""
+    if not (path / TOKENIZER).is_file() and not any(
+        one.lstrip("+").startswith("data") for one in given
+    ):
+        raise ConfigError(
+            "data.tokenizer", f"{path} has no {TOKENIZER}", "data.tokenizer=PATH of the model's own"
+        )
     folder = open_folder(path)
     arguments = as_overrides("model", to_mapping(folder.model))
     stored = {folder.dtype(key) for key, _ in folder.units()}

@@ -34,7 +34,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
         (["parallel.pipeline=2"], 2, None),
         (["parallel.expert=2"], 2, None),
         (["parallel.tensor=2"], 2, 1),
-        (["parallel.context=2"], 2, 1),
+        (["parallel.context=2", "hardware=h100_80gb"], 2, 1),
         (["parallel.tensor=2", "parallel.pipeline=2", *SPAN], 4, 1),
         (["parallel.expert=2", "parallel.overlap_expert_comm=true"], 2, 32),
         # Megatron leaves the choice open; the overlap was asked for.
@@ -129,7 +129,7 @@ def test_torch_reads_both_names() -> None:
 def test_the_plan_shows_every_variable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
     overrides = ["experiment=moe_30b_8x64gb", "+backend.nccl={NVLS_ENABLE: 0}"]
-    assert plan_main([*overrides, "--json", str(path)]) == 0
+    assert plan_main([*overrides, "--full", "--json", str(path)]) == 0
     result = {one["name"]: one for one in json.loads(path.read_text())["environment"]}
     assert result[CONNECTIONS]["value"] == "1" and "tensor" in result[CONNECTIONS]["why"]
     assert result["NCCL_NVLS_ENABLE"]["value"] == "0"

@@ -316,7 +316,6 @@ def test_claims(tmp_path: Path, long: bool) -> None:
         "readings": ["memory.total_gb"],
         "vary": "data.sequence",
         "under": ["parallel.expert=2"],
-        "against": ["2"],
         "note": "n",
     }
     other = {"id": "2", "text": "t", "about": ["1"], "subject": "s"}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from moe_train import cli
 from moe_train.testing.runs import train_run
@@ -16,16 +15,6 @@ DATA = Path(__file__).with_name("data") / "v0_1"
 CHECKPOINT = DATA / "run" / "checkpoints" / "step_00000003"
 EXPECTED: dict[str, Any] = json.loads((DATA / "expected.json").read_text())
 LAYOUTS = {"single": {}, "TP2.EP2": {"tensor": 2, "expert": 2}}
-
-
-def same_machine() -> bool:
-    """Whether this is the torch and the kind of CPU that the recorded bits belong to."""
-    cpu = next(
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    )
-    return (torch.__version__, cpu) == (EXPECTED["torch"], EXPECTED["cpu"])
 
 
 def test_checkpoint_verifies(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,11 +43,10 @@ def test_resumed_steps_equal_those_of_0_1(tmp_path: Path, layout: str) -> None:
     names = ("step", "loss_hex", "grad_norm_hex")
     results = [{name: record[name] for name in names} for record in run.steps]
     expected = EXPECTED["steps"][layout]
-    if same_machine():
-        assert results == expected
-    # Another CPU or torch sums in another order: its kernels' rounding, and nothing more.
+    # Another CPU sums in another order, also under the same name: kernels round otherwise, nothing
+    # more. `make golden` compares a resume bit for bit, both sides on one machine.
     for ours, theirs in zip(results, expected, strict=True):
         assert ours["step"] == theirs["step"]
-        for name, tolerance in (("loss_hex", 1e-5), ("grad_norm_hex", 1e-4)):
+        for name, tolerance in (("loss_hex", 1e-6), ("grad_norm_hex", 1e-5)):
             value, reference = float.fromhex(ours[name]), float.fromhex(theirs[name])
             assert value == pytest.approx(reference, rel=tolerance), (ours["step"], name)

@@ -85,3 +85,14 @@ def test_a_run_with_other_settings_is_explained(
     said = capsys.readouterr().err
     for title in ("Mixtral", "Qwen3-MoE", "OLMoE", "GLM-4-MoE"):
         assert f"{title}: model.router.capacity_factor=1.0: tokens over the capacity" in said
+
+
+def test_a_run_of_two_ranks_that_0_1_wrote(tmp_path: Path) -> None:
+    """TP2.EP2, its files written by another program than the one that reads them here."""
+    run = Path(__file__).parents[1] / "checkpoint" / "data" / "v0_1" / "run"
+    done = moe_train.export_hf(run, tmp_path / "out", tokenizer="byte")
+    assert done.architecture.name == "mixtral" and done.record.source.layout == "TP2.EP2"
+    moe_train.import_hf(tmp_path / "out", tmp_path / "in")
+    again = moe_train.export_hf(tmp_path / "in", tmp_path / "again")
+    assert again.record.weights_sha256 == done.record.weights_sha256
+    assert again.record.files == done.record.files

@@ -201,8 +201,9 @@ told = simple_evaluate(
     task_manager=TaskManager(include_path=tasks, include_defaults=False), device="cpu",
     batch_size=1, bootstrap_iters=0, log_samples=True,
 )
-rows = [[r[0][0] for r in s["resps"]] for s in told["samples"]["local_choices"]]
-json.dump({"results": told["results"]["local_choices"], "scores": rows}, open(out, "w"))
+samples = told["samples"]["local_choices"]
+right = sum(float(sample["resps"][int(sample["target"])][0][0]) for sample in samples)
+json.dump(told["results"]["local_choices"] | {"right": right}, open(out, "w"))
 """
 
 
@@ -232,11 +233,16 @@ def test_choices_are_scored_as_by_lm_eval(model: Model, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(one) + "\n" for one in questions(60)))
     tasks.mkdir()
     (tasks / "local.yaml").write_text(TASK.format(file=file))
-    command = [sys.executable, "-c", HARNESS, str(model.folder), str(tasks), str(out)]
+    imported, exported = tmp_path / "imported", tmp_path / "exported"
+    for argv in (["import-hf", model.folder, imported], ["export-hf", imported, exported]):
+        assert run_world(_command, 1, [str(word) for word in argv]) == [0]
+    command = [sys.executable, "-c", HARNESS, str(exported), str(tasks), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    theirs = json.loads(out.read_text())["results"]
-    [ours] = run_world(_evaluate, 1, str(model.folder), [], {"choices": str(file)})
+    theirs = json.loads(out.read_text())
+    [ours] = run_world(_evaluate, 1, str(imported), [], {"choices": str(file)})
     assert ours["acc"] == pytest.approx(theirs["acc,none"])
     assert ours["acc_norm"] == pytest.approx(theirs["acc_norm,none"])
-    assert 0.3 < ours["acc"] < 1
+    assert 0 < ours["acc"] < 1
+    assert -ours["loss"] * ours["tokens"] == pytest.approx(theirs["right"], rel=1e-5)
+    print(f"\n{model.name}: acc {ours['acc']:.4f}, acc_norm {ours['acc_norm']:.4f}, as lm-eval")

@@ -37,8 +37,8 @@ CONFIRMED_IDS = [
     "5.6", "5.8", "5.9", "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "7.7", "7.8", "7.9", "8.5",
 ]  # fmt: skip
 REFUTED_IDS = [
-    "0.1", "1.5", "1.6", "1.7", "5.2", "5.3", "6.2", "6.5", "6.7", "6.8", "6.9", "8.1",
-    "8.2", "8.3", "8.6", "8.7",
+    "0.1", "1.5", "1.6", "5.2", "5.3", "6.2", "6.5", "6.7", "6.8", "6.9", "8.1",
+    "8.3", "8.6", "8.7",
 ]  # fmt: skip
 NOT_JUDGED_IDS = ["2.11", "5.11"]
 CONDITIONS = {
@@ -46,6 +46,7 @@ CONDITIONS = {
     "1.1": "ours",
     "1.2": "claim 1.1",
     "1.3": "claim 1.1",
+    "1.7": "optim",
     "2.2": "routing stays even",
     "2.10": "all rounds in one flush",
     "3.1": "experts placed as planned (8 devices)",
@@ -56,6 +57,7 @@ CONDITIONS = {
     "6.3": "optimizer state alone (45.8 GB)",
     "6.4": "71.6 %",
     "6.6": "claims 6.1",
+    "8.2": "claims 1.7",
     "8.4": "claims 3.1",
 }
 CONTRADICTIONS = {

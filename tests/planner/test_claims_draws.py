@@ -85,13 +85,13 @@ def check(words: list[str], world: int, plan: Estimate, verdicts: list[Verdict])
 
 
 def test_claims_of_a_few_random_plans() -> None:
-    for words, world, plan, verdicts in draws(seed=1, count=4):
+    for words, world, plan, verdicts in draws(seed=1000, count=3):
         check(words, world, plan, verdicts)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", range(10, 60))
+@pytest.mark.parametrize("seed", range(100))
 def test_claims_of_random_plans(seed: int) -> None:
     """500 in all."""
-    for words, world, plan, verdicts in draws(seed, count=10):
+    for words, world, plan, verdicts in draws(seed, count=5):
         check(words, world, plan, verdicts)
