@@ -30,6 +30,9 @@ from moe_train.planner.cost.links import (
 )
 from moe_train.planner.plan import Plan
 
+LEAST_EXPOSED = 0.1
+"""Share of gradient and weight traffic that overlap cannot hide: assumed."""
+
 
 @dataclass(frozen=True)
 class LayerTraffic:

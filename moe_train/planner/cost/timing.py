@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moe_train.parallel.flops import flops_per_token, mfu
 from moe_train.parallel.optimizer_state import owned_parameters
-from moe_train.planner.cost.communication import gradient_traffic
+from moe_train.planner.cost.communication import LEAST_EXPOSED, gradient_traffic
 from moe_train.planner.cost.compute import optimizer_seconds, peak_flops
 from moe_train.planner.cost.passes import LayerTime, Passes, layer_time
 from moe_train.planner.cost.pipeline import (
@@ -106,9 +106,13 @@ def _update(plan: Plan, stages: tuple[StageTime, ...], layer: LayerTime) -> tupl
         reduce = sum(sent.seconds for name, _, sent in traffic if "weights" not in name)
         gather = sum(sent.seconds for name, _, sent in traffic if "weights" in name)
         if config.parallel.overlap_grad_reduce and not layout.span and not busy:
-            reduce = max(reduce - (stages[stage].backward - exchange.backward), reduce * 0.1)
+            reduce = max(
+                reduce - (stages[stage].backward - exchange.backward), reduce * LEAST_EXPOSED
+            )
         if config.parallel.overlap_param_gather and not busy:
-            gather = max(gather - (stages[stage].forward - exchange.forward), gather * 0.1)
+            gather = max(
+                gather - (stages[stage].forward - exchange.forward), gather * LEAST_EXPOSED
+            )
         exposed = max(exposed, reduce + gather)
         owned = owned_parameters(config, layout, held)
         slowest = max(slowest, optimizer_seconds(config, held.total, owned))

@@ -34,16 +34,16 @@ def print_screen(report: dict[str, Any], warnings: Sequence[str], console: Conso
         f"the hardware's figures: {profile}.",
         0,
     )
-    room = 40 - len(lines) - len(closing) - 1
-    if len(shown) > room:
+    free = 40 - len(lines) - len(closing) - 1
+    if len(shown) > free:
         left = _row("", "... further warnings: --full")
-        shown = shown[: room - len(left)] + left
+        shown = shown[: free - len(left)] + left
     for line in (*lines, *shown, *closing):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_warnings(warnings: Sequence[str], console: Console) -> None:
-    """Print every warning, whatever room there is."""
+    """Print every warning, however many lines it takes."""
     for line in (line for text in warnings for line in _row("warning", text)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

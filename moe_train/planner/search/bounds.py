@@ -17,7 +17,7 @@ from moe_train.parallel.layout import Layout
 from moe_train.parallel.optimizer_state import owned_parameters
 from moe_train.parallel.shapes import Assumptions
 from moe_train.planner.cost.calls import expert_calls, sum_of, tensor_calls
-from moe_train.planner.cost.communication import gradient_traffic
+from moe_train.planner.cost.communication import LEAST_EXPOSED, gradient_traffic
 from moe_train.planner.cost.compute import dense_parts, expert_parts, optimizer_seconds
 from moe_train.planner.cost.launches import host_seconds
 from moe_train.planner.cost.links import point_to_point
@@ -83,8 +83,8 @@ class Bounds:
     ) -> float:
         passes, slowest, count = self._passes(layout, micro, layer, own)
         sent, optimizer = update
-        # All but the tenth is hidden, at most behind a micro-batch's passes through one stage.
-        return max(passes + 0.1 * sent, (count - 1) * slowest + sent) + optimizer
+        # All but LEAST_EXPOSED is hidden, at most behind a micro-batch's passes through one stage.
+        return max(passes + LEAST_EXPOSED * sent, (count - 1) * slowest + sent) + optimizer
 
     def _updates(self, layout: Layout) -> list[tuple[float, float]]:
         """Traffic and optimizer in seconds, for each choice of sharding the optimizer."""
